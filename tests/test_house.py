@@ -180,7 +180,12 @@ PRIVATE = {
         "Trainer._save_scaler",
     },
     "train/dataloader.py": {"Queue._on_queue_feeder_error"},
-    "train/trainer.py": {"Trainer._determine_best_metric", "Trainer._evaluate", "Trainer._get_train_sampler"},
+    "train/trainer.py": {
+        "Trainer._clip_grad_norm",
+        "Trainer._determine_best_metric",
+        "Trainer._evaluate",
+        "Trainer._get_train_sampler",
+    },
 }
 
 

@@ -1,15 +1,15 @@
 """Laws of attention plans: the blocks of a row, put together, are exactly the T x T mask that the row defines."""
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 
-from atomtune.batch import attention_plan
+from atomtune.batch import blocks as blocks_module
 from atomtune.batch.attention_plan import AttentionPlan, padded_length, plan_attention, visible
-from atomtune.batch.blocks import Siblings, _mask
 from atomtune.batch.pack import pack
-from atomtune.batch.row import Row, segments, single
+from atomtune.batch.row import Row, single
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
 from tests.batch.test_tree import forest
@@ -23,37 +23,23 @@ def rows(number: int, *, longest: int) -> list[Row]:
     return [layouts[seed % 3](forest(seed, longest=longest)) for seed in range(number)]
 
 
-def keys_above(siblings: Siblings) -> torch.Tensor:
-    """Indices of the path tokens that these blocks use as keys."""
-    if siblings.path is None:
-        return torch.tensor([], dtype=torch.long)
-    if isinstance(siblings.path, torch.Tensor):
-        return siblings.path
-    return torch.arange(siblings.path.start, siblings.path.stop)
-
-
 def counted(plan: AttentionPlan, window: int | None) -> torch.Tensor:
     """[T, T]: how often each query meets each key, computed from the blocks only."""
     tokens = len(plan.until)
     met = torch.zeros(tokens, tokens, dtype=torch.long)
     blocks = plan.blocks[window]
-    for siblings in blocks.each:
-        above = keys_above(siblings)
-        for block in siblings.blocks:
-            span = slice(block.first, block.first + block.count * block.width)
-            own, holds = blocks.slots[span].view(block.count, -1), blocks.holds[span].view(block.count, -1)
-            assert len(above) >= block.path_keys, "a block multiplies more of the path than is there"
-            seen = torch.zeros(block.width, block.path_keys + block.width, dtype=torch.bool)
-            seen[:, block.path_keys :] = block.mask[:, -block.width :] == 0
-            cut = block.mask.shape[1] > block.width  # the window hides a part of the path
-            seen[:, : siblings.path_tokens] = block.mask[:, : siblings.path_tokens] == 0 if cut else True
-            assert block.mask.shape[1] == block.width + (siblings.path_tokens if cut else 0)
-            assert seen.any(1).all(), "a query that sees nothing has no softmax"
-            for tokens_in, real in zip(own, holds, strict=True):
-                keys = torch.cat([above[: block.path_keys], tokens_in])
-                assert real[: int(real.sum())].all(), "padding stands on the right"
-                each = (tokens_in[real, None].expand(-1, len(keys)), keys.expand(int(real.sum()), -1))
-                met.index_put_(each, seen[real].long(), accumulate=True)
+    for block in blocks.each:
+        of_queries = slice(block.first_query, block.first_query + block.count * block.queries)
+        of_keys = slice(block.first_key, block.first_key + block.count * block.keys)
+        queries, keys = blocks.query_tokens[of_queries], blocks.key_tokens[of_keys].view(block.count, 1, -1)
+        assert (keys[..., : block.seen_by_all] >= 0).all(), "every query of a chunk sees a key that is not there"
+        by_all = torch.ones(block.count, block.queries, block.seen_by_all, dtype=torch.bool)
+        seen = torch.cat([by_all, block.seen], -1)
+        assert seen.any(-1).all(), "a query that sees nothing has no softmax"
+        seen &= blocks.holds[of_queries].view(block.count, -1, 1)
+        assert (keys.expand_as(seen)[seen] >= 0).all()
+        each = (queries.view(block.count, -1, 1).expand_as(seen)[seen], keys.expand_as(seen)[seen])
+        met.index_put_(each, torch.ones(len(each[0]), dtype=torch.long), accumulate=True)
     return met
 
 
@@ -67,10 +53,10 @@ def assert_same_sight(row: Row, window: int | None, width: int | None = None) ->
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("longest_segment", [3, 256])
-def test_the_blocks_together_are_the_law(monkeypatch, window, longest_segment):
-    # Catches a key counted twice (in the path and in the segment), a missing key, a sibling's key, a window off by one.
-    monkeypatch.setattr(attention_plan, "LONGEST_SEGMENT", longest_segment)
+@pytest.mark.parametrize("sizes", [(1,), (3,), (5, 9), blocks_module.CHUNK_SIZES], ids=str)
+def test_the_blocks_together_are_the_law(monkeypatch, window, sizes):
+    # Catches a key counted twice (in the path and in the chunk), a missing key, a sibling's key, a window off by one.
+    monkeypatch.setattr(blocks_module, "CHUNK_SIZES", sizes)
     for row in rows(120, longest=14):
         assert_same_sight(row, window)
     for row in rows(40, longest=60):
@@ -123,56 +109,69 @@ def test_a_window_that_reaches_the_start_of_every_path_costs_no_blocks_of_its_ow
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_every_token_is_asked_once_and_padding_never(window):
+def test_every_token_has_one_query_slot_and_padding_none(monkeypatch, window):
     # Catches a token whose output comes from a padded slot, and a gradient that is passed on twice.
+    monkeypatch.setattr(blocks_module, "CHUNK_SIZES", (7,))
     for row in rows(60, longest=40):
         plan = plan_attention(row, windows=(window,), width=padded_length(len(row)))
         blocks = plan.blocks[window]
         assert plan.real == len(row)
-        assert sorted(blocks.slots[blocks.holds].tolist()) == list(range(len(row)))
-        assert blocks.slots[blocks.slot_of].tolist() == list(range(len(row)))
+        assert sorted(blocks.query_tokens[blocks.holds].tolist()) == list(range(len(row)))
+        assert blocks.query_tokens[blocks.slot_of].tolist() == list(range(len(row)))
         assert blocks.holds[blocks.slot_of].all()
-        assert blocks.slots.max() < len(row)
-        sizes = [(b.first, b.count * b.width) for siblings in blocks.each for b in siblings.blocks]
-        ends = [first + size for first, size in sizes]
-        assert [first for first, _ in sizes] == [0, *ends[:-1]]
-        assert ends[-1] == len(blocks.slots)
+        assert blocks.query_tokens.max() < len(row)
+        assert blocks.key_tokens.max() < len(row)
+        for first, size, end in (
+            ("first_query", "queries", len(blocks.query_tokens)),
+            ("first_key", "keys", len(blocks.key_tokens)),
+        ):
+            firsts = [getattr(block, first) for block in blocks.each]
+            ends = [getattr(block, first) + block.count * getattr(block, size) for block in blocks.each]
+            assert firsts == [0, *ends[:-1]]
+            assert ends[-1] == end
 
 
-def test_the_path_reaches_into_no_token_that_is_not_there():
-    # Keys that fill a path up to a multiple of 32 must exist: they are read, although no query sees them.
-    for row in rows(200, longest=40):
-        for width in (len(row), padded_length(len(row))):
-            for siblings in plan_attention(row, windows=(5,), width=width).blocks[5].each:
-                keys = keys_above(siblings)
-                assert ((keys >= 0) & (keys < width)).all()
-                for block in siblings.blocks:
-                    assert block.width % 16 == 0
-                    assert not siblings.path_tokens or (block.path_keys + block.width) % 32 == 0
+def test_blocks_have_few_sizes():
+    for row in rows(60, longest=60):
+        for block in plan_attention(row).blocks[None].each:
+            assert block.queries % 16 == 0
+            assert block.keys % 32 == 0
 
 
-def test_every_head_finds_its_slots():
-    # Catches heads and tokens swapped in a gather, which no shape check would show.
-    heads = 3
+@pytest.mark.parametrize(("heads", "key_heads"), [(3, 3), (6, 2), (4, 1)])
+def test_every_head_finds_its_slots(monkeypatch, heads, key_heads):
+    # Catches heads, chunks and tokens swapped in a gather, which no shape check would show.
+    monkeypatch.setattr(blocks_module, "CHUNK_SIZES", (7,))
+    group = heads // key_heads
     for row in rows(40, longest=40):
-        blocks = plan_attention(row).blocks[None]
-        places = blocks.by_head(heads)
-        assert places.gather[places.back].tolist() == list(range(heads * len(row)))  # token t of head h: 3 * t + h
-        token, head = places.gather // heads, places.gather % heads
-        for block in (block for siblings in blocks.each for block in siblings.blocks):
-            size = block.count * block.width
-            span = slice(heads * block.first, heads * (block.first + size))
-            for h, (tokens_in, same, holds) in enumerate(
-                zip(
-                    token[span].view(heads, size),
-                    head[span].view(heads, size),
-                    places.holds[span].view(heads, size),
-                    strict=True,
-                )
-            ):
-                assert (same == h).all()
-                assert torch.equal(tokens_in, blocks.slots[block.first : block.first + size])
-                assert torch.equal(holds, blocks.holds[block.first : block.first + size])
+        width = padded_length(len(row))
+        blocks = plan_attention(row, width=width).blocks[None]
+        places = blocks.places(heads, key_heads)
+        # Row h + heads * t of the tokens is token t of head h.
+        assert places.queries[places.back].tolist() == list(range(heads * len(row)))
+        query = key = 0
+        slots: list[tuple[int, int]] = []  # the token and key head of each row of the keys; -1 for padding
+        for block in blocks.each:
+            for chunk in range(block.count):
+                first = block.first_query + chunk * block.queries
+                asked = blocks.query_tokens[first : first + block.queries]
+                held = blocks.holds[first : first + block.queries]
+                first = block.first_key + chunk * block.keys
+                seen = blocks.key_tokens[first : first + block.keys]
+                for head in range(heads):
+                    assert torch.equal(places.queries[query : query + block.queries], asked * heads + head)
+                    assert torch.equal(places.holds[query : query + block.queries, 0], held)
+                    of_head = seen.clamp(min=0) * key_heads + head // group
+                    assert torch.equal(places.keys[key : key + block.keys], of_head)
+                    slots += [(token, head // group) for token in seen.tolist()]
+                    query, key = query + block.queries, key + block.keys
+        assert (query, key) == (len(places.queries), len(places.keys))
+        copies, starts = places.copies.tolist(), places.copy_starts.tolist()
+        assert sorted(copies) == [number for number, (token, _) in enumerate(slots) if token >= 0]
+        assert len(starts) == width * key_heads + 1
+        for bag, (start, end) in enumerate(pairwise(starts)):
+            assert {slots[copy] for copy in copies[start:end]} <= {divmod(bag, key_heads)}
+        assert starts[-1] == len(copies)
 
 
 def test_padding_sees_padding():
@@ -190,22 +189,9 @@ def some_record(tokens: int, origin: str = "train.jsonl:1", last: int = 1) -> Ex
     return Example((*(i % 7 for i in range(tokens - 1)), last), (0,) * tokens, origin)
 
 
-@pytest.mark.parametrize("tokens", [256, 257, 512, 513, 1_000])
-def test_a_long_record_is_cut_into_a_chain_of_about_equal_parts(tokens):
-    row = single(some_record(tokens))
-    parts = segments(row, longest=attention_plan.LONGEST_SEGMENT)
-    assert [part.parent for part in parts] == list(range(-1, len(parts) - 1))
-    assert [part.start for part in parts[1:]] == [part.end for part in parts[:-1]]
-    lengths = [len(part) for part in parts]
-    assert len(parts) == -(-tokens // attention_plan.LONGEST_SEGMENT)
-    assert sum(lengths) == tokens
-    assert max(lengths) <= attention_plan.LONGEST_SEGMENT
-    assert max(lengths) - min(lengths) <= 1
-
-
 @pytest.mark.parametrize("window", [None, 300])
-def test_long_trunks_and_long_branches_are_computed_in_short_blocks(window):
-    # One block for a long segment would need tokens² scores of memory.
+def test_long_trunks_and_long_branches_are_computed_in_short_chunks(window):
+    # One chunk for a long segment would need tokens² scores of memory.
     trunk = some_record(900).ids
     examples = [
         Example((*trunk, *(50 + n for _ in range(length))), (0,) * (900 + length), f"train.jsonl:{n}")
@@ -214,17 +200,24 @@ def test_long_trunks_and_long_branches_are_computed_in_short_blocks(window):
     row = graft(examples)
     assert len(row) == 900 + 500 + 20 + 21 + 390
     plan = plan_attention(row, windows=(window,))
-    widths = [block.width for siblings in plan.blocks[window].each for block in siblings.blocks]
-    assert max(widths) <= attention_plan.LONGEST_SEGMENT
+    assert max(block.queries for block in plan.blocks[window].each) <= max(blocks_module.CHUNK_SIZES)
     assert_same_sight(row, window)
 
 
-def test_equal_branches_share_a_block():
-    # Catches one block per record, which costs more than sharing saves.
-    trunk = tuple(range(40))
-    examples = [Example((*trunk, 50 + n, 1, 2), (0,) * 43, f"train.jsonl:{n}") for n in range(12)]
-    blocks = plan_attention(graft(examples)).blocks[None]
-    assert [[block.count for block in siblings.blocks] for siblings in blocks.each] == [[1], [12]]
+def test_the_top_of_a_path_needs_no_mask():
+    # A mask of queries x keys for a long record would take more memory than its scores.
+    row = single(some_record(2_000))
+    for block in plan_attention(row).blocks[None].each:
+        assert block.seen.shape[-1] <= block.queries + 32 * block.count
+    trunk = tuple(range(300))
+    examples = [Example((*trunk, 500 + n, 1, 2), (0,) * 303, f"train.jsonl:{n}") for n in range(40)]
+    assert max(block.seen_by_all for block in plan_attention(graft(examples)).blocks[None].each) >= 256
+
+
+def test_a_very_long_row_is_planned_with_few_chunks():
+    row = single(some_record(20_000))
+    blocks = plan_attention(row).blocks[None]
+    assert sum(block.count for block in blocks.each) == -(-20_000 // max(blocks_module.CHUNK_SIZES))
 
 
 def test_rows_are_padded_to_few_lengths_a_little_longer():
@@ -235,12 +228,3 @@ def test_rows_are_padded_to_few_lengths_a_little_longer():
         assert padded_length(padded) == padded, "padding a padded row changes it"
     assert lengths == sorted(lengths)
     assert len({padded for padded in lengths if padded >= 256}) <= 16 * 5  # five doublings of the length
-
-
-def test_masks_do_not_gather_over_a_long_run():
-    # Below a window, every length of a path needs a mask of its own: gigabytes in a long run if all were kept.
-    trunk = tuple(range(400))
-    for above in range(1, 130):
-        leaves = [Example(trunk[:above] + (500 + k,) * 300, (0,) * above + (1,) * 300, str(k)) for k in range(2)]
-        plan_attention(graft(leaves, least_saved=1), windows=(None, 350))
-    assert _mask.cache_info().currsize <= 64

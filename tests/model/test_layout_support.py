@@ -271,8 +271,11 @@ def all_see_all_before(row: Row) -> Row:
 
 
 def branches_miss_the_last_token_of_their_trunk(row: Row) -> Row:
-    hung = [row.parent[parent] if -1 < parent != i - 1 else parent for i, parent in enumerate(row.parent)]
-    return replace(row, parent=tuple(hung))
+    until = list(row.until)
+    for i, parent in enumerate(row.parent):
+        if -1 < parent != i - 1:
+            until[parent] = min(until[parent], i)
+    return replace(row, until=tuple(until))
 
 
 def positions_in_the_row(row: Row, **settings: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from atomtune.batch import attention_plan as plans
+from atomtune.batch import blocks
 from atomtune.batch.attention_plan import AttentionPlan, padded_length, plan_attention
 from atomtune.batch.pack import pack
 from atomtune.batch.row import Row, single
@@ -109,12 +109,14 @@ def test_blocks_give_what_the_mask_gives(monkeypatch, window, most_kept):
         assert_equal(by_plan(plan, one, window), by_mask(plan, one, window))
 
 
+@pytest.mark.parametrize(("heads", "key_heads"), [(3, 3), (6, 2), (4, 1)])
 @pytest.mark.parametrize("window", [None, 4])
-def test_long_segments_cut_into_chains_give_the_same(monkeypatch, window):
-    monkeypatch.setattr(plans, "LONGEST_SEGMENT", 3)
+def test_many_chunks_give_the_same(monkeypatch, window, heads, key_heads):
+    # Catches a shared key whose gradient misses a chunk or a head that reads it.
+    monkeypatch.setattr(blocks, "CHUNK_SIZES", (3,))
     for seed, row in enumerate(some_rows(40)):
-        plan = plan_attention(row, windows=(window,))
-        one = asked(len(row), seed=seed)
+        plan = plan_attention(row, windows=(window,), width=padded_length(len(row)))
+        one = asked(len(plan.until), seed=seed, heads=heads, key_heads=key_heads)
         assert_equal(by_plan(plan, one, window), by_mask(plan, one, window))
 
 
@@ -244,7 +246,7 @@ def test_every_scaling(scaling):
 
 
 def test_inputs_that_lie_contiguous_by_head():
-    # The other memory order; Blocks.by_head expects rows of [T * H, D].
+    # The other memory order; Blocks.places expects rows of [T * H, D].
     row = some_rows(6)[5]
     plan = plan_attention(row)
     one = asked(len(row))
@@ -373,7 +375,8 @@ def test_a_plan_goes_to_another_device_whole(window, cut):
     there = here.to(torch.device("meta"))
     there.bias(window, torch.bfloat16)  # made on the device
     if cut == "blocks":
-        there.places(window, 4)
+        there.places(window, 4, 2)
+        there.hidden(window, torch.bfloat16)
     found = tensors_in(there)
     assert len(found) > len(tensors_in(here)) >= 8
     assert all(tensor.is_meta for tensor in found)

@@ -1,6 +1,5 @@
 """Attention plans: which queries of a row are multiplied with which keys, without a T x T mask.
 
-A row is cut into segments at its branches; segments with the same parent see the same path above them.
 There are two ways to compute this (`Cut`): a few dense blocks on a CPU, variable-length spans on a GPU.
 Derivation: docs/geometry.md. Letter: T tokens in the row.
 """
@@ -11,14 +10,11 @@ from typing import Any, Literal
 
 import torch
 
-from atomtune.batch.blocks import WIDTH_STEP, Blocks, Places, cut_into_blocks
+from atomtune.batch.blocks import QUERY_STEP, Blocks, Places, cut_into_blocks
 from atomtune.batch.row import Row, segments
 from atomtune.batch.segment_plan import SegmentPlan, plan_segments
 from atomtune.batch.spans import Spans, cut_into_spans
 
-#: Tokens. Longer stretches are cut into chains of about equal length: half of the scores of a segment with itself are
-#: masked, and scores that do not fit the cache cost more (docs/log.md).
-LONGEST_SEGMENT = 256
 #: How a row is cut: into dense blocks (CPU), or into spans for a kernel with variable-length sequences (GPU).
 Cut = Literal["blocks", "spans"]
 
@@ -40,7 +36,8 @@ class AttentionPlan:
     segments: SegmentPlan | None = None  # for layers that carry a state from token to token
     _dense: dict[int | None, torch.Tensor] = field(default_factory=dict)
     _bias: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
-    _places: dict[tuple[int | None, int], Places] = field(default_factory=dict)
+    _hidden: dict[tuple[int | None, torch.dtype], tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    _places: dict[tuple[int | None, int, int], Places] = field(default_factory=dict)
 
     @property
     def windows(self) -> set[int | None]:
@@ -82,11 +79,19 @@ class AttentionPlan:
         """The same plan with other tensors; masks and places that are cached for all layers are computed again."""
         return self._each_tensor(lambda _: next(tensors))
 
-    def places(self, window: int | None, heads: int) -> Places:
-        """The places of each head's slots (Blocks.by_head), computed once for all layers."""
-        if (window, heads) not in self._places:
-            self._places[window, heads] = self.blocks[window].by_head(heads)
-        return self._places[window, heads]
+    def places(self, window: int | None, heads: int, key_heads: int) -> Places:
+        """The places of each head's slots (Blocks.places), computed once for all layers."""
+        if (window, heads, key_heads) not in self._places:
+            places = self.blocks[window].places(heads, key_heads)
+            self._places[window, heads, key_heads] = places
+        return self._places[window, heads, key_heads]
+
+    def hidden(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Of each block, [C, 1, n, m - seen_by_all] to add to the scores; computed once for all layers."""
+        if (window, dtype) not in self._hidden:
+            seen = [block.seen for block in self.blocks[window].each]
+            self._hidden[window, dtype] = tuple(_added(one, dtype)[:, None] for one in seen)
+        return self._hidden[window, dtype]
 
     def visible(self, window: int | None) -> torch.Tensor:
         """[1, 1, T, T] bool, whether query (row) sees key (column); computed once for all layers."""
@@ -97,10 +102,13 @@ class AttentionPlan:
     def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """[1, 1, T, T] to add to the scores: 0 where a query sees a key, else -inf; computed once for all layers."""
         if (window, dtype) not in self._bias:
-            seen = visible(self.until, self.position, window=window)[None, None]
-            bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-            self._bias[window, dtype] = bias
+            self._bias[window, dtype] = _added(visible(self.until, self.position, window=window), dtype)[None, None]
         return self._bias[window, dtype]
+
+
+def _added(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where `seen`, else -inf."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def _changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -149,12 +157,13 @@ def plan_attention(
     until = (*row.until, *[tokens] * padding)  # padding sees padding, as every query must see something
     blocks: dict[int | None, Blocks] = {}
     spans: dict[int | None, Spans] = {}
-    parts = segments(row, longest=LONGEST_SEGMENT if cut == "blocks" else None)
+    parts = segments(row)
     for window in windows:
         # A window longer than the longest path hides nothing.
         hides = window is not None and window < deepest
         if cut == "blocks":
-            blocks[window] = cut_into_blocks(parts, window, tokens) if hides or None not in blocks else blocks[None]
+            alike = None if hides or None not in blocks else blocks[None]
+            blocks[window] = alike or cut_into_blocks(row, position, parts, window if hides else None, tokens)
         else:
             spans[window] = cut_into_spans(parts, window if hides else None, tokens)
     positions = torch.tensor((*position, *[0] * padding))
@@ -165,7 +174,7 @@ def plan_attention(
 def padded_length(tokens: int) -> int:
     """Round the length of a row up, so that there are few different lengths.
 
-    The step is a power of two between 1/32 and 1/16 of the length, but at least WIDTH_STEP.
+    The step is a power of two between 1/32 and 1/16 of the length, but at least QUERY_STEP.
     """
-    step = max(WIDTH_STEP, 1 << max(0, tokens.bit_length() - 5))
+    step = max(QUERY_STEP, 1 << max(0, tokens.bit_length() - 5))
     return -(-tokens // step) * step

@@ -1,214 +1,309 @@
 """Blocks: a row's attention as a few dense matrix products, which are fast on a CPU.
 
-Segments with the same parent see the same path above them. Those of similar length are stacked in a block, padded to
-one width. Derivation: docs/geometry.md.
-Letters: T tokens in the row, G segments in a block, n its width, A tokens of their path, S slots, H heads, D their
-dimension.
+A row is cut into chunks of consecutive tokens. In depth-first order, the queries of a chunk see only the path above its
+first token and the chunk itself. Chunks of similar size are stacked in a block, padded to one size. Derivation:
+docs/geometry.md.
+Letters: T tokens in the row; C chunks of a block, n query slots and m key slots in each; S query slots and K key slots
+in all blocks; H heads, H' key and value heads.
 """
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
-from atomtune.batch.paths import Where, last_of, path_to, where
-from atomtune.batch.row import Segment
+from atomtune.batch.paths import Stretch, last_of, path_to
+from atomtune.batch.row import Row, Segment
 
-#: Fixed cost of a block, in scores (query-key pairs) of all heads; measured on two cores, with a model 512 wide.
-_BLOCK_PAIRS = 20_000
-#: Cost of a query besides its scores, in scores: gathers and products over its head dimension.
-_QUERY_PAIRS = 100
-#: Block widths are multiples of the first, numbers of keys of the second. A CPU's matrix library compiles a kernel for
-#: every new shape, and its bfloat16 softmax is six times slower if the keys are not a multiple of 32 (docs/log.md).
-WIDTH_STEP = 16
-_KEYS_STEP = 32
+#: Sizes of chunks that are tried, in tokens. Small ones compute fewer masked scores, large ones gather fewer keys.
+CHUNK_SIZES = (64, 96, 128, 192, 256)
+#: A row is cut into at most this many chunks, or of the largest size, so that planning stays short.
+_MOST_CHUNKS = 128
+#: Costs of a block and of a key slot, in scores (query-key pairs): fitted to 96 times of a layer's attention, with 8
+#: heads of 64 (docs/log.md).
+_BLOCK_PAIRS, _KEY_PAIRS = 17_000, 22
+#: Numbers of query slots and of key slots are multiples of these. A CPU's matrix library compiles a kernel for every
+#: new shape, and its bfloat16 softmax is six times slower if the keys are not a multiple of 32 (docs/log.md).
+QUERY_STEP, KEY_STEP = 16, 32
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """G segments, padded on the right to n tokens each, and their keys.
+    """C chunks, padded on the right to n queries and m keys each.
 
-    count       G
-    width       n
-    first       its first slot; the block has the slots first .. first + G * n (exclusive)
-    path_keys   number of keys from the path: A, and masked filling so that all keys are a multiple of 32
-    mask        [n, n] or, if a window hides part of the path, [n, A + n]: 0 where a query sees a key, else -inf
+    count         C
+    queries       n
+    keys          m
+    first_query   its first query slot; the block has the slots first_query .. first_query + C * n (exclusive)
+    first_key     its first key slot
+    seen_by_all   how many leading keys every query of its chunk sees
+    seen          [C, n, m - seen_by_all] bool, whether a query sees each of the other keys
 
-    Segments b (three tokens) and c (two) below a path of two tokens p; G = 2, n = 3, A = 2, one key of filling (f):
+    The chunks (b0 b1 b2) and (b3 c0) of a row p0 p1 b0 b1 b2 b3 c0, in which p has the branches b and c; C = 2, n = 3,
+    m = 6 (without rounding), seen_by_all = 2:
 
-        slot      0   1   2   3   4   5        scores   p0 p1 f  own own own
-        token    b0  b1  b2  c0  c1  c1        b0, c0    1  1  .   1   .   .
-        position  2   3   4   2   3   3        b1, c1    1  1  .   1   1   .
-        holds     1   1   1   1   1   .        b2, --    1  1  .   1   1   1
+        slot   query   keys  p0 p1 b0 b1 b2 --         slot   query   keys  p0 p1 b0 b1 b2 b3 c0
+         0      b0            1  1  1  .  .  .          3      b3            1  1  1  1  1  1  .
+         1      b1            1  1  1  1  .  .          4      c0            1  1  .  .  .  .  1
+         2      b2            1  1  1  1  1  .          5      -- (c0)       1  1  .  .  .  .  1
 
-    "own" are the three slots of the same segment. Padding repeats a token, so that its softmax is not NaN; its output
-    is not used.
+    A padded query repeats the last one, so that its softmax is not NaN; its output is not used.
     """
 
     count: int
-    width: int
-    first: int
-    path_keys: int
-    mask: torch.Tensor
+    queries: int
+    keys: int
+    first_query: int
+    first_key: int
+    seen_by_all: int
+    seen: torch.Tensor
 
     @property
     def scores(self) -> int:
         """The number of scores that one head computes for this block."""
-        return self.count * self.width * (self.path_keys + self.width)
-
-
-@dataclass(frozen=True, slots=True)
-class Siblings:
-    """The blocks of segments with the same parent, and the path down to that parent.
-
-    path_tokens   A, the number of path tokens that the segments see
-    path          these tokens, then the filling of the block with the most; None for the roots of trees
-
-    Branches of different length get separate blocks, which use the same path:
-
-                        ┌ b b b b b b b b b      block 0 of these siblings: G = 1, n = 9
-        p p p p p p ────┤
-                        ├ c c                    block 1: G = 2, n = 2
-                        └ d d
-
-        position of a segment's first token = A (without a window)
-    """
-
-    path_tokens: int
-    path: Where | None
-    blocks: tuple[Block, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """All blocks of a row, and the slots of its tokens in them.
-
-    slots    [S]  the token in each slot; padding repeats a token
-    slot_of  [T]  the slot of each token, without the row's padding
-    holds    [S]  bool, False for padding
-    """
-
-    each: tuple[Siblings, ...]
-    slots: torch.Tensor
-    slot_of: torch.Tensor
-    holds: torch.Tensor
-
-    def by_head(self, heads: int) -> "Places":
-        """The places of each head's slots when all blocks, each [H, G * n, D], are concatenated."""
-        head = torch.arange(heads, device=self.slots.device)[:, None]  # [H, 1]
-        gather: list[torch.Tensor] = []
-        place: list[torch.Tensor] = []
-        holds: list[torch.Tensor] = []
-        for siblings in self.each:
-            for block in siblings.blocks:
-                size = block.count * block.width
-                span = slice(block.first, block.first + size)
-                slot = torch.arange(size, device=head.device)[:, None]  # [G * n, 1]
-                gather.append((self.slots[span] * heads + head).flatten())  # [H * G * n], head by head
-                place.append(heads * block.first + head.T * size + slot)  # [G * n, H], slot by slot
-                holds.append(self.holds[span].repeat(heads))
-        back = torch.cat(place)[self.slot_of].flatten()  # [S, H] → [T, H] → [T * H]
-        return Places(torch.cat(gather), back, torch.cat(holds)[:, None])
+        return self.count * self.queries * self.keys
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Indices between tokens and blocks, for each head; a (token, head) or (slot, head) is one row of D numbers.
+    """Indices between tokens and slots for each head; a (token, head) or (slot, head) is one row of D numbers.
 
-    gather  [H * S]  for each (slot, head), its row in the tokens' [T * H, D]
-    back    [T * H]  for each (token, head), its row in the blocks' [H * S, D]
-    holds   [H * S, 1]  bool, False for padding
+    In memory the tokens' rows are ordered by token, then head; the slots' rows by chunk, then head, then slot.
+
+    queries     [H * S]  for each query (slot, head), its row in the tokens' [T * H, D]
+    holds       [H * S, 1]  bool, False for padded queries
+    back        [t * H]  for each (token, head), its row in the queries' [H * S, D]; t tokens, without the row's padding
+    keys        [H * K]  for each key (slot, head), its row in the tokens' [T * H', D]
+    copies      rows in the keys' [H * K, D], grouped by (token, key head): all slots and heads that read it
+    copy_starts [T * H' + 1]  where each group begins in `copies`
     """
 
-    gather: torch.Tensor
-    back: torch.Tensor
+    queries: torch.Tensor
     holds: torch.Tensor
+    back: torch.Tensor
+    keys: torch.Tensor
+    copies: torch.Tensor
+    copy_starts: torch.Tensor
 
 
-def cut_into_blocks(parts: Sequence[Segment], window: int | None, tokens: int) -> Blocks:
-    """The blocks of a row whose segments are `parts`.
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """All blocks of a row, and the tokens in their slots.
 
-    window  the sliding window of the layer, or None
-    tokens  T, padding included
+    query_tokens  [S]  the token in each query slot; padding repeats a token
+    holds         [S]  bool, False for padding
+    slot_of       [t]  the query slot of each token, without the row's padding
+    key_tokens    [K]  the token in each key slot; -1 for padding
+    key_slots     [N]  the N key slots that are not padding, grouped by token
+    key_starts    [T + 1]  where each token's group begins in `key_slots`; padding has no slots
     """
-    hanging: dict[int, list[Segment]] = {}  # parent segment → its children
-    for part in parts:
-        hanging.setdefault(part.parent, []).append(part)
-    slots = _SlotLists()
-    siblings: list[Siblings] = []
-    for parent, group in hanging.items():
-        path = path_to(parts, parent)
-        path_tokens = sum(end - start for start, end in path)
-        if window is not None:
-            path_tokens = min(path_tokens, window - 1)  # no query of these segments sees more of the path
-        blocks = tuple(slots.add_block(same_width, path_tokens, window) for same_width in _bucketed(group, path_tokens))
-        filling = max(block.path_keys for block in blocks) - path_tokens
-        siblings.append(Siblings(path_tokens, where(last_of(path, path_tokens), filling, tokens), blocks))
-    return slots.blocks(siblings)
+
+    each: tuple[Block, ...]
+    query_tokens: torch.Tensor
+    holds: torch.Tensor
+    slot_of: torch.Tensor
+    key_tokens: torch.Tensor
+    key_slots: torch.Tensor
+    key_starts: torch.Tensor
+
+    def places(self, heads: int, key_heads: int) -> Places:
+        """The places of each head's slots.
+
+        heads, key_heads  H and H'; H is a multiple of H'
+        """
+        device, group = self.query_tokens.device, heads // key_heads
+        head = torch.arange(heads, device=device)
+        queries: list[torch.Tensor] = []
+        keys: list[torch.Tensor] = []
+        holds: list[torch.Tensor] = []
+        query_rows: list[torch.Tensor] = []  # of the blocks, [C * n, H]: the row of each (slot, head)
+        key_rows: list[torch.Tensor] = []  # [C * m, H]
+        for block in self.each:
+            of_queries = slice(block.first_query, block.first_query + block.count * block.queries)
+            of_keys = slice(block.first_key, block.first_key + block.count * block.keys)
+            chunks = self.query_tokens[of_queries].view(block.count, 1, -1)
+            queries.append((chunks * heads + head[:, None]).flatten())  # [C, H, n]
+            chunks = self.key_tokens[of_keys].clamp(min=0).view(block.count, 1, -1)
+            keys.append((chunks * key_heads + head[:, None] // group).flatten())  # [C, H, m]
+            held = self.holds[of_queries].view(block.count, 1, -1)
+            holds.append(held.expand(-1, heads, -1).flatten())
+            query_rows.append(_rows(block.count, block.queries, heads, device) + heads * block.first_query)
+            key_rows.append(_rows(block.count, block.keys, heads, device) + heads * block.first_key)
+        back = torch.cat(query_rows)[self.slot_of].flatten()
+        copies, copy_starts = self._copies(torch.cat(key_rows), key_heads)
+        return Places(torch.cat(queries), torch.cat(holds)[:, None], back, torch.cat(keys), copies, copy_starts)
+
+    def _copies(self, rows: torch.Tensor, key_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places.copies and copy_starts.
+
+        rows  [K, H]  the row of each (key slot, head)
+        """
+        heads, starts = rows.shape[1], self.key_starts
+        group, numbers = heads // key_heads, starts.diff()  # [T] slots of each token
+        token = self.key_tokens[self.key_slots]  # [N]
+        rank = torch.arange(len(token), device=rows.device) - starts[token]  # of a slot among those of its token
+        head = torch.arange(heads, device=rows.device)
+        # Where each (slot, head) stands: grouped by token, then key head; in a group by slot, then head.
+        of_head = (head // group) * (numbers[token] * group)[:, None] + head % group  # [N, H]
+        place = (starts[token] * heads + rank * group)[:, None] + of_head
+        copies = torch.empty_like(place).flatten().index_copy_(0, place.flatten(), rows[self.key_slots].flatten())
+        of_key_head = torch.arange(key_heads, device=rows.device) * (numbers * group)[:, None]  # [T, H']
+        return copies, torch.cat([(starts[:-1, None] * heads + of_key_head).flatten(), starts[-1:] * heads])
 
 
-class _SlotLists:
-    """Assigns the slots of a row, block by block."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []  # the token in each slot
-        self.filled: list[int] = []  # the slots that are not padding
-
-    def add_block(self, group: Sequence[Segment], path_tokens: int, window: int | None) -> Block:
-        """Add a block of these siblings."""
-        width, first = max(map(_padded_width, group)), len(self.tokens)
-        for number, part in enumerate(group):
-            begin = first + number * width
-            self.filled += range(begin, begin + len(part))
-            self.tokens += range(part.start, part.end)
-            self.tokens += [part.end - 1] * (width - len(part))
-        filling = -(path_tokens + width) % _KEYS_STEP if path_tokens else 0
-        hides = window is not None and window < path_tokens + width
-        mask = _mask(width, path_tokens if hides else 0, window)
-        return Block(len(group), width, first, path_tokens + filling, mask)
-
-    def blocks(self, siblings: Sequence[Siblings]) -> Blocks:
-        slots, filled = torch.tensor(self.tokens), torch.tensor(self.filled)
-        slot_of = torch.empty_like(filled).index_copy_(0, slots[filled], filled)
-        holds = torch.zeros(len(slots), dtype=torch.bool).index_fill_(0, filled, value=True)
-        return Blocks(tuple(siblings), slots, slot_of, holds)
+def _rows(count: int, slots: int, heads: int, device: torch.device) -> torch.Tensor:
+    """[C * n, H]: the row of each (slot, head) of a block, when rows are ordered by chunk, head and slot."""
+    rows = torch.arange(count * heads * slots, device=device).view(count, heads, slots)
+    return rows.transpose(1, 2).reshape(-1, heads)
 
 
-def _bucketed(group: Iterable[Segment], path_tokens: int) -> Iterable[list[Segment]]:
-    """Divide siblings by length into blocks, with the least total cost of padding and blocks.
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Tokens start .. end (exclusive), and how many tokens of the path above `start` their queries need."""
 
-    Exact, by dynamic programming over the prefixes of the list sorted by length.
+    start: int
+    end: int
+    above: int
+
+    @property
+    def queries(self) -> int:
+        """Query slots, rounded up."""
+        return _rounded(self.end - self.start, QUERY_STEP)
+
+    @property
+    def keys(self) -> int:
+        """Key slots, rounded up."""
+        return _rounded(self.above + self.end - self.start, KEY_STEP)
+
+
+def cut_into_blocks(
+    row: Row, positions: Sequence[int], parts: Sequence[Segment], window: int | None, width: int
+) -> Blocks:
+    """The blocks of a row.
+
+    positions  of its tokens
+    parts      its segments
+    window     the sliding window of the layer, or None
+    width      T, padding included
     """
-    by_length = sorted(group, key=len)
-    least_cost, last_cut = [0.0], [0]  # at index `end`: for the first `end` segments
-    for end in range(1, len(by_length) + 1):
-        width = _padded_width(by_length[end - 1])
-        segment_cost = width * (path_tokens + width + _QUERY_PAIRS)
-        costs = [least_cost[start] + _BLOCK_PAIRS + (end - start) * segment_cost for start in range(end)]
-        least_cost.append(min(costs))
-        last_cut.append(costs.index(least_cost[-1]))
-    end = len(by_length)
+    cuts = [
+        _stacked(_cut_into_chunks(positions, size, window))
+        for size in CHUNK_SIZES
+        if size == CHUNK_SIZES[-1] or len(row) <= size * _MOST_CHUNKS
+    ]
+    _, stacks = min(cuts, key=lambda cut: cut[0])
+    slots = _Slots(row, positions, parts, window)
+    for chunks in stacks:
+        slots.add_block(chunks)
+    return slots.blocks(width)
+
+
+class _Slots:
+    """The tokens in all slots of a row, while its blocks are added."""
+
+    def __init__(self, row: Row, positions: Sequence[int], parts: Sequence[Segment], window: int | None) -> None:
+        self.row, self.parts, self.window = row, parts, window
+        self._tokens = torch.arange(len(row))
+        self._until, self._position = torch.tensor(row.until), torch.tensor(positions)
+        self._slot_of = torch.empty_like(self._tokens)
+        self._queries: list[torch.Tensor] = []  # of each block, [C * n]
+        self._keys: list[torch.Tensor] = []  # [C * m]
+        self._blocks: list[Block] = []
+
+    def add_block(self, chunks: Sequence[_Chunk]) -> None:
+        """Add a block of these chunks."""
+        queries, keys = max(chunk.queries for chunk in chunks), max(chunk.keys for chunk in chunks)
+        first_query, first_key = sum(map(len, self._queries)), sum(map(len, self._keys))
+        paths = [_above(self.parts, chunk) for chunk in chunks]
+        in_queries: list[torch.Tensor] = []
+        in_keys: list[torch.Tensor] = []
+        for number, (chunk, path) in enumerate(zip(chunks, paths, strict=True)):
+            own, first = self._tokens[chunk.start : chunk.end], first_query + number * queries
+            self._slot_of[chunk.start : chunk.end] = torch.arange(first, first + len(own))
+            in_queries += [own, own[-1:].expand(queries - len(own))]
+            in_keys += [self._tokens[start:end] for start, end in path]
+            in_keys += [own, own.new_full((keys - chunk.above - len(own),), -1)]
+        self._queries.append(torch.cat(in_queries))
+        self._keys.append(torch.cat(in_keys))
+        seen_by_all = 0
+        if self.window is None:
+            until = self.row.until
+            seen_by_all = min(_seen_by_all(until, chunk, path) for chunk, path in zip(chunks, paths, strict=True))
+        query, key = self._queries[-1].view(len(chunks), queries, 1), self._keys[-1].view(len(chunks), 1, keys)
+        seen = self._seen(query, key[..., seen_by_all:])
+        self._blocks.append(Block(len(chunks), queries, keys, first_query, first_key, seen_by_all, seen))
+
+    def _seen(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Whether tokens see keys, of which -1 is padding: the law of row.py."""
+        seen = (key >= 0) & (key <= query) & (query < self._until[key])
+        return seen if self.window is None else seen & (self._position[query] - self._position[key] < self.window)
+
+    def blocks(self, width: int) -> Blocks:
+        queries, keys = torch.cat(self._queries), torch.cat(self._keys)
+        holds = torch.zeros(len(queries), dtype=torch.bool).index_fill_(0, self._slot_of, value=True)
+        numbers = torch.bincount(keys + 1, minlength=width + 1)  # [1 + T] slots of padding, then of each token
+        padding = int(numbers[0])
+        key_slots, key_starts = keys.argsort(stable=True)[padding:], numbers.cumsum(0) - padding
+        return Blocks(tuple(self._blocks), queries, holds, self._slot_of, keys, key_slots, key_starts)
+
+
+def _cut_into_chunks(positions: Sequence[int], size: int, window: int | None) -> list[_Chunk]:
+    """Chunks of `size` tokens and, at the end of the row, one of at most that."""
+    chunks: list[_Chunk] = []
+    for start in range(0, len(positions), size):
+        end = min(start + size, len(positions))
+        above = positions[start]
+        if window is not None:  # the query nearest to the root sees the path furthest up
+            above = max(0, min(above, above - min(positions[start:end]) + window - 1))
+        chunks.append(_Chunk(start, end, above))
+    return chunks
+
+
+def _stacked(chunks: Sequence[_Chunk]) -> tuple[float, list[list[_Chunk]]]:
+    """(cost in scores, chunks by block): the cheapest way to stack chunks, padding and number of blocks together.
+
+    Exact for blocks of neighbours in the list sorted by keys, by dynamic programming over its beginnings.
+    """
+    by_keys = sorted(chunks, key=lambda chunk: (chunk.keys, chunk.queries, chunk.start))
+    sizes = [(chunk.keys, chunk.queries) for chunk in by_keys]
+    least_cost, last_cut = [0.0], [0]  # at index `end`: for the first `end` chunks
+    for end, (keys, _) in enumerate(sizes, start=1):
+        best, cut, queries = float("inf"), 0, 0
+        for start in reversed(range(end)):
+            queries = max(queries, sizes[start][1])
+            cost = least_cost[start] + _BLOCK_PAIRS + (end - start) * keys * (queries + _KEY_PAIRS)
+            if cost < best:
+                best, cut = cost, start
+        least_cost.append(best)
+        last_cut.append(cut)
+    stacks: list[list[_Chunk]] = []
+    end = len(by_keys)
     while end:
-        yield sorted(by_length[last_cut[end] : end], key=lambda part: part.start)
+        stacks.append(sorted(by_keys[last_cut[end] : end], key=lambda chunk: chunk.start))
         end = last_cut[end]
+    return least_cost[-1], stacks
 
 
-def _padded_width(part: Segment) -> int:
-    return -(-len(part) // WIDTH_STEP) * WIDTH_STEP
+def _above(parts: Sequence[Segment], chunk: _Chunk) -> list[Stretch]:
+    """The stretches of the path above a chunk's first token that its queries need."""
+    number = bisect_right(parts, chunk.start, key=lambda part: part.start) - 1
+    path = path_to(parts, parts[number].parent)
+    if parts[number].start < chunk.start:
+        path.append((parts[number].start, chunk.start))
+    return last_of(path, chunk.above)
 
 
-@lru_cache(maxsize=64)  # bounded: with a sliding window, every path length has a mask of its own
-def _mask(width: int, path_tokens: int, window: int | None) -> torch.Tensor:
-    """[n, A + n] additive mask: causal within the segment, and only the last `window` tokens are seen.
+def _seen_by_all(until: Sequence[int], chunk: _Chunk, path: Sequence[Stretch]) -> int:
+    """How many of the path's leading tokens every query of the chunk sees."""
+    count = 0
+    for start, end in path:  # subtrees end no later the further down a path
+        seen = bisect_right(range(start, end), -chunk.end, key=lambda token: -until[token])
+        count += seen
+        if seen < end - start:
+            break
+    return count
 
-    width 3, path_tokens 4, window 3:    p0 p1 p2 p3  b0 b1 b2
-                                   b0     .  .  1  1   1  .  .
-                                   b1     .  .  .  1   1  1  .
-                                   b2     .  .  .  .   1  1  1
-    """
-    q, k = torch.arange(width)[:, None], torch.arange(-path_tokens, width)[None]
-    seen = k <= q
-    if window is not None:
-        seen = seen & (q - k < window)
-    return torch.zeros(width, path_tokens + width).masked_fill(~seen, -torch.inf)
+
+def _rounded(number: int, step: int) -> int:
+    return -(-number // step) * step

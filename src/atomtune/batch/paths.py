@@ -5,12 +5,8 @@ The queries of a segment see the path above it and the segment itself (docs/geom
 
 from collections.abc import Sequence
 
-import torch
-
 from atomtune.batch.row import Segment
 
-#: Tokens of a row: a slice if they are contiguous, else a tensor of indices.
-Where = slice | torch.Tensor
 #: (start, end) of tokens of a row, end exclusive.
 Stretch = tuple[int, int]
 
@@ -35,17 +31,3 @@ def last_of(path: Sequence[Stretch], count: int) -> list[Stretch]:
             tail.append((max(start, end - count), end))
             count -= end - start
     return tail[::-1]
-
-
-def where(stretches: Sequence[Stretch], filling: int, tokens: int) -> Where | None:
-    """The tokens of these stretches, followed by `filling` arbitrary tokens, which the caller masks.
-
-    tokens  length of the row, padding included
-    Returns None if there are no stretches.
-    """
-    if not stretches:
-        return None
-    start, end = stretches[-1]
-    if len(stretches) == 1 and end + filling <= tokens:
-        return slice(start, end + filling)
-    return torch.cat([*(torch.arange(*stretch) for stretch in stretches), torch.zeros(filling, dtype=torch.long)])

@@ -87,10 +87,8 @@ class Segment:
         return self.end - self.start
 
 
-def segments(row: Row, *, longest: int | None = None) -> list[Segment]:
+def segments(row: Row) -> list[Segment]:
     """Cut a row at its branches, in order.
-
-    longest  longer stretches without a branch are cut into a chain of segments of about equal length
 
     tokens     p0 p1 b0 b1 c0
     segments   (0, 2, -1)  (2, 4, 0)  (4, 5, 0)
@@ -107,12 +105,9 @@ def segments(row: Row, *, longest: int | None = None) -> list[Segment]:
             continue
         above = row.parent[start]
         parent = owner[above] if above >= 0 else -1
-        pieces = -(-(i - start) // (longest or len(row)))
-        for piece in range(pieces):
-            end = start + -(-(i - start) // (pieces - piece))
-            owner[start:end] = [len(cut)] * (end - start)
-            cut.append(Segment(start, end, parent))
-            start, parent = end, len(cut) - 1
+        owner[start:i] = [len(cut)] * (i - start)
+        cut.append(Segment(start, i, parent))
+        start = i
     return cut
 
 

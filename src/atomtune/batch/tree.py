@@ -11,8 +11,8 @@ from atomtune.batch.row import Row, untils
 from atomtune.data.records import Example
 from atomtune.shared_prefix import shared_length
 
-#: A prefix that saves fewer tokens than this costs more in extra attention blocks than it saves: on two CPU cores, with
-#: a model 512 wide, a block costs about as much as 13 tokens (docs/log.md). In wider models sharing is cheaper still.
+#: A prefix that saves fewer tokens than this is not shared: on four kinds of records such prefixes are a thousandth of
+#: the tokens (docs/log.md), and layers that carry a state compute every further branch as a segment of its own.
 LEAST_SAVED = 16
 
 
@@ -38,7 +38,7 @@ def graft(examples: Sequence[Example], *, least_saved: int = LEAST_SAVED) -> Row
         else:
             # Not worth merging: examples that end here, equal ones or prefixes of others, get branches of their own.
             branches += [[example] for example in ending]
-        # Popped from the end, so short leaves come first: neighbours of equal length share an attention block.
+        # Popped from the end, so short leaves come first: neighbouring chunks of attention then have similar sizes.
         branches.sort(key=_weight, reverse=True)
         waiting += [(branch, start, parent) for branch in branches]
     origins = tuple(example.origin for example in examples)

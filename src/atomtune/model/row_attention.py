@@ -162,9 +162,9 @@ def _by_blocks(  # noqa: PLR0917
     rules: ScoreRules,
 ) -> torch.Tensor:
     """The same by the plan's dense blocks, with a few products for each."""
-    key, value = _repeated(key, query), _repeated(value, query)  # [1, H, T, D]
-    blocks, places = plan.blocks[window].each, plan.places(window, query.shape[1])
-    out = BlockAttention.apply(query[0], key[0], value[0], sinks, blocks, places, rules)  # [H, T, D']
+    places, hidden = plan.places(window, query.shape[1], key.shape[1]), plan.hidden(window, query.dtype)
+    blocks = plan.blocks[window].each
+    out = BlockAttention.apply(query[0], key[0], value[0], sinks, blocks, places, hidden, rules)  # [H, T, D']
     return out.transpose(0, 1)[None]
 
 

@@ -9,6 +9,7 @@ Law: a step's loss and gradient do not depend on how its examples are divided in
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,24 @@ class LoraTrainer(SavingTrainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; a loss that is not finite becomes zero and is recorded (non_finite.py)."""
         return self.non_finite.finite_loss(super().training_step(model, inputs, num_items_in_batch), inputs["origins"])
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """As in the Trainer, which counts the model's weights again at every step: 5 ms of 32 layers with adapters."""
+        return 6 * inputs["input_ids"].numel() * self._weights_counted
+
+    @cached_property
+    def _weights_counted(self) -> int:
+        return int(self.model.num_parameters(exclude_embeddings=True))
+
+    # Private: the only way to clip without a walk through all modules at every step (3 ms of 32 layers with adapters).
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if not self._ranks_evaluate_alone:  # FSDP and DeepSpeed recognise their own parameters
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self._learned, self.args.max_grad_norm)
+
+    @cached_property
+    def _learned(self) -> list[torch.nn.Parameter]:
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the mean loss of the steps that were made, without skipped steps."""
