@@ -245,6 +245,21 @@ def test_every_scaling(scaling):
         assert_equal(by_plan(plan, one, scaling=scaling), by_mask(plan, one, scaling=scaling))
 
 
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 0.8])
+def test_under_autocast_it_computes_in_the_lower_precision(value_dtype, softcap):
+    # A float32 base under bfloat16 autocast: RoPE returns float32 queries and keys beside bfloat16 values.
+    row = some_rows(6)[5]
+    plan = plan_attention(row)
+    q, k, v = (x.detach() for x in asked(len(row)).inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        inputs = (q.float(), k.float(), v.to(value_dtype))
+        under, _ = attend(nn.Module(), *inputs, None, softcap=softcap, **{ROW_PLAN: plan})
+    outside, _ = attend(nn.Module(), *(x.bfloat16() for x in (q, k, v)), None, softcap=softcap, **{ROW_PLAN: plan})
+    assert under.dtype == torch.bfloat16
+    assert torch.equal(under, outside)
+
+
 def test_inputs_that_lie_contiguous_by_head():
     # The other memory order; Blocks.places expects rows of [T * H, D].
     row = some_rows(6)[5]

@@ -4,7 +4,7 @@ batch.attention_plan makes the plan. It is passed through the model's forward as
 Letters: H heads, H' key and value heads, T tokens, D head dimension of queries and keys, D' of values.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -68,6 +68,7 @@ def attend(
     _refuse_what_no_plan_expresses(module, plan, sliding_window, kwargs)
     if sinks is not None and sinks.dim() > 1:
         raise NotImplementedError("sinks of each token")
+    query, key, value = _autocast(query, key, value)
     way = way_of(plan, query, value, sliding_window, rules, sinks=sinks is not None, dropout=dropout > 0)
     if way == "spans":
         out = _by_spans(query, key, value, sinks, plan.spans[sliding_window], sliding_window, rules)
@@ -76,6 +77,14 @@ def attend(
     else:
         out = _by_blocks(query, key, value, sinks, plan, sliding_window, rules)
     return out, None
+
+
+def _autocast(*inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The inputs in autocast's dtype, as for the library's attention: RoPE makes float32 of queries and keys there."""
+    device = inputs[0].device.type
+    if not torch.is_autocast_enabled(device) or inputs[0].dtype == torch.float64:
+        return iter(inputs)
+    return (one.to(torch.get_autocast_dtype(device)) for one in inputs)
 
 
 def _refuse_what_no_plan_expresses(
