@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from atomtune.batch.paths import Stretch, last_of, path_to
+from atomtune.batch.paths import Stretch, last_of, path_to, split_at
 from atomtune.batch.row import Row, Segment
 
 #: Sizes of chunks that are tried, in tokens. Small ones compute fewer masked scores, large ones gather fewer keys.
@@ -22,7 +22,7 @@ CHUNK_SIZES = (64, 96, 128, 192, 256)
 _MOST_CHUNKS = 128
 #: Costs of a block and of a key slot, in scores (query-key pairs): fitted to 96 times of a layer's attention, with 8
 #: heads of 64 (docs/log.md).
-_BLOCK_PAIRS, _KEY_PAIRS = 17_000, 22
+_BLOCK_PAIRS, _KEY_PAIRS = 17_000, 100
 #: Numbers of query slots and of key slots are multiples of these. A CPU's matrix library compiles a kernel for every
 #: new shape, and its bfloat16 softmax is six times slower if the keys are not a multiple of 32 (docs/log.md).
 QUERY_STEP, KEY_STEP = 16, 32
@@ -203,7 +203,7 @@ class _Slots:
     """The tokens in all slots of a row, while its blocks are added."""
 
     def __init__(self, row: Row, positions: Sequence[int], parts: Sequence[Segment], window: int | None) -> None:
-        self.row, self.parts, self.window = row, parts, window
+        self.row, self.positions, self.parts, self.window = row, positions, parts, window
         self._tokens = torch.arange(len(row))
         self._until, self._position = torch.tensor(row.until), torch.tensor(positions)
         self._slot_of = torch.empty_like(self._tokens)
@@ -215,24 +215,32 @@ class _Slots:
         """Add a block of these chunks."""
         queries, keys = max(chunk.queries for chunk in chunks), max(chunk.keys for chunk in chunks)
         first_query, first_key = sum(map(len, self._queries)), sum(map(len, self._keys))
-        paths = [_above(self.parts, chunk) for chunk in chunks]
+        paths = [self._path(chunk) for chunk in chunks]
         in_queries: list[torch.Tensor] = []
         in_keys: list[torch.Tensor] = []
         for number, (chunk, path) in enumerate(zip(chunks, paths, strict=True)):
             own, first = self._tokens[chunk.start : chunk.end], first_query + number * queries
             self._slot_of[chunk.start : chunk.end] = torch.arange(first, first + len(own))
             in_queries += [own, own[-1:].expand(queries - len(own))]
-            in_keys += [self._tokens[start:end] for start, end in path]
+            in_keys += [self._tokens[start:end] for part in path for start, end in part]
             in_keys += [own, own.new_full((keys - chunk.above - len(own),), -1)]
         self._queries.append(torch.cat(in_queries))
         self._keys.append(torch.cat(in_keys))
-        seen_by_all = 0
-        if self.window is None:
-            until = self.row.until
-            seen_by_all = min(_seen_by_all(until, chunk, path) for chunk, path in zip(chunks, paths, strict=True))
+        until = self.row.until
+        seen_by_all = min(_seen_by_all(until, chunk, path[0]) for chunk, path in zip(chunks, paths, strict=True))
         query, key = self._queries[-1].view(len(chunks), queries, 1), self._keys[-1].view(len(chunks), 1, keys)
         seen = self._seen(query, key[..., seen_by_all:])
         self._blocks.append(Block(len(chunks), queries, keys, first_query, first_key, seen_by_all, seen))
+
+    def _path(self, chunk: _Chunk) -> tuple[list[Stretch], list[Stretch]]:
+        """The path that a chunk's queries need: what is in every query's window, and what is not."""
+        path = _above(self.parts, chunk)
+        if self.window is None:
+            return path, []
+        deepest = max(self.positions[chunk.start : chunk.end])
+        out_of_sight = deepest - self.window + 1 - (self.positions[chunk.start] - chunk.above)
+        left, right = split_at(path, out_of_sight)
+        return right, left
 
     def _seen(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Whether tokens see keys, of which -1 is padding: the law of row.py."""

@@ -31,3 +31,15 @@ def last_of(path: Sequence[Stretch], count: int) -> list[Stretch]:
             tail.append((max(start, end - count), end))
             count -= end - start
     return tail[::-1]
+
+
+def split_at(path: Sequence[Stretch], count: int) -> tuple[list[Stretch], list[Stretch]]:
+    """The first `count` tokens of a path, and the others."""
+    first: list[Stretch] = []
+    others: list[Stretch] = []
+    for start, end in path:
+        middle = min(end, start + max(count, 0))
+        first += [(start, middle)] if middle > start else []
+        others += [(middle, end)] if end > middle else []
+        count -= end - start
+    return first, others
