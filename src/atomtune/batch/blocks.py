@@ -20,9 +20,11 @@ from atomtune.batch.row import Row, Segment
 CHUNK_SIZES = (64, 96, 128, 192, 256)
 #: A row is cut into at most this many chunks, or of the largest size, so that planning stays short.
 _MOST_CHUNKS = 128
-#: Costs of a block and of a key slot, in scores (query-key pairs): fitted to 96 times of a layer's attention, with 8
-#: heads of 64 (docs/log.md).
-_BLOCK_PAIRS, _KEY_PAIRS = 17_000, 100
+#: Costs of a block and of a key slot, in scores (query-key pairs): measured on a layer's attention with 8 heads of 64
+#: (docs/log.md).
+_BLOCK_PAIRS, _KEY_PAIRS = 17_000, 40
+#: Scores of a head in a block of several chunks, at most: larger tensors leave the cache, and new memory is slow.
+_MOST_PAIRS = 1 << 18
 #: Numbers of query slots and of key slots are multiples of these. A CPU's matrix library compiles a kernel for every
 #: new shape, and its bfloat16 softmax is six times slower if the keys are not a multiple of 32 (docs/log.md).
 QUERY_STEP, KEY_STEP = 16, 32
@@ -280,6 +282,8 @@ def _stacked(chunks: Sequence[_Chunk]) -> tuple[float, list[list[_Chunk]]]:
         best, cut, queries = float("inf"), 0, 0
         for start in reversed(range(end)):
             queries = max(queries, sizes[start][1])
+            if start < end - 1 and (end - start) * keys * queries > _MOST_PAIRS:
+                break
             cost = least_cost[start] + _BLOCK_PAIRS + (end - start) * keys * (queries + _KEY_PAIRS)
             if cost < best:
                 best, cut = cost, start

@@ -45,14 +45,15 @@ class BlockAttention(torch.autograd.Function):
         scores = heads * sum(block.scores for block in blocks)
         keeps = any(ctx.needs_input_grad) and rules.softcap is None and scores <= MOST_KEPT * q.numel()
         kept: list[torch.Tensor] = []  # P of each block
-        by_slot = _laid_out(q, k, v, places, rules)
-        out = by_slot.v.new_empty(len(by_slot.q), v.shape[-1])  # [H * S, D']
+        rows = _QKV(*map(_rows, (q, k, v)))
+        out = v.new_empty(len(places.queries), v.shape[-1])  # [H * S, D']
         for block, mask in zip(blocks, hidden, strict=True):
             view = _BlockView(block, heads)
-            weights, _ = view.weights(by_slot, mask, rules, sinks)
+            own = view.gathered(rows, places, rules)
+            weights, _ = view.weights(own, mask, rules, sinks)
             if keeps:
                 kept.append(weights)
-            torch.bmm(weights, view.keys(by_slot.v), out=view.queries(out))
+            torch.bmm(weights, own.v, out=view.queries(out))
         ctx.save_for_backward(q, k, v, sinks, *kept)
         ctx.blocks, ctx.places, ctx.hidden, ctx.rules = blocks, places, hidden, rules
         return _by_token(out, places, heads, tokens)
@@ -63,18 +64,20 @@ class BlockAttention(torch.autograd.Function):
         q, k, v, sinks, *kept = ctx.saved_tensors
         places, rules = ctx.places, ctx.rules
         heads, tokens, _ = q.shape
-        by_slot = _laid_out(q, k, v, places, rules)
-        # A padded query repeats some token; its gradient must not be added to that token's.
-        grad_slots = _rows(grad_out).index_select(0, places.queries).mul_(places.holds)  # [H * S, D']
+        rows, grad_rows = _QKV(*map(_rows, (q, k, v))), _rows(grad_out)
         grad_sinks = torch.zeros_like(sinks) if ctx.needs_input_grad[3] else None
-        into = _QKV(*(torch.empty_like(x) for x in (by_slot.q, by_slot.k, by_slot.v)))
+        into = _QKV(*(x.new_empty(len(at), x.shape[-1]) for x, at in
+                      ((q, places.queries), (k, places.keys), (v, places.keys))))  # fmt: skip
         weights_of_blocks = iter(kept)
         for block, mask in zip(ctx.blocks, ctx.hidden, strict=True):
             view = _BlockView(block, heads)
+            own = view.gathered(rows, places, rules)
             weights, slope = next(weights_of_blocks, None), None
             if weights is None:
-                weights, slope = view.weights(by_slot, mask, rules, sinks)
-            view.backward(by_slot, grad_slots, weights, slope, into=into, into_sinks=grad_sinks)
+                weights, slope = view.weights(own, mask, rules, sinks)
+            # A padded query repeats some token; its gradient must not be added to that token's.
+            grad = view.queries(places.holds) * view.queries_of(grad_rows, places)
+            view.backward(own, grad, weights, slope, into=into, into_sinks=grad_sinks)
         grad_q = _by_token(into.q, places, heads, tokens).mul_(rules.scaling)
         grad_k, grad_v = (_summed_by_token(x, places, len(k)) for x in (into.k, into.v))
         return grad_q, grad_k, grad_v, grad_sinks, None, None, None, None
@@ -82,7 +85,7 @@ class BlockAttention(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class _QKV:
-    """Queries [H * S, D], keys [H * K, D] and values [H * K, D'] by slot, or their gradients."""
+    """Queries, keys and values, or their gradients: the rows of all tokens or slots, or those of one block."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -98,22 +101,46 @@ class _BlockView:
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
         """[H * S, D] → [C * H, n, D]"""
-        first, size = self.block.first_query, self.block.count * self.block.queries
-        return x[self.heads * first : self.heads * (first + size)].view(-1, self.block.queries, x.shape[-1])
+        return x[self._query_rows].view(-1, self.block.queries, x.shape[-1])
 
     def keys(self, x: torch.Tensor) -> torch.Tensor:
         """[H * K, D] → [C * H, m, D]"""
+        return x[self._key_rows].view(-1, self.block.keys, x.shape[-1])
+
+    def queries_of(self, rows: torch.Tensor, places: Places) -> torch.Tensor:
+        """[T * H, D] by token → [C * H, n, D]"""
+        return rows.index_select(0, places.queries[self._query_rows]).view(-1, self.block.queries, rows.shape[-1])
+
+    def keys_of(self, rows: torch.Tensor, places: Places) -> torch.Tensor:
+        """[T * H', D] by token → [C * H, m, D]; each head gets keys of its own."""
+        return rows.index_select(0, places.keys[self._key_rows]).view(-1, self.block.keys, rows.shape[-1])
+
+    @property
+    def _query_rows(self) -> slice:
+        first, size = self.block.first_query, self.block.count * self.block.queries
+        return slice(self.heads * first, self.heads * (first + size))
+
+    @property
+    def _key_rows(self) -> slice:
         first, size = self.block.first_key, self.block.count * self.block.keys
-        return x[self.heads * first : self.heads * (first + size)].view(-1, self.block.keys, x.shape[-1])
+        return slice(self.heads * first, self.heads * (first + size))
+
+    def gathered(self, rows: _QKV, places: Places, rules: ScoreRules) -> _QKV:
+        """The block's scaled queries [C * H, n, D], keys [C * H, m, D] and values [C * H, m, D'].
+
+        They are gathered just before they are used, so that they are still in the cache.
+        """
+        scaled = self.queries_of(rows.q, places).mul_(rules.scaling)
+        return _QKV(scaled, self.keys_of(rows.k, places), self.keys_of(rows.v, places))
 
     def weights(
-        self, by_slot: _QKV, mask: torch.Tensor, rules: ScoreRules, sinks: torch.Tensor | None
+        self, own: _QKV, mask: torch.Tensor, rules: ScoreRules, sinks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The softmax weights [C * H, n, m] of scaled queries, and the slope of the soft cap or None.
+        """The softmax weights [C * H, n, m] of gathered queries and keys, and the slope of the soft cap or None.
 
         The softmax is computed in float32 or float64.
         """
-        scores, slope = rules.capped(torch.bmm(self.queries(by_slot.q), self.keys(by_slot.k).mT))
+        scores, slope = rules.capped(torch.bmm(own.q, own.k.mT))
         scores.view(self.block.count, self.heads, *scores.shape[1:])[..., self.block.seen_by_all :].add_(mask)
         if sinks is not None:
             sinks = sinks.repeat(self.block.count)[:, None, None]  # [C * H, 1, 1]
@@ -121,8 +148,8 @@ class _BlockView:
 
     def backward(
         self,
-        by_slot: _QKV,
-        grad_slots: torch.Tensor,
+        own: _QKV,
+        grad_out: torch.Tensor,
         weights: torch.Tensor,
         slope: torch.Tensor | None,
         *,
@@ -131,13 +158,13 @@ class _BlockView:
     ) -> None:
         """Write the gradients of the block's own slots, and add to that of the sinks.
 
-        grad_slots  [H * S, D'] gradient of each slot's output
-        weights     [C * H, n, m] P
-        slope       of the scores' soft cap; None without a cap
+        own       as gathered
+        grad_out  [C * H, n, D'] gradient of each query's output
+        weights   [C * H, n, m] P
+        slope     of the scores' soft cap; None without a cap
         """
-        grad_out = self.queries(grad_slots)
         torch.bmm(weights.mT, grad_out, out=self.keys(into.v))
-        grad_weights = torch.bmm(grad_out, self.keys(by_slot.v).mT)  # dP
+        grad_weights = torch.bmm(grad_out, own.v.mT)  # dP
         if into_sinks is not None:
             sink_share = 1 - weights.sum(-1)  # [C * H, n]
             per_query = sink_share * (weights * grad_weights).sum(-1)
@@ -146,14 +173,8 @@ class _BlockView:
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)  # dS
         if slope is not None:
             grad_scores *= slope
-        torch.bmm(grad_scores, self.keys(by_slot.k), out=self.queries(into.q))
-        torch.bmm(grad_scores.mT, self.queries(by_slot.q), out=self.keys(into.k))
-
-
-def _laid_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: Places, rules: ScoreRules) -> _QKV:
-    """q [H, T, D], k and v [H', T, D] → by slot, with scaled queries; each head has its own keys and values."""
-    scaled = _rows(q).index_select(0, places.queries).mul_(rules.scaling)
-    return _QKV(scaled, _rows(k).index_select(0, places.keys), _rows(v).index_select(0, places.keys))
+        torch.bmm(grad_scores, own.k, out=self.queries(into.q))
+        torch.bmm(grad_scores.mT, own.q, out=self.keys(into.k))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
