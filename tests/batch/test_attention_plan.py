@@ -214,6 +214,15 @@ def test_the_top_of_a_path_needs_no_mask():
     assert max(block.seen_by_all for block in plan_attention(graft(examples)).blocks[None].each) >= 256
 
 
+@pytest.mark.parametrize("window", [None, 512])
+def test_a_block_of_many_chunks_fits_the_cache(window):
+    # With 16 heads of 128, larger blocks took up to 1.6 times as long (docs/log.md).
+    row = single(some_record(3_000))
+    blocks = plan_attention(row, windows=(window,)).blocks[window].each
+    assert any(block.count > 1 for block in plan_attention(row, windows=(512,)).blocks[512].each)
+    assert all(block.count == 1 or block.scores <= 1 << 18 for block in blocks)
+
+
 def test_a_very_long_row_is_planned_with_few_chunks():
     row = single(some_record(20_000))
     blocks = plan_attention(row).blocks[None]

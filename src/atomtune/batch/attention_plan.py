@@ -162,8 +162,10 @@ def plan_attention(
         # A window longer than the longest path hides nothing.
         hides = window is not None and window < deepest
         if cut == "blocks":
-            alike = None if hides or None not in blocks else blocks[None]
-            blocks[window] = alike or cut_into_blocks(row, position, parts, window if hides else None, tokens)
+            if hides or None not in blocks:
+                blocks[window] = cut_into_blocks(row, position, parts, window if hides else None, tokens)
+            else:
+                blocks[window] = blocks[None]
         else:
             spans[window] = cut_into_spans(parts, window if hides else None, tokens)
     positions = torch.tensor((*position, *[0] * padding))

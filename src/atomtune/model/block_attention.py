@@ -66,8 +66,8 @@ class BlockAttention(torch.autograd.Function):
         heads, tokens, _ = q.shape
         rows, grad_rows = _QKV(*map(_rows, (q, k, v))), _rows(grad_out)
         grad_sinks = torch.zeros_like(sinks) if ctx.needs_input_grad[3] else None
-        into = _QKV(*(x.new_empty(len(at), x.shape[-1]) for x, at in
-                      ((q, places.queries), (k, places.keys), (v, places.keys))))  # fmt: skip
+        slots = (places.queries, places.keys, places.keys)
+        into = _QKV(*(x.new_empty(len(at), x.shape[-1]) for x, at in zip((q, k, v), slots, strict=True)))
         weights_of_blocks = iter(kept)
         for block, mask in zip(ctx.blocks, ctx.hidden, strict=True):
             view = _BlockView(block, heads)
