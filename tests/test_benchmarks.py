@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from benchmarks import (
     gpu_meter,
     gpu_workloads,
     quality,
+    questions,
     replay,
     side_by_side,
     tiny_configs,
@@ -292,6 +294,21 @@ def test_a_question_is_learned_or_held_out_and_never_both(tmp_path):
     )
     assert len(learned) == len(held_out) == 50
     assert not learned & held_out
+
+
+def test_questions_of_a_wheel_become_records_each_once(tmp_path, monkeypatch):
+    wheel, out = tmp_path / "corpus.whl", tmp_path / "questions.jsonl"
+    with zipfile.ZipFile(wheel, "w") as files:
+        files.writestr("corpus/data/english/a.yml", "conversations:\n- [Who?, I.]\n- [Who?, 'I. ', So?]\n- [alone]\n")
+        files.writestr("corpus/data/english/b.yml", "conversations:\n- [How many?, 3]\n")
+        files.writestr("corpus/data/chinese/a.yml", "conversations:\n- [谁, 我]\n")
+    monkeypatch.setattr(sys, "argv", ["questions", str(wheel), str(out)])
+    questions.main()
+    records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert records == [
+        {"instruction": "Who?", "input": "", "output": "I."},
+        {"instruction": "How many?", "input": "", "output": "3"},
+    ]
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from atomtune.model.adapter_keys import refuse_unread
 from atomtune.model.auto_class import auto_class
 from atomtune.model.base_shape import positions_of
 from atomtune.model.experts import count_of, experts_of
+from atomtune.model.few_walks import spare_walks
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.fused_layers import fuse_layers
 from atomtune.model.load import BaseSpec, device_in_use, dtype_name, load_base, resolve_dtype
@@ -94,6 +95,7 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
         embeddings: Any = base.get_input_embeddings()
         two_tokens = torch.zeros(1, 2, dtype=torch.long, device=embeddings.weight.device)
         fuse_layers(model, input_ids=two_tokens)
+        spare_walks(model)
     return model
 
 

@@ -1,0 +1,92 @@
+"""A model that is spared walks through its modules behaves as one that is not."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import nn
+
+from atomtune.model.few_walks import spare_walks
+
+
+class Model(nn.Module):
+    """A frozen layer, a trained one, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.learned, self.dropout = nn.Linear(3, 3), nn.Linear(3, 3), nn.Dropout(0.5)
+        self.frozen.requires_grad_(requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.learned(self.frozen(x)))
+
+
+@pytest.fixture
+def model() -> Model:
+    made = Model()
+    spare_walks(made)
+    return made
+
+
+def modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+@contextmanager
+def no_walk() -> Iterator[None]:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("a walk through the modules")
+
+    with patch.object(nn.Module, "named_modules", refuse), patch.object(nn.Module, "named_children", refuse):
+        yield
+
+
+def test_a_step_walks_through_no_module(model):
+    model(torch.ones(1, 3)).sum().backward()
+    with no_walk():
+        assert model.train() is model
+        model.zero_grad()
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("part", ["frozen", "dropout"])
+def test_a_part_that_somebody_set_to_eval_is_trained_again(model, part):
+    getattr(model, part).eval()
+    model.train()
+    assert modes(model) == [True] * 4
+
+
+def test_eval_reaches_every_module_and_training_returns(model):
+    model.eval()
+    assert modes(model) == [False] * 4
+    model.dropout.training = True
+    model.eval()
+    assert modes(model) == [False] * 4
+    model.train()
+    assert modes(model) == [True] * 4
+
+
+def test_gradients_can_be_set_to_zero_instead_of_none(model):
+    model(torch.ones(1, 3)).sum().backward()
+    model.zero_grad(set_to_none=False)
+    assert model.learned.weight.grad is not None and not model.learned.weight.grad.any()
+
+
+def test_name_class_and_state_are_those_of_the_model(model):
+    assert isinstance(model, Model) and type(model).__name__ == "Model"
+    assert list(model.state_dict()) == list(Model().state_dict())
+
+
+def test_a_copy_looks_at_its_own_modules(model):
+    twin = copy.deepcopy(model)
+    twin.dropout.eval()
+    twin.train()
+    twin(torch.ones(1, 3)).sum().backward()
+    twin.zero_grad()
+    assert twin.dropout.training and twin.learned.weight.grad is None
+    model.eval()
+    assert modes(twin) == [True] * 4
