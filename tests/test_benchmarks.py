@@ -299,8 +299,10 @@ def test_a_question_is_learned_or_held_out_and_never_both(tmp_path):
 def test_questions_of_a_wheel_become_records_each_once(tmp_path, monkeypatch):
     wheel, out = tmp_path / "corpus.whl", tmp_path / "questions.jsonl"
     with zipfile.ZipFile(wheel, "w") as files:
-        files.writestr("corpus/data/english/a.yml", "conversations:\n- [Who?, I.]\n- [Who?, 'I. ', So?]\n- [alone]\n")
-        files.writestr("corpus/data/english/b.yml", "conversations:\n- [How many?, 3]\n")
+        files.writestr(
+            "corpus/data/english/a.yml", 'conversations:\n- ["Who?", I.]\n- ["Who?", "I. ", So]\n- [alone]\n'
+        )
+        files.writestr("corpus/data/english/b.yml", 'conversations:\n- ["How many?", 3]\n')
         files.writestr("corpus/data/chinese/a.yml", "conversations:\n- [谁, 我]\n")
     monkeypatch.setattr(sys, "argv", ["questions", str(wheel), str(out)])
     questions.main()
