@@ -17,9 +17,12 @@ from transformers import AutoTokenizer
 
 from atomtune import load
 from atomtune.cli import main
+from atomtune.console import Console
 from atomtune.engines.server_process import free_port
 from atomtune.model.adapter_folder import short_names
 from atomtune.model.generate import prompt_ids
+from atomtune.serve.command import plan_of
+from atomtune.settings.fields import ServeSettings
 from tests.engines.test_server_process import gone
 
 pytestmark = pytest.mark.extra
@@ -215,6 +218,20 @@ def test_a_gguf_is_served_by_llama_cpp_with_a_key_that_it_enforces(by_heart, tmp
 def test_what_cannot_be_served_so_is_said_before_anything_is_loaded(by_heart, capsys, words, said):
     assert main(["serve", "--adapter_path", str(by_heart), *words]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("has_weights", "is_certified"), [(True, False), (False, False), (False, True)])
+def test_a_base_that_nothing_compares_is_told(by_heart, tmp_path, has_weights, is_certified):
+    """Certifying loads and compares a base; without it, one that the engine first downloads passed silently."""
+    base = json.loads((by_heart / "adapter_config.json").read_text())["base_model_name_or_path"]
+    there = Path(shutil.copytree(base, tmp_path / "base"))
+    if not has_weights:
+        for file in there.glob("*.safetensors"):
+            file.unlink()
+    console = Console()
+    plan_of(ServeSettings(adapter_path=[str(by_heart)], model_path=str(there), no_certify=not is_certified), console)
+    told = [notice for notice in console.notices if "was not checked" in notice]
+    assert bool(told) is not (has_weights or is_certified)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import answering_as, load_another, load_trained, refuse_damaged
-from atomtune.model.adapter_folder import AdapterMetadata, base_of, short_names, template_of
+from atomtune.model.adapter_folder import AdapterMetadata, base_of, short_names, templates_of
 from atomtune.model.base_as_trained import base_spec, quantize_as_trained
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
@@ -71,15 +71,12 @@ def candidates_of(settings: EvaluateSettings, console: Console) -> Candidates:
         return _base_alone(settings)
     folders = [Path(path) for path in settings.adapter_path]
     _refuse_repeated(folders)
-    trained = [
-        template_of(
-            folder,
-            model_path=settings.model_path,
-            trust_remote_code=settings.trust_remote_code,
-            notice=console.notice,
-        )
-        for folder in folders
-    ]
+    trained = templates_of(
+        folders,
+        model_path=settings.model_path,
+        trust_remote_code=settings.trust_remote_code,
+        notice=console.notice,
+    )
     for folder in folders:
         refuse_damaged(folder)
     base_path = _common_base(settings, folders)

@@ -23,7 +23,7 @@ from atomtune.export.peft_keys import rewrite_keys
 from atomtune.language import translated
 from atomtune.model.adapter_folder import WEIGHTS, base_of, template_of
 from atomtune.model.base_as_trained import adapter_and_base
-from atomtune.model.fingerprint import is_at_hand
+from atomtune.model.fingerprint import say_unchecked
 from atomtune.model.load import quiet_libraries
 from atomtune.settings.fields import CertifySettings, ExportSettings, MergeSettings, base_of_adapter
 from atomtune.settings.spelled import base_words
@@ -60,11 +60,7 @@ def _to_peft(settings: ExportSettings, console: Console) -> None:
     _, metadata, base_path = adapter_and_base(
         adapter, **base_of_adapter(settings), notice=console.notice, is_computed=False
     )
-    if metadata.base and not is_at_hand(base_path):
-        console.notice(
-            f"the weights of {base_path} are not on this machine, so whether the adapter was trained on them was not "
-            "checked."
-        )
+    say_unchecked(base_path, metadata.base, notice=console.notice)
     trust = settings.trust_remote_code
     with filling(out, last=WEIGHTS) as folder:
         renamed = rewrite_keys(adapter, folder, class_name, base_path, trust_remote_code=trust)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, field, fields
 from datetime import date
 from pathlib import Path
@@ -124,6 +124,14 @@ def template_of(
         )
         return template, metadata
     return _of_another_tool(load_template("auto", tokenizer))
+
+
+def templates_of(
+    folders: Iterable[Path], *, trust_remote_code: bool, model_path: str | None, notice: Callable[[str], None]
+) -> list[tuple[Template, AdapterMetadata]]:
+    """`template_of` each folder."""
+    rules: dict[str, Any] = {"trust_remote_code": trust_remote_code, "model_path": model_path, "notice": notice}
+    return [template_of(folder, **rules) for folder in folders]
 
 
 def _template_of_base(

@@ -132,3 +132,12 @@ def refuse_other_base(path: str, expected: str, *, anyway: bool, notice: Callabl
     if not anyway:
         raise BadModel(f"{difference}\nPass --model_path with the right base, or --other_base to use this one anyway.")
     notice(difference)
+
+
+def say_unchecked(path: str, expected: str, *, notice: Callable[[str], None]) -> None:
+    """Give a notice if a base could not be compared with an adapter's, because its weights are not on this machine."""
+    if expected and not is_at_hand(path):
+        notice(
+            f"the weights of {path} are not on this machine, so whether the adapter was trained on them was not "
+            "checked."
+        )

@@ -31,8 +31,8 @@ from atomtune.engines.server_process import KEY_VARIABLES, ServerProcess, addres
 from atomtune.engines.vllm_serve import ServedAdapter
 from atomtune.errors import BadSettings
 from atomtune.language import message
-from atomtune.model.adapter_folder import AdapterMetadata, base_of, short_names, template_of
-from atomtune.model.fingerprint import refuse_other_base
+from atomtune.model.adapter_folder import AdapterMetadata, base_of, short_names, templates_of
+from atomtune.model.fingerprint import refuse_other_base, say_unchecked
 from atomtune.model.generate import stop_ids_on
 from atomtune.model.load import device_in_use, dtype_name, quiet_libraries, resolve_dtype
 from atomtune.serve.address import only_this_machine, own_address
@@ -102,6 +102,8 @@ def plan_of(settings: ServeSettings, console: Console) -> Plan:
         base = base_of(served, settings.model_path)
         for model in models:
             refuse_other_base(base, model.metadata.base, anyway=settings.other_base, notice=console.notice)
+            if settings.no_certify:  # certifying downloads and compares it
+                say_unchecked(base, model.metadata.base, notice=console.notice)
     return Plan(engine, models, base, api_key)
 
 
@@ -159,15 +161,12 @@ def _models(
     adapters: Sequence[Path], served: Path, engine: EngineName, settings: ServeSettings, console: Console
 ) -> tuple[ServedModel, ...]:
     """Each adapter with its name in requests."""
-    trained = [
-        template_of(
-            adapter,
-            model_path=settings.model_path,
-            trust_remote_code=settings.trust_remote_code,
-            notice=console.notice,
-        )
-        for adapter in adapters
-    ]
+    trained = templates_of(
+        adapters,
+        model_path=settings.model_path,
+        trust_remote_code=settings.trust_remote_code,
+        notice=console.notice,
+    )
     if len(adapters) == 1:
         name = served.stem if engine == "llama.cpp" else served.resolve().name
         return (ServedModel(name, served, adapters[0], *trained[0]),)
