@@ -149,6 +149,16 @@ def test_the_copy_is_no_run_of_its_own_and_keeps_what_evaluate_needs(text_adapte
     assert copied == {**record, "exported_for": "Gemma3ForConditionalGeneration"}
 
 
+def test_the_copys_card_loads_the_base_with_its_class(models, text_adapter, whole_base, tmp_path):
+    card, whole, back = ((folder / "README.md") for folder in (text_adapter, tmp_path / "out", tmp_path / "back"))
+    assert export_to("Gemma3ForConditionalGeneration", text_adapter, whole_base, whole.parent) == 0
+    assert export_to("Gemma3ForCausalLM", whole.parent, models("gemma3_text"), back.parent) == 0
+    for copy, name in ((whole, "Gemma3ForConditionalGeneration"), (back, "Gemma3ForCausalLM")):
+        assert "AutoModelForCausalLM" in card.read_text()
+        assert copy.read_text() == card.read_text().replace("AutoModelForCausalLM", name)
+        assert f"base = {name}.from_pretrained(" in copy.read_text()
+
+
 def test_what_is_no_file_is_not_copied(text_adapter, whole_base, tmp_path):
     adapter = shutil.copytree(text_adapter, tmp_path / "adapter")
     os.mkfifo(adapter / "pipe")

@@ -1,17 +1,21 @@
 """PEFT keys: a copy of an adapter's folder in which its layers have the names of another model class."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from atomtune.choices import EXPORTED_FOR, RUN_RECORD
-from atomtune.disk import read_json_object, write_json
+from atomtune.disk import read_json_object, text_of, write_json
 from atomtune.model.adapter_folder import CERTIFICATE, CONFIG, PATTERNS, WEIGHTS, adapter_file, read_weights
 from atomtune.model.adapter_keys import module_of, modules_of_class, new_names, with_new_names
 from atomtune.model.json_files import json_object
 
+_CARD = "README.md"
+#: The line of a card that names the class of the base (model_card.py).
+_IMPORT = re.compile(r"^from transformers import (?P<name>\w+), AutoTokenizer$", re.MULTILINE)
 #: The folder of a tokenizer with several chat templates.
 _TEMPLATES = "additional_chat_templates"
 
@@ -30,6 +34,7 @@ def rewrite_keys(adapter: Path, out: Path, class_name: str, base_path: str, *, t
     save_file({renamed[name]: tensor for name, tensor in weights.items()}, out / WEIGHTS, metadata={"format": "pt"})
     _rewrite_config(out / CONFIG, {old: renamed[old] for old in weights})
     _mark_as_copy(out / RUN_RECORD, class_name)
+    _name_class(out / _CARD, class_name)
     return sum(old != new for old, new in renamed.items())
 
 
@@ -73,3 +78,10 @@ def _mark_as_copy(record: Path, class_name: str) -> None:
     except (OSError, ValueError):  # the commands that need it report the damage
         return
     write_json(record, {**values, EXPORTED_FOR: class_name})
+
+
+def _name_class(card: Path, class_name: str) -> None:
+    """Let a copied model card load the base with the class whose names the copy has."""
+    text = text_of(card) if card.is_file() else ""
+    if named := _IMPORT.search(text):
+        card.write_text(re.sub(rf"\b{named['name']}\b", class_name, text), encoding="utf-8")
