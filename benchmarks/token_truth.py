@@ -502,7 +502,7 @@ def as_markdown(verdicts: dict[str, dict[str, Verdict]]) -> str:
             "",
             "Written by `make token-truth` (`benchmarks/token_truth.py`, whose head says what is compared).",
             "*equal*: every answer of the conversation is learned token for token as the published template or its",
-            "document writes it (Mistral's: as its own encoder does), behind the ids that a server makes of the",
+            "document writes it (Mistral's: as its own encoder does), after the ids that a server makes of the",
             "messages before it. *refused*: the record is not trained on, for the reason given.",
             "",
             "| | " + " | ".join(names) + " |",

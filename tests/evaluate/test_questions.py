@@ -18,7 +18,7 @@ def test_a_question_is_the_prompt_that_chat_sends_and_the_answer_with_its_stop(t
         messages = template.messages([Turn("user", dialogue["instruction"], dialogue["input"])])
         assert list(question.prompt_ids) == prompt_ids(template, messages)
         assert question.reference == dialogue["output"]
-        assert record.asked == "\n".join(filter(None, (dialogue["instruction"], dialogue["input"])))
+        assert record.user_text == "\n".join(filter(None, (dialogue["instruction"], dialogue["input"])))
         assert question.reference_ids[-1] == template.tokenizer.eos_token_id
 
 

@@ -175,11 +175,11 @@ def mistral_tokenizer(name: str, folder: Path) -> Tokenizer:
 
 
 def assert_ids_of_the_encoder(
-    name: str, template: Template, talk: Talk, messages: list[Message], *, system_behind_tools: bool = True
+    name: str, template: Template, talk: Talk, messages: list[Message], *, system_after_tools: bool = True
 ) -> Ledger:
     """Each answer ends an Example that begins with the encoder's ids of the messages before it.
 
-    system_behind_tools  the template also writes the system text into a prompt that ends with a tool's answer
+    system_after_tools  the template also writes the system text into a prompt that ends with a tool's answer
     """
     record = {"messages": messages, **({"tools": talk.tools} if talk.tools else {})}
     ledger = Ledger()
@@ -189,7 +189,7 @@ def assert_ids_of_the_encoder(
         if message["role"] != "assistant":
             continue
         sent = messages[: at + 1]
-        if not system_behind_tools and messages[at - 1]["role"] == "tool":
+        if not system_after_tools and messages[at - 1]["role"] == "tool":
             sent = [message for message in sent if message["role"] != "system"]
         expected = encoded_by_mistral(name, sent, talk.tools).tokens
         assert any(list(example.ids[: len(expected)]) == expected for example in records[0]), (messages, at)
@@ -278,7 +278,7 @@ def test_a_mistrals_own_template_gives_the_ids_of_its_encoder(name: str, tmp_pat
         if len(set(questions)) < len(questions):
             continue  # such a template cannot tell equal questions apart
         calls += sum("tool_calls" in message for message in messages)
-        ledger = assert_ids_of_the_encoder(name, template, talk, messages, system_behind_tools=False)
+        ledger = assert_ids_of_the_encoder(name, template, talk, messages, system_after_tools=False)
         roles = {message["role"] for message in messages}
         assert (NOT_WRITTEN["system"] in ledger.notices) == (roles >= {"system", "tool"})
     assert calls > CONVERSATIONS / 4

@@ -31,7 +31,7 @@ class EvalRecord:
     examples: tuple[Example, ...]
     questions: tuple[Question, ...]
     tools: frozenset[str]  # names of the available tools
-    asked: str = ""  # the user's words before the last answer; "" if unknown
+    user_text: str = ""  # the user's words before the last answer; "" if unknown
     calls: bool = False  # whether a learned answer calls a tool
 
 
@@ -64,10 +64,10 @@ def eval_record(record: Record, examples: tuple[Example, ...], tokenizer: Tokeni
                 questions.append(_question(example.ids, start, end, tokenizer))
     tools = frozenset(tool_name(tool) for tool in record.tools)
     calls = any(record.turns[at].calls for at in record.learned)
-    return EvalRecord(record.origin, examples, tuple(questions), tools, _asked(record), calls)
+    return EvalRecord(record.origin, examples, tuple(questions), tools, _user_text(record), calls)
 
 
-def _asked(record: Record) -> str:
+def _user_text(record: Record) -> str:
     """What the user says before the last learned answer, without the text that the template adds."""
     before = record.turns[: record.learned[-1]] if record.learned else ()
     users = [turn for turn in before if turn.role == "user"]

@@ -36,7 +36,7 @@ class Shown:
     """One record side by side."""
 
     origin: str
-    asked: str  # the user's own words
+    user_text: str  # the user's own words
     prompt: str  # all that the model is sent
     reference: str
     answers: dict[str, str]  # by model
@@ -156,7 +156,7 @@ def _shown(done: Evaluation, row: int) -> Shown:
         if result.answers:
             answers[name] = result.answers[-1].text
     prompt, reference = (question.prompt, question.reference) if question else ("", "")
-    return Shown(record.origin, record.asked, prompt, reference, answers, nats)
+    return Shown(record.origin, record.user_text, prompt, reference, answers, nats)
 
 
 def _listed(figures: Mapping[str, Mapping[str, Figure]]) -> dict[str, dict[str, list[float]]]:
@@ -253,7 +253,7 @@ def markdown(report: Report) -> str:
     for side in report.most_changed:
         lines += ["", f"## {side.title}", ""]
         for record in side.records:
-            lines += [f"### {record.origin}", "", *_quoted("prompt", record.asked or record.prompt)]
+            lines += [f"### {record.origin}", "", *_quoted("prompt", record.user_text or record.prompt)]
             lines += _quoted("reference", record.reference)
             for name, answer in record.answers.items():
                 lines += _quoted(f"{name} ({record.nats[name]:.2f} nats per token)", answer)

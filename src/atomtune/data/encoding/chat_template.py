@@ -29,10 +29,10 @@ TRIMS: dict[str, Callable[[str], str]] = {
     "both ends": str.strip,
     "the end": str.rstrip,
     "the beginning": str.lstrip,
-    "line ends": lambda text: text.strip("\n"),
-    "line ends before": lambda text: text.lstrip("\n"),
-    "line ends behind": lambda text: text.rstrip("\n"),
-    "spaces behind": lambda text: text.rstrip(" "),
+    "line breaks at both ends": lambda text: text.strip("\n"),
+    "leading line breaks": lambda text: text.lstrip("\n"),
+    "trailing line breaks": lambda text: text.rstrip("\n"),
+    "trailing spaces": lambda text: text.rstrip(" "),
 }
 
 
@@ -71,13 +71,13 @@ class Template:
     why: str = ""  # for the user, if no template was named and the tokenizer has none
     stop: str = ""  # the control token that ends an answer
     stops: tuple[str, ...] = ()  # stop, and the tokens that end other assistant turns, such as <|call|>
-    behind: str = ""  # everything the template writes after an answer
+    after_answer: str = ""  # everything the template writes after an answer
     form: AnswerForm | None = None  # None: each answer must be rendered to see how it is written
     header: str = ""  # begins every assistant turn, with a control token; "": none, or texts cannot be split before it
     asks: str = ""  # the end of a prompt, from the header on; longer than header if it also opens or closes thoughts
     cut: str = ""  # prompts are split before this string: header, else stop; "": they cannot be split
     cut_at_stops: str = ""  # the stop token, if texts can be split before it, else ""
-    header_behind_tools: bool = True  # the header follows a tool result too
+    header_after_tools: bool = True  # the header follows a tool result too
     forgets_thoughts: bool = False  # earlier answers lose their thoughts once a new question follows
     knows_thoughts: bool = False  # handles thoughts separately from the text
     lets_think: bool = False  # the model thinks after the prompt, and an answer without thoughts has an empty block
@@ -201,8 +201,8 @@ class Template:
         for last in list(self.tokens.controls.finditer(written))[-1:]:
             if not written[last.end() :].strip():
                 return WrittenAnswer(written[: last.start()], last.group())
-        if self.behind and written.endswith(self.behind):
-            return WrittenAnswer(written[: -len(self.behind)], self.stop)
+        if self.after_answer and written.endswith(self.after_answer):
+            return WrittenAnswer(written[: -len(self.after_answer)], self.stop)
         return WrittenAnswer(written, self.stop)
 
 

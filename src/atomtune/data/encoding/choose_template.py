@@ -179,8 +179,8 @@ def _probed(template: Template) -> Template:
             f"{sentence}\nThis happened with one plain question and answer, so the template itself is at fault."
         ) from None
     # The text after an answer begins with the token that ends it (<|im_end|>, <end_of_turn>, </s>).
-    behind = full.partition(_TEXT)[2]
-    match = controls.match(behind.lstrip())
+    after_answer = full.partition(_TEXT)[2]
+    match = controls.match(after_answer.lstrip())
     stop = match.group() if match else tokenizer.eos_token
     if not stop:
         raise BadModel(
@@ -191,14 +191,16 @@ def _probed(template: Template) -> Template:
     header, asks = _header(template, prompt)
     at_stops = stop if template.tokens.splits_before(stop) else ""
     cut = header or at_stops
-    template = replace(template, stop=stop, behind=behind, header=header, asks=asks, cut=cut, cut_at_stops=at_stops)
+    template = replace(
+        template, stop=stop, after_answer=after_answer, header=header, asks=asks, cut=cut, cut_at_stops=at_stops
+    )
     template = replace(
         template,
         form=_answer_form(template),
         knows_thoughts=opened(prompt) is not None or _writes_thoughts(template),
         forgets_thoughts=_forgets_thoughts(template),
         calls_as_text=_takes_calls_as_text(template),
-        header_behind_tools=_header_behind_tools(template),
+        header_after_tools=_header_after_tools(template),
         writes_bos=not tokenizer.bos_token or prompt.startswith(tokenizer.bos_token),
         unknown_controls=_unknown_controls(template, full),
     )
@@ -287,7 +289,7 @@ def _forgets_thoughts(template: Template) -> bool:
     return without is not None and without == _written(template, [_QUESTION, thought, _QUESTION, thought, _QUESTION])
 
 
-def _header_behind_tools(template: Template) -> bool:
+def _header_after_tools(template: Template) -> bool:
     """Whether a prompt that ends with a tool result has the header after it; True if the template refuses it."""
     answered = {"role": "tool", "name": "f", "tool_call_id": _CALL_ID, "content": _TEXT}
     for arguments in ({"a": 1}, '{"a": 1}'):

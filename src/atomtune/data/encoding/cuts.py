@@ -140,7 +140,7 @@ def cuts_of(templated: TemplatedRecord) -> Cuts:
     template, record = templated.template, templated.record
     uses_tools = bool(record.tools) or any(turn.calls or turn.role == "tool" for turn in record.turns)
     # After a tool result, Mistral's templates begin no new assistant turn, but each answer still has its stop token.
-    mark = template.cut_at_stops if uses_tools and not template.header_behind_tools else template.cut
+    mark = template.cut_at_stops if uses_tools and not template.header_after_tools else template.cut
     if not mark:
         return Cuts(templated)
     return AtHeaders(templated, mark) if mark == template.header else AtStops(templated, mark)

@@ -100,8 +100,8 @@ class PieceTokenizer:
         if not self.controls.match(text):
             return False
         for before in ("Hi", "Hi \n", " 你好", "<b>", "1\t", "\n\n"):
-            for behind in (text, f"{text} a", f"{text}a\n"):
-                first, second, together = self.tokenized([before, behind, before + behind])
+            for after in (text, f"{text} a", f"{text}a\n"):
+                first, second, together = self.tokenized([before, after, before + after])
                 if first + second != together:
                     return False
         return True
@@ -150,7 +150,7 @@ class PieceTokenizer:
         for start, stop in self._stretches(piece):
             breaks = [at - start for at in _between(piece.breaks, start, stop)]
             text = piece.text[start:stop]
-            anew = not ids or self._begins_anew_behind_controls
+            anew = not ids or self._begins_anew_after_controls
             plain = self._as_plain_text(text, goes_on=not anew) if breaks else None
             if not breaks:
                 ids += self._continuation(text) if ids else self.tokenized([text])[0]
@@ -204,7 +204,7 @@ class PieceTokenizer:
         return None
 
     @cached_property
-    def _begins_anew_behind_controls(self) -> bool:
+    def _begins_anew_after_controls(self) -> bool:
         """Whether a text has the same ids after a control token as on its own."""
         control = self.tokenizer.eos_token
         if not control or not self.controls.fullmatch(control):

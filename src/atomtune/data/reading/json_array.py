@@ -121,10 +121,10 @@ def read_array(stream: BinaryIO, name: str) -> Iterator[RawRecord]:
             origin = f"{origin} value {number}"
         yield RawRecord(window.value(), origin)
         line_before = line
-        behind = window.next_character()
-        closed = behind == "]"
+        mark = window.next_character()
+        closed = mark == "]"
         if not closed:
-            if behind != ",":
+            if mark != ",":
                 window.refuse("expected a comma or the closing bracket")
             window.at += 1
             window.next_character()
