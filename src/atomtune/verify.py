@@ -2,13 +2,16 @@
 
 The plain side is simpler than what it checks and shares only the weights with it: one record at a time, all its
 logits, PEFT's own layers, the library's attention. It runs twice, since two correct runs differ by rounding. The fast
-path's difference is judged by that noise (model/agreement.py).
+path's difference is judged by that noise (model/agreement.py). In 16 bits a record can be so sensitive that two plain
+runs agree by chance and are both far from the exact gradient. So what does not hold in 16 bits is compared in float32
+too, where rounding is small, and then judged by how far a plain run in 16 bits is from there.
 """
 
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +57,14 @@ from atomtune.model.load import (
 )
 from atomtune.model.lora_targets import match_targets
 from atomtune.model.loss import target_log_probabilities, target_nats
+from atomtune.model.memory import is_out_of_memory
 from atomtune.model.rotary import refuse_mixed
 from atomtune.model.token_rows import refuse_tokens_without_row
 from atomtune.settings.fields import LoraSettings, ModelSettings, RecordSettings, VerifySettings
 from atomtune.settings.spelled import words_of
 
+#: Bytes of a number in bfloat16 and float16.
+HALF = 2
 #: If it takes longer than this, that is announced.
 LONG_SECONDS = 20.0
 
@@ -83,10 +89,11 @@ class Comparison:
     targets: int
     tokens_padded: int
     tokens_computed: int
+    in_float32: "Comparison | None" = None  # if made: then the measures are distances from its plain side
 
     @property
     def holds(self) -> bool:
-        return all(measure.holds for measure in self.measures)
+        return all(m.holds for m in self.measures) and (self.in_float32 is None or self.in_float32.holds)
 
     def figures(self) -> dict[str, Any]:
         """Figures for run.json."""
@@ -96,6 +103,7 @@ class Comparison:
             "targets": self.targets,
             "measures": {m.name: {"apart": m.apart, "noise": m.noise, "allowed": m.allowed} for m in self.measures},
             "holds": self.holds,
+            **({} if self.in_float32 is None else {"in_float32": self.in_float32.figures()}),
         }
 
 
@@ -166,7 +174,43 @@ def compare(
     per_batch: int,
     console: Console,
 ) -> Comparison:
-    """Compute the examples by the fast path and twice plainly, with one model in memory at a time, without dropout."""
+    """Compute the examples by the fast path and plainly; what does not hold in 16 bits is compared in float32 too."""
+    rules: dict[str, Any] = {"model": model, "lora": lora, "wanted": wanted, "device": device, "pad_id": pad_id}
+    sides = partial(_compared, examples, **rules, per_batch=per_batch, console=console)
+    compared, ours, plain = sides(dtype=dtype)
+    if compared.holds or dtype.itemsize != HALF:
+        return compared
+    console.say("the difference is larger than that of two plain runs; all again in float32, which rounds little …")
+    try:
+        exact, _, plain_in_float32 = sides(dtype=torch.float32)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        console.notice(
+            "the memory does not hold the base in float32, so whether rounding alone makes the difference is not known."
+        )
+        return compared
+    measures = _measures(ours, plain_in_float32, plain, dtype=dtype)
+    worst_weight = worst_gradient(ours.gradients, plain_in_float32.gradients)
+    return replace(compared, measures=measures, worst_weight=worst_weight, in_float32=exact)
+
+
+def _compared(
+    examples: Sequence[Example],
+    *,
+    model: ModelSettings,
+    lora: LoraSettings,
+    wanted: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    pad_id: int,
+    per_batch: int,
+    console: Console,
+) -> tuple[Comparison, Result, Result]:
+    """The comparison in one dtype, what the fast path computed, and what a plain run did.
+
+    One model is in memory at a time, without dropout.
+    """
 
     def load() -> CausalLM:
         base = load_base(BaseSpec(**model.base(), dtype=dtype, device=device))
@@ -194,7 +238,7 @@ def compare(
         # The library's loss computes the softmax of the whole vocabulary in float32, which rounds more than its
         # attention. So the noise includes both.
         again = one_at_a_time(model_again, examples, softmax_dtype=torch.promote_types(dtype, torch.float32))
-    return Comparison(
+    compared = Comparison(
         layout=layout,
         dtype=dtype,
         measures=_measures(ours, plain, again, dtype=dtype),
@@ -203,6 +247,7 @@ def compare(
         tokens_padded=sum(padded_tokens(examples[i : i + per_batch]) for i in range(0, len(examples), per_batch)),
         tokens_computed=tokens_computed,
     )
+    return compared, ours, plain
 
 
 def _say_how_long(model: CausalLM, examples: Sequence[Example], console: Console) -> None:
@@ -342,25 +387,39 @@ def _gradients(model: CausalLM) -> dict[str, torch.Tensor]:
 
 def say(compared: Comparison, console: Console) -> None:
     """Print the comparison as a table and a sentence. Raises CheckFailed if it does not hold."""
-    dtype = dtype_name(compared.dtype)
-    title = f"layout {compared.layout} against one record at a time, {dtype}, {compared.targets:,} targets"
+    dtype, exact = dtype_name(compared.dtype), compared.in_float32
+    if exact is None:
+        title = f"layout {compared.layout} against one record at a time, {dtype}, {compared.targets:,} targets"
+        _say_measures(compared, title, "of two plain runs", console)
+        console.say(f"Allowed: {TIMES_NOISE:g} times what two plain runs differ by, which is rounding in {dtype}.")
+    else:
+        title = f"layout {exact.layout} against one record at a time, float32, {exact.targets:,} targets"
+        _say_measures(exact, title, "of two plain runs", console)
+        title = f"layout {compared.layout} in {dtype} against one record at a time in float32"
+        _say_measures(compared, title, "of a plain run", console)
+        console.say(
+            f"These records are sensitive to rounding. Allowed in {dtype}: {TIMES_NOISE:g} times what a plain run in "
+            f"{dtype} differs by from float32."
+        )
+    saved = compared.tokens_padded / compared.tokens_computed
+    console.say(
+        f"Work: {compared.tokens_padded:,} tokens padded, {compared.tokens_computed:,} computed, {saved:.1f}× less."
+    )
+    if not compared.holds:
+        worst_weight = compared.worst_weight if exact is None or exact.holds else exact.worst_weight
+        raise CheckFailed(
+            f"Layout {compared.layout} is not equal to plain transformers + PEFT here (worst weight: {worst_weight}).\n"
+            "Train with --layout padded, and please report the model's name and this table."
+        )
+    console.say(f"Layout {compared.layout} is equal to plain transformers + PEFT on these records.")
+
+
+def _say_measures(compared: Comparison, title: str, noise: str, console: Console) -> None:
     table = Table(title=translated(title), title_justify="left")
-    for column in ("", translated("difference"), translated("of two plain runs"), translated("allowed"), ""):
+    for column in ("", translated("difference"), translated(noise), translated("allowed"), ""):
         table.add_column(column)
     for measure in compared.measures:
         figures = (f"{value:.1e}" for value in (measure.apart, measure.noise, measure.allowed))
         verdict = translated("holds") if measure.holds else translated("DOES NOT HOLD")
         table.add_row(translated(measure.name), *figures, verdict)
     console.print(table)
-    saved = compared.tokens_padded / compared.tokens_computed
-    console.say(
-        f"Allowed: {TIMES_NOISE:g} times what two plain runs differ by, which is rounding in {dtype}.\n"
-        f"Work: {compared.tokens_padded:,} tokens padded, {compared.tokens_computed:,} computed, {saved:.1f}× less."
-    )
-    if not compared.holds:
-        raise CheckFailed(
-            f"Layout {compared.layout} is not equal to plain transformers + PEFT here (worst weight: "
-            f"{compared.worst_weight}).\n"
-            "Train with --layout padded, and please report the model's name and this table."
-        )
-    console.say(f"Layout {compared.layout} is equal to plain transformers + PEFT on these records.")

@@ -1,5 +1,6 @@
 """`atomtune verify` and `train --verify`: correct computations hold, and planted faults are found."""
 
+import contextlib
 import json
 from dataclasses import replace
 
@@ -109,6 +110,55 @@ def test_a_fault_in_the_adapters_gradients_ends_with_4(models, dialogues, monkey
     said = capsys.readouterr()
     assert said.out.count("DOES NOT HOLD") == 2  # of all weights together, and of the worst
     assert "lora_B" in said.err
+
+
+@pytest.fixture
+def no_noise(monkeypatch):
+    """In 16 bits two plain runs agree by chance, as those of a record that is sensitive to rounding did."""
+    another = verify.another_plain_way
+    monkeypatch.setattr(
+        verify,
+        "another_plain_way",
+        lambda model: contextlib.nullcontext() if model.dtype is torch.bfloat16 else another(model),
+    )
+
+
+IN_16_BITS = ("--dtype", "bfloat16", "--records", "12")
+
+
+def test_plain_runs_that_agree_by_chance_raise_no_alarm(models, dialogues, capsys, no_noise):
+    assert main(command(models("llama"), dialogues, *IN_16_BITS)) == 0
+    said = capsys.readouterr().out
+    assert "layout tree in bfloat16 against one record at a time in float32" in said
+    assert said.count(" holds") == 10 and "DOES NOT HOLD" not in said
+    assert "sensitive to rounding" in said and "is equal to plain transformers + PEFT" in said
+
+
+def test_a_fault_that_only_16_bits_have_ends_with_4(models, dialogues, monkeypatch, capsys, no_noise):
+    right = fused_lora._LowRank.backward
+
+    def wrong(ctx, *grads):
+        x, *rest = right(ctx, *grads)
+        return (x if x is None or x.dtype != torch.bfloat16 else x * 2), *rest
+
+    monkeypatch.setattr(fused_lora._LowRank, "backward", staticmethod(wrong))
+    assert main(command(models("llama"), dialogues, *IN_16_BITS)) == 4
+    in_float32, in_16_bits = capsys.readouterr().out.split("layout tree in bfloat16")
+    assert in_float32.count(" holds") == 5 and "DOES NOT HOLD" in in_16_bits
+
+
+def test_without_memory_for_float32_the_first_verdict_stands(models, dialogues, monkeypatch, capsys, no_noise):
+    load = verify.load_base
+
+    def scarce(spec):
+        if spec.dtype is torch.float32:
+            raise MemoryError
+        return load(spec)
+
+    monkeypatch.setattr(verify, "load_base", scarce)
+    assert main(command(models("llama"), dialogues, *IN_16_BITS)) == 4
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the memory does not hold the base in float32" in said and "DOES NOT HOLD" in said
 
 
 def test_a_layout_that_would_not_be_exact_is_refused(models, dialogues, capsys):
