@@ -2,7 +2,7 @@
 
 machine    the card, versions, and the rates of large matrix products and of copies
 attention  output and gradients of each implementation against a dense softmax in float64; then the time of a layer
-equality   atomtune.verify.compare on a small base with random weights, by dtype, layout and attention
+equality   atomtune.verify.Check on a small base with random weights, by dtype, layout and attention
 """
 
 import random
@@ -267,7 +267,7 @@ def equality(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
     from atomtune.console import Console
     from atomtune.model import row_attention
     from atomtune.settings.fields import VerifySettings
-    from atomtune.verify import compare
+    from atomtune.verify import Check
 
     small = scratch / "base"
     shutil.copytree(base, small)
@@ -288,10 +288,10 @@ def equality(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
             row_attention.way_of = (lambda *_, way=way, **__: way) if way else chosen
             if way and not has_gpu():
                 continue  # on a CPU the plan has blocks and no spans
-            compared = compare(
-                examples, model=settings, lora=settings, wanted=layout, dtype=dtype, device=device(),
-                pad_id=0, per_batch=6, console=Console(speaks=False),
-            )  # fmt: skip
+            compared = Check(
+                examples=examples, model=settings, lora=settings, wanted=layout, device=device(), pad_id=0, per_batch=6,
+                console=Console(speaks=False),
+            ).compare(dtype)  # fmt: skip
             name = f"{str(dtype).removeprefix('torch.')} {layout} {way}".strip()
             apart = {measure.name: [_short(measure.apart), _short(measure.allowed)] for measure in compared.measures}
             print(name, compared.holds, apart, flush=True)  # stays in the log of a job that is killed

@@ -1,5 +1,7 @@
 """Adapters that nothing was trained for: of a wanted size, or of any kind that PEFT has beside plain LoRA."""
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,3 +60,12 @@ def by_peft(base: Path, folder: Path, wanted: dict) -> Path:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder
+
+
+def base_apart(adapter: Path, folder: Path, *, has_weights: bool) -> Path:
+    """A copy of an adapter's base in this folder; without weights it is like a base on the hub, not downloaded yet."""
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    there = Path(shutil.copytree(base, folder))
+    for file in [] if has_weights else there.glob("*.safetensors"):
+        file.unlink()
+    return there

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,17 +116,16 @@ def verify(settings: VerifySettings) -> int:
     console.say(
         f"{len(examples)} records of {', '.join(Path(source).name for source in settings.dataset_paths)}, on {device}"
     )
-    compared = compare(
-        examples,
+    compared = Check(
+        examples=examples,
         model=settings,
         lora=settings,
         wanted=settings.layout,
-        dtype=dtype,
         device=device,
         pad_id=pad_id,
         per_batch=settings.per_device_train_batch_size,
         console=console,
-    )
+    ).compare(dtype)
     say(compared, console)
     if ledger.broken and not settings.skip_bad:
         console.notice(about_broken(ledger))
@@ -162,92 +160,89 @@ def _examples(settings: VerifySettings, console: Console) -> tuple[list[Example]
     return examples, pad_id_of(tokenizer), data.ledger
 
 
-def compare(
-    examples: Sequence[Example],
-    *,
-    model: ModelSettings,
-    lora: LoraSettings,
-    wanted: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    pad_id: int,
-    per_batch: int,
-    console: Console,
-) -> Comparison:
-    """Compute the examples by the fast path and plainly; what does not hold in 16 bits is compared in float32 too."""
-    rules: dict[str, Any] = {"model": model, "lora": lora, "wanted": wanted, "device": device, "pad_id": pad_id}
-    sides = partial(_compared, examples, **rules, per_batch=per_batch, console=console)
-    compared, ours, plain = sides(dtype=dtype)
-    if compared.holds or dtype.itemsize != HALF:
-        return compared
-    console.say("the difference is larger than that of two plain runs; all again in float32, which rounds little …")
-    try:
-        exact, _, plain_in_float32 = sides(dtype=torch.float32)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        console.notice(
-            "the memory does not hold the base in float32, so whether rounding alone makes the difference is not known."
-        )
-        return compared
-    measures = _measures(ours, plain_in_float32, plain, dtype=dtype)
-    worst_weight = worst_gradient(ours.gradients, plain_in_float32.gradients)
-    return replace(compared, measures=measures, worst_weight=worst_weight, in_float32=exact)
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What is compared.
 
-
-def _compared(
-    examples: Sequence[Example],
-    *,
-    model: ModelSettings,
-    lora: LoraSettings,
-    wanted: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    pad_id: int,
-    per_batch: int,
-    console: Console,
-) -> tuple[Comparison, Result, Result]:
-    """The comparison in one dtype, what the fast path computed, and what a plain run did.
-
-    One model is in memory at a time, without dropout.
+    wanted     --layout
+    pad_id     the token that fills rows
+    per_batch  records in a batch of the fast path
     """
 
-    def load() -> CausalLM:
-        base = load_base(BaseSpec(**model.base(), dtype=dtype, device=device))
-        _keep_tokens_apart(base)
-        return _as_after_training(base, lora)
+    examples: Sequence[Example]
+    model: ModelSettings
+    lora: LoraSettings
+    wanted: str
+    device: torch.device
+    pad_id: int
+    per_batch: int
+    console: Console
 
-    fast = load()
-    if model.quantize == "int8":
-        console.notice(
-            "in training, the 8-bit layers compute the columns of large values of a whole batch in more bits, so a "
-            "record's loss depends a little on its batch in any program. This effect is left out of the comparison."
+    def compare(self, dtype: torch.dtype) -> Comparison:
+        """Compute the examples by the fast path and plainly; what does not hold in 16 bits, in float32 too."""
+        if self.model.quantize == "int8":
+            self.console.notice(
+                "in training, the 8-bit layers compute the columns of large values of a whole batch in more bits, so a "
+                "record's loss depends a little on its batch in any program. This effect is left out of the comparison."
+            )
+        compared, ours, plain = self._in(dtype)
+        if compared.holds or dtype.itemsize != HALF:
+            return compared
+        self.console.say(
+            "the difference is larger than that of two plain runs; all again in float32, which rounds little …"
         )
-    _say_how_long(fast, examples, console)
-    layout = _layout(fast, wanted)
-    fuse_layers(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
-    collator = collator_for(fast, layout, pad_id=pad_id, as_examples=as_examples)
-    console.say(f"layout {layout}, as a run computes it …")
-    ours, tokens_computed = in_batches(fast, examples, collator, per_batch=per_batch)
-    del fast
-    console.say("plain transformers + PEFT, one record at a time …")
-    model_again = load()
-    plain = one_at_a_time(model_again, examples)
-    console.say("plain again with another attention, to see how much rounding differs …")
-    with another_plain_way(model_again):
-        # The library's loss computes the softmax of the whole vocabulary in float32, which rounds more than its
-        # attention. So the noise includes both.
-        again = one_at_a_time(model_again, examples, softmax_dtype=torch.promote_types(dtype, torch.float32))
-    compared = Comparison(
-        layout=layout,
-        dtype=dtype,
-        measures=_measures(ours, plain, again, dtype=dtype),
-        worst_weight=worst_gradient(ours.gradients, plain.gradients),
-        targets=len(plain.log_probabilities),
-        tokens_padded=sum(padded_tokens(examples[i : i + per_batch]) for i in range(0, len(examples), per_batch)),
-        tokens_computed=tokens_computed,
-    )
-    return compared, ours, plain
+        try:
+            exact, _, plain_in_float32 = self._in(torch.float32)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.console.notice(
+                "the memory does not hold the base in float32, so whether rounding alone makes the difference is not "
+                "known."
+            )
+            return compared
+        measures = _measures(ours, plain_in_float32, plain, dtype=dtype)
+        worst_weight = worst_gradient(ours.gradients, plain_in_float32.gradients)
+        return replace(compared, measures=measures, worst_weight=worst_weight, in_float32=exact)
+
+    def _in(self, dtype: torch.dtype) -> tuple[Comparison, Result, Result]:
+        """The comparison in one dtype, what the fast path computed, and what a plain run did; without dropout.
+
+        One model is in memory at a time.
+        """
+        examples, per_batch, console = self.examples, self.per_batch, self.console
+
+        def load() -> CausalLM:
+            base = load_base(BaseSpec(**self.model.base(), dtype=dtype, device=self.device))
+            _keep_tokens_apart(base)
+            return _as_after_training(base, self.lora)
+
+        fast = load()
+        _say_how_long(fast, examples, console)
+        layout = _layout(fast, self.wanted)
+        fuse_layers(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device))
+        collator = collator_for(fast, layout, pad_id=self.pad_id, as_examples=as_examples)
+        console.say(f"layout {layout}, as a run computes it …")
+        ours, tokens_computed = in_batches(fast, examples, collator, per_batch=per_batch)
+        del fast
+        console.say("plain transformers + PEFT, one record at a time …")
+        model_again = load()
+        plain = one_at_a_time(model_again, examples)
+        console.say("plain again with another attention, to see how much rounding differs …")
+        with another_plain_way(model_again):
+            # The library's loss computes the softmax of the whole vocabulary in float32, which rounds more than its
+            # attention. So the noise includes both.
+            again = one_at_a_time(model_again, examples, softmax_dtype=torch.promote_types(dtype, torch.float32))
+        compared = Comparison(
+            layout=layout,
+            dtype=dtype,
+            measures=_measures(ours, plain, again, dtype=dtype),
+            worst_weight=worst_gradient(ours.gradients, plain.gradients),
+            targets=len(plain.log_probabilities),
+            tokens_padded=sum(padded_tokens(examples[i : i + per_batch]) for i in range(0, len(examples), per_batch)),
+            tokens_computed=tokens_computed,
+        )
+        return compared, ours, plain
 
 
 def _say_how_long(model: CausalLM, examples: Sequence[Example], console: Console) -> None:

@@ -10,6 +10,7 @@ import pytest
 import atomtune
 from atomtune.cli import main
 from atomtune.export import command
+from tests.adapters import base_apart
 from tests.conftest import DIALOGUES
 from tests.trained import train_by_heart
 from tests.walk.test_pages import wrong_next_steps
@@ -42,11 +43,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(by_heart, tmp_path, capsys):
 @pytest.mark.parametrize("has_weights", [True, False])
 def test_a_base_that_could_not_be_compared_is_told(by_heart, tmp_path, capsys, has_weights):
     """A base on the hub is not downloaded for its layers' names. Regression: it silently passed as the right one."""
-    base = json.loads((by_heart / "adapter_config.json").read_text())["base_model_name_or_path"]
-    there = Path(shutil.copytree(base, tmp_path / "base"))
-    if not has_weights:
-        for file in there.glob("*.safetensors"):
-            file.unlink()
+    there = base_apart(by_heart, tmp_path / "base", has_weights=has_weights)
     class_name = json.loads((there / "config.json").read_text())["architectures"][0]
     words = ["--to", "peft", "--for_class", class_name, "--model_path", str(there)]
     assert export(by_heart, tmp_path / "out", *words) == 0

@@ -23,6 +23,7 @@ from atomtune.model.adapter_folder import short_names
 from atomtune.model.generate import prompt_ids
 from atomtune.serve.command import plan_of
 from atomtune.settings.fields import ServeSettings
+from tests.adapters import base_apart
 from tests.engines.test_server_process import gone
 
 pytestmark = pytest.mark.extra
@@ -223,11 +224,7 @@ def test_what_cannot_be_served_so_is_said_before_anything_is_loaded(by_heart, ca
 @pytest.mark.parametrize(("has_weights", "is_certified"), [(True, False), (False, False), (False, True)])
 def test_a_base_that_nothing_compares_is_told(by_heart, tmp_path, has_weights, is_certified):
     """Certifying loads and compares a base; without it, one that the engine first downloads passed silently."""
-    base = json.loads((by_heart / "adapter_config.json").read_text())["base_model_name_or_path"]
-    there = Path(shutil.copytree(base, tmp_path / "base"))
-    if not has_weights:
-        for file in there.glob("*.safetensors"):
-            file.unlink()
+    there = base_apart(by_heart, tmp_path / "base", has_weights=has_weights)
     console = Console()
     plan_of(ServeSettings(adapter_path=[str(by_heart)], model_path=str(there), no_certify=not is_certified), console)
     told = [notice for notice in console.notices if "was not checked" in notice]

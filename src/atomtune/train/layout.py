@@ -19,7 +19,7 @@ from atomtune.model.mixer_kernels import kernels_of
 from atomtune.train.dataset import Data
 from atomtune.train.model import activation_memory, device_of, dtype_of
 from atomtune.train.run_context import RunContext
-from atomtune.verify import compare, say
+from atomtune.verify import Check, say
 
 #: A larger batch is suggested if it computes this many times fewer tokens.
 _WORTH_SAYING = 1.2
@@ -30,17 +30,16 @@ SAVING = 1.05
 def check_equal(run: RunContext, data: Data, *, pad_id: int) -> None:
     """--verify: compare this run's model, dtype, layout and records with plain transformers + PEFT."""
     settings, args = run.settings, run.args
-    compared = compare(
-        _sampled_batches(data, per_batch=args.per_device_train_batch_size, seed=args.seed)[0],
+    compared = Check(
+        examples=_sampled_batches(data, per_batch=args.per_device_train_batch_size, seed=args.seed)[0],
         model=settings.model,
         lora=settings.lora,
         wanted="padded" if why_padded_by_settings(args) else settings.data.layout,
-        dtype=dtype_of(run),
         device=device_of(run),
         pad_id=pad_id,
         per_batch=args.per_device_train_batch_size,
         console=run.console,
-    )
+    ).compare(dtype_of(run))
     run.record.update(verified=compared.figures())
     say(compared, run.console)
 
