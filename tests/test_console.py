@@ -33,7 +33,7 @@ def console(width: int, *, terminal: bool = True) -> Console:
     return made
 
 
-def test_every_order_is_shown_and_every_other_character_stays():
+def test_control_characters_are_escaped_and_all_others_kept():
     assert controls_shown("\x00\x1b\x7f\x9b\u202e\r") == r"\x00\x1b\x7f\x9b\u202e\r"
     for order in ORDERS:
         assert controls_shown(f"a{order}b").isprintable()
@@ -42,7 +42,7 @@ def test_every_order_is_shown_and_every_other_character_stays():
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_text_a_notice_a_table_and_a_bar_obey_nobody(terminal):
+def test_control_characters_in_text_notices_tables_and_bars_are_escaped(terminal):
     spoken = console(100, terminal=terminal)
     spoken.say(f"{EVIL} [red]x[/red] :smile:")
     spoken.notice(EVIL)
@@ -60,7 +60,7 @@ def test_a_text_a_notice_a_table_and_a_bar_obey_nobody(terminal):
     assert "\\x1b[2J" in out
 
 
-def test_a_result_is_the_same_value_and_obeys_nobody(capsys):
+def test_printed_json_keeps_its_value_with_control_characters_escaped(capsys):
     value = {EVIL: [EVIL, "灯", "\n"], "n": 1.5}
     print_json(value)
     line = capsys.readouterr().out
@@ -76,7 +76,7 @@ SENTENCE = (
 
 
 @pytest.mark.parametrize("width", [20, 33, 40, 80, 120])
-def test_lines_end_where_words_end(width):
+def test_lines_wrap_only_between_words_or_chinese_characters(width):
     for line in SENTENCE.split("\n"):
         parts = wrapped(line, width).split("\n")
         # Nothing is lost, and lines break only at a space or a Chinese character.
@@ -108,7 +108,7 @@ def test_a_pipe_and_a_command_to_copy_get_whole_lines():
     assert spoken.file.getvalue().endswith(f"\n{command}\n")
 
 
-def test_no_command_lets_data_or_names_speak_to_the_terminal(models, tmp_path, capsys):
+def test_no_command_prints_control_characters_from_data_or_file_names(models, tmp_path, capsys):
     base = str(models("llama"))
     capsys.readouterr()  # drop the library's progress bars from the creation of the base
     name = tmp_path / f"d{EVIL}.jsonl"
@@ -135,7 +135,7 @@ def test_no_command_lets_data_or_names_speak_to_the_terminal(models, tmp_path, c
         assert not [order for order in ORDERS if order in shown], (command, shown)
 
 
-def test_a_real_terminal_gets_whole_words_and_no_orders(models, tmp_path):
+def test_a_real_terminal_receives_no_control_characters_from_data(models, tmp_path):
     data = write_jsonl(tmp_path / f"d{EVIL}.jsonl", [{"instruction": "q", "output": "a", EVIL: "v"}, {EVIL: 1}])
     parent, child = pty.openpty()
     command = [sys.executable, "-m", "atomtune", "inspect", str(data), "--model_path", str(models("llama"))]
@@ -159,7 +159,7 @@ def _read(terminal: int) -> bytes:
         return b""
 
 
-def test_columns_stand_below_each_other_and_the_last_wraps_below_itself():
+def test_columns_align_and_the_last_one_wraps_with_its_indent():
     terminal = console(40)
     terminal.columns([("rate", "0.002", "one two three four five six seven"), ("学习率", "1", "short")])
     assert terminal.file.getvalue().splitlines() == [
@@ -169,7 +169,7 @@ def test_columns_stand_below_each_other_and_the_last_wraps_below_itself():
     ]
 
 
-def test_no_columns_are_as_many_as_there_are(monkeypatch, capsys):
+def test_a_terminal_width_of_zero_does_not_lose_output(monkeypatch, capsys):
     # With COLUMNS=0 a command's result was lost, with exit code 0.
     monkeypatch.setenv("COLUMNS", "0")
     Console().say("a result")
@@ -177,7 +177,7 @@ def test_no_columns_are_as_many_as_there_are(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("kind", "draws"), [("xterm", True), ("dumb", False)])
-def test_nothing_is_drawn_over_where_a_terminal_cannot(monkeypatch, kind, draws):
+def test_progress_bars_are_disabled_on_a_dumb_terminal(monkeypatch, kind, draws):
     # A run in Emacs' shell printed nothing between its first and its last line.
     monkeypatch.setenv("TERM", kind)
     spoken = console(100, terminal=True)

@@ -29,7 +29,7 @@ from atomtune.disk import (
 from atomtune.errors import BadSettings
 
 
-def test_what_is_no_file_is_never_replaced(tmp_path):
+def test_pipes_and_folders_are_never_replaced_by_a_file(tmp_path):
     """`inspect --html /dev/full` replaced the device by a file."""
     pipe, folder, link = tmp_path / "pipe", tmp_path / "folder", tmp_path / "link"
     os.mkfifo(pipe)
@@ -45,14 +45,14 @@ def test_what_is_no_file_is_never_replaced(tmp_path):
     assert pipe.is_fifo() and sorted(tmp_path.iterdir()) == [folder, link, pipe]
 
 
-def test_a_place_is_told_from_a_bug():
+def test_path_errors_are_distinguished_from_bugs():
     assert place_problem(NotADirectoryError(20, "Not a directory", "/a/b")) == "/a/b: Not a directory."
     assert place_problem(FileNotFoundError(2, "No such file or directory", "/a/b")) == ""  # may be a bug in atomtune
     assert place_problem(PermissionError(13, "Permission denied")) == ""
     assert place_problem(ValueError("/a/b")) == ""
 
 
-def test_what_is_published_comes_whole_and_its_last_file_last(tmp_path, monkeypatch):
+def test_publishing_moves_all_files_and_the_given_last_file_last(tmp_path, monkeypatch):
     staging = tmp_path / ".saving-adapter"
     staging.mkdir()
     for name in ("adapter_model.safetensors", "tokenizer.json", "zz.json"):
@@ -80,7 +80,7 @@ def test_what_is_published_comes_whole_and_its_last_file_last(tmp_path, monkeypa
         (RuntimeError("shapes do not fit"), False),
     ],
 )
-def test_a_disk_that_fails_is_told_from_a_bug(error, disk):
+def test_disk_failures_are_distinguished_from_bugs(error, disk):
     assert disk_failed(error) is disk
 
 
@@ -94,12 +94,12 @@ def test_a_disk_that_fails_is_told_from_a_bug(error, disk):
         (RuntimeError("basic_ios::clear: iostream error"), "not all bytes arrived on the disk"),
     ],
 )
-def test_the_reason_of_a_failed_write_is_told_in_the_systems_words(tmp_path, error, reason):
+def test_a_failed_write_is_reported_with_the_systems_reason(tmp_path, error, reason):
     assert disk_reason(error, tmp_path) == reason
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk_is_found_behind_the_words_of_torch(tmp_path):
+def test_a_full_disk_is_recognized_behind_a_torch_error(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], check=False).returncode:
         pytest.skip("this machine does not let us mount")
     try:
@@ -152,7 +152,7 @@ with filled(Path(sys.argv[1]), last="config.json") as folder:
 """
 
 
-def test_what_a_killed_command_left_is_in_nobodys_way(tmp_path):
+def test_leftovers_of_a_killed_command_do_not_block_the_next_one(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "kill"], check=False)
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "config.json").exists(), "no reader takes it for a model"
@@ -172,7 +172,7 @@ def test_two_commands_do_not_fill_one_folder(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
 
 
-def test_a_held_folder_is_held_once_and_gone_where_nothing_was_written(tmp_path):
+def test_a_held_folder_is_exclusive_and_removed_if_nothing_was_written(tmp_path):
     out = tmp_path / "out"
     with held(out, "run"):
         with pytest.raises(BadSettings, match="another sweep is already writing here"), held(out, "sweep"):
@@ -194,12 +194,12 @@ def test_the_first_free_number_is_taken(tmp_path):
     assert numbered(tmp_path / "demo") == tmp_path / "demo-2"
 
 
-def test_a_home_that_nobody_has_is_a_folder_of_that_name():
+def test_the_home_of_an_unknown_user_is_not_expanded():
     assert expanded("~/x") == Path.home() / "x"
     assert expanded("~nobody-here/x") == Path("~nobody-here/x")
 
 
-def test_no_room_for_a_temporary_file_is_the_disks_fault(monkeypatch):
+def test_no_usable_temporary_folder_counts_as_a_disk_failure(monkeypatch):
     # Libraries use tempfile when they are imported: on a full disk every command was reported as a bug.
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr("tempfile._candidate_tempdir_list", list)
@@ -221,7 +221,7 @@ sys.stdin.read()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs locks on folders")
-def test_a_killed_processs_temporary_folder_goes_when_the_next_is_made_and_a_living_ones_stays(tmp_path, monkeypatch):
+def test_temporary_folders_of_killed_processes_are_removed_and_live_ones_kept(tmp_path, monkeypatch):
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
 
     def started(end: str) -> subprocess.Popen:
@@ -244,7 +244,7 @@ def test_a_killed_processs_temporary_folder_goes_when_the_next_is_made_and_a_liv
     assert not of_living.exists(), "at its end it removes its own"
 
 
-def test_memory_that_processes_cannot_share_is_told_from_a_full_disk(monkeypatch):
+def test_full_shared_memory_is_distinguished_from_a_full_disk(monkeypatch):
     torch_says = RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)")
     assert "docker run --shm-size" in sharing_problem(torch_says)
     assert sharing_problem(RuntimeError("out of resource: shared memory, Required: 231424")) == ""  # a GPU's own

@@ -10,11 +10,11 @@ def test_the_command_names_the_packages_with_their_ranges():
     assert install_command("qlora") == "pip install 'bitsandbytes<1,>=0.49'"
 
 
-def test_an_extra_that_the_installed_version_does_not_know_is_named_itself():
+def test_an_extra_unknown_to_the_installed_version_is_named_in_the_command():
     assert install_command("of tomorrow") == "pip install 'atomtune[of tomorrow]'"
 
 
-def test_what_is_missing_is_said_with_the_way_without_it():
+def test_missing_packages_are_reported_with_the_setting_that_avoids_them():
     refuse_missing(["json"], extra="evaluate", what="x")
     with pytest.raises(
         BadSettings, match=r"x needs no_such_module, not installed here\.\n  pip install .*--no_generate"

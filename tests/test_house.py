@@ -89,7 +89,7 @@ def name(path: Path) -> str:
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def test_nothing_foreign_lies_at_the_top():
+def test_the_repository_root_has_only_known_entries():
     # A test once wrote a model of 4 MB there, and a commit included it.
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
@@ -97,7 +97,7 @@ def test_nothing_foreign_lies_at_the_top():
     assert {path.split("/")[0] for path in listed.stdout.split("\0") if path} <= TOP
 
 
-def test_every_room_has_a_floor():
+def test_every_package_has_a_layer():
     assert {room_of(path) for path in FILES} == FLOOR.keys()
 
 
@@ -111,7 +111,7 @@ def test_imports_run_one_way(path):
         assert "settings" not in entered
 
 
-def test_a_file_that_is_read_from_another_room_is_seen():
+def test_reading_a_file_of_another_package_is_detected():
     # The pages once read a style sheet of evaluate, which was a layer below them.
     source = "from importlib import resources\nstyle = resources.files('atomtune.evaluate') / 'html' / 'page.css'\n"
     assert rooms_read(source) == {"evaluate"}
@@ -119,7 +119,7 @@ def test_a_file_that_is_read_from_another_room_is_seen():
     assert rooms_read("def rendered(room):\n    return resources.files(f'atomtune.{room}')\n") == set()
 
 
-def test_no_import_goes_in_a_circle():
+def test_there_are_no_circular_imports():
     graph = {module: imports_of(path) & MODULES.keys() for module, path in MODULES.items()}
     while leaves := {module for module, wants in graph.items() if not wants & graph.keys()}:
         graph = {module: wants for module, wants in graph.items() if module not in leaves}
@@ -135,17 +135,17 @@ LIGHT = ("catalogue", "errors", "choices", "language", "console", "settings", "c
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in LIGHT], ids=name)
-def test_what_answers_a_wrong_flag_imports_no_torch(path):
+def test_modules_that_handle_flags_import_no_torch(path):
     # Imports at any depth of a function count too; test_cli.py checks real processes.
     assert not {module.split(".")[0] for module in imports_of(path)} & {"torch", "transformers", "peft", "datasets"}
 
 
-def test_a_row_is_planned_with_plain_lists():
+def test_the_row_module_imports_no_torch_or_numpy():
     assert not {module.split(".")[0] for module in imports_of(SOURCE / "batch" / "row.py")} & {"torch", "numpy"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_a_module_has_a_noun_for_a_name_and_says_where_it_stands(path):
+def test_module_names_are_specific_and_modules_have_docstrings(path):
     assert not re.search(r"util|manager|helper|common|misc", path.stem)
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
@@ -286,6 +286,38 @@ def _headings(page: Path) -> set[str]:
 
 def _without_code(page: Path) -> str:
     return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [p for p in written_files() if p.suffix == ".md"], ids=name)
+def test_every_pytest_command_in_a_page_selects_tests(page):
+    # Regression: tests were moved and renamed, and six commands of docs/reliability.md selected nothing.
+    assert commands_without_tests(page, ROOT) == []
+
+
+def test_a_pytest_command_that_selects_nothing_is_found(tmp_path):
+    (tmp_path / "test_it.py").write_text("def test_a_disk_is_full(): ...\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "`pytest test_it.py -k 'disk or full'` `pytest test_it.py -k 'disk or link'` `pytest gone.py` `-k a`\n"
+    )
+    assert commands_without_tests(page, tmp_path) == ["pytest test_it.py -k 'disk or link'", "pytest gone.py", "-k a"]
+
+
+def commands_without_tests(page: Path, root: Path) -> list[str]:
+    """Commands `pytest FILES -k WORDS` in a page where a file is gone, or a word is in none of the tests' names."""
+    empty = []
+    for command in re.findall(r"`((?:pytest |-k )[^`]*)`", page.read_text(encoding="utf-8")):
+        files, _, words = command.removeprefix("pytest ").partition("-k ")
+        paths = [root / file for file in files.split() if not file.startswith("-")]
+        if not paths or not all(path.exists() for path in paths):
+            empty.append(command)
+            continue
+        sources = [file for path in paths for file in ([path] if path.is_file() else path.rglob("test_*.py"))]
+        names = [test for file in sources for test in re.findall(r"def (test_\w+)", file.read_text(encoding="utf-8"))]
+        wanted = set(re.findall(r"\w+", words)) - {"or", "and", "not"}
+        if not all(any(word in test for test in names) for word in wanted):
+            empty.append(command)
+    return empty
 
 
 def test_tests_mirror_the_source():

@@ -41,12 +41,12 @@ def names_in(text: str) -> set[str]:
     return {name for _, name, _, _ in Formatter().parse(text) if name}
 
 
-def test_no_text_is_missing():
+def test_every_message_has_a_translation():
     missing = {text for texts in all_messages().values() for text in texts if text not in TRANSLATIONS}
     assert not missing  # `python -m tools.messages` lists them
 
 
-def test_no_text_is_left_over():
+def test_no_translation_is_unused():
     in_source = {text for texts in all_messages().values() for text in texts}
     assert not TRANSLATIONS.keys() - in_source  # `python -m tools.messages --sort` drops them
 
@@ -63,7 +63,7 @@ def test_a_text_that_nobody_translated_would_be_found(tmp_path):
     assert messages_of(file) == ["{rows} rows were lost."]
 
 
-def test_a_translation_has_the_places_of_its_text():
+def test_a_translation_has_the_placeholders_of_its_message():
     for english, chinese in TRANSLATIONS.items():
         assert chinese is None or names_in(chinese) == names_in(english), english
 
@@ -76,7 +76,7 @@ def test_a_translation_has_the_line_ends_and_the_flags_of_its_text():
             assert set(FLAG.findall(english)) <= set(FLAG.findall(chinese)), chinese
 
 
-def test_every_text_is_found_by_itself_and_by_no_other():
+def test_every_message_matches_only_its_own_translation():
     """Fill in every text with meaningless words."""
     chinese_catalogue = catalogue("zh")
     for english, chinese in TRANSLATIONS.items():
@@ -87,7 +87,7 @@ def test_every_text_is_found_by_itself_and_by_no_other():
         assert chinese_catalogue.translated(english.format(**values), is_ours=True) == expected
 
 
-def test_a_translation_is_chinese_in_full_width_marks():
+def test_translations_are_chinese_with_full_width_punctuation():
     """Commands, flags, names and code stay; sentences end with Chinese punctuation."""
     for english, chinese in TRANSLATIONS.items():
         if chinese is not None and len(english.split()) > 4:
@@ -95,7 +95,7 @@ def test_a_translation_is_chinese_in_full_width_marks():
             assert not re.search("[\u4e00-\u9fff][,;!?]|[\u4e00-\u9fff][.:]( |$)", chinese), chinese
 
 
-def test_what_is_filled_in_stays_as_it_is():
+def test_filled_in_values_are_not_translated():
     """A record, a path or a library may contain the same words as our own messages."""
     own = Catalogue({"no record": "没有记录", "{path}: no such file.": "{path}：没有这个文件。"})
     assert own.translated("no record: no such file.") == "no record：没有这个文件。"
@@ -120,7 +120,7 @@ def test_lines_of_a_list_keep_their_bullets_and_their_indent():
     assert own.translated("  - 7 of 10 prompts differ") == "  - 10 个提示中有 7 个不同"
 
 
-def test_each_line_about_a_record_is_translated_for_itself():
+def test_each_line_about_a_record_is_translated_separately():
     """A key followed by another message (for example about an empty text) was taken to include the lines after it."""
     lines = ["a.jsonl:1  output is empty: there is nothing to learn.", 'b.jsonl:2  no key "output"; keys here: x.']
     chinese = ["a.jsonl:1  output 是空的：没有可以学习的内容。", 'b.jsonl:2  没有键 "output"；这里的键有 x。']
@@ -165,7 +165,7 @@ def test_all_of_a_message_is_chinese(english, chinese):
     assert catalogue("zh").translated(english) == chinese
 
 
-def test_a_text_of_nobody_stays():
+def test_foreign_text_is_not_translated():
     text = "Once upon a time there was a lamp; it had 3 records of the sea, and no record is longer than a night."
     assert catalogue("zh").translated(text) == text
 
@@ -210,13 +210,13 @@ def test_english_is_what_is_spoken_unless_another_language_is_chosen():
         ("answered in 1 of 2 records", None),
     ],
 )
-def test_one_of_a_kind_is_said_as_one(text, right):
+def test_counts_of_one_use_the_singular(text, right):
     assert singular(text) == (right or text)
     assert translated(text) == singular(text)
 
 
 @pytest.mark.parametrize("words", [["--language", "zh"], ["--language=zh"]])
-def test_every_command_takes_a_language(words, capsys):
+def test_the_language_flag_switches_messages_to_chinese(words, capsys):
     assert main(["train", *words, "--lora_rank", "0", "--learning_rat", "1"]) == 2
     assert capsys.readouterr().err.splitlines()[1:] == [
         "atomtune train：--learning_rat：没有这项设置。是不是想写 --learning_rate？",
@@ -224,7 +224,7 @@ def test_every_command_takes_a_language(words, capsys):
     ]
 
 
-def test_an_unknown_language_is_told_those_there_are(capsys):
+def test_an_unknown_language_is_refused_with_the_available_ones(capsys):
     assert main(["train", "--language", "fr"]) == 2
     assert capsys.readouterr().err == "atomtune: --language 'fr': expected one of en, zh.\n"
 
@@ -250,7 +250,7 @@ def test_help_as_data_stays_english(capsys):
         assert capsys.readouterr().out == english
 
 
-def test_columns_stand_below_each_other(capsys):
+def test_columns_align_with_wide_chinese_characters(capsys):
     """A Chinese character is two cells wide. A name to be typed stays, even if it is a translated word elsewhere."""
     rows = [
         ("eval_size", "auto", "by the width of the base, 96"),
@@ -346,7 +346,7 @@ def test_errors_about_data_are_chinese(tmp_path, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other words")
-def test_what_the_system_says_of_a_place_is_chinese():
+def test_operating_system_errors_are_translated_to_chinese():
     """“写不到那里：No such file or directory” told only half to users who read no English."""
     codes = {errno.ENOENT, errno.EADDRINUSE, *_DISK_ERRORS, *_PLACE_ERRORS}
     assert {os.strerror(code) for code in codes} <= set(SYSTEM_WORDS)

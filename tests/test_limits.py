@@ -16,12 +16,12 @@ from tests.tiny import tokenizer_of
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
 
 
-def test_what_ends_by_itself_trips_nothing():
+def test_code_that_ends_by_itself_trips_no_limit():
     assert try_apart(lambda say: say("record 1")) is None
     assert try_apart(lambda say: 1 / 0) is None, "an exception is answered where it is raised again"
 
 
-def test_what_never_ends_is_ended_and_was_at_a_place():
+def test_endless_code_is_stopped_and_its_last_place_reported():
     def endless(say):
         say("record 1")
         say("record 2")
@@ -33,7 +33,7 @@ def test_what_never_ends_is_ended_and_was_at_a_place():
     assert time.monotonic() - began < 30  # a wide margin, because the processors are shared
 
 
-def test_what_asks_for_too_much_memory():
+def test_code_that_allocates_too_much_memory_is_stopped():
     def greedy(say):
         say("record 3")
         return "x" * 10**11
@@ -41,11 +41,11 @@ def test_what_asks_for_too_much_memory():
     assert try_apart(greedy) == Tripped("memory", "record 3")
 
 
-def test_a_regex_is_ended_inside_the_library():
+def test_a_runaway_regex_is_stopped_inside_the_library():
     assert try_apart(lambda say: re.fullmatch("(a|aa)+$", "a" * 100 + "b"), seconds=1) == Tripped("time", "", 1)
 
 
-def test_nothing_stays_open_and_nothing_is_written(capfd):
+def test_a_trial_leaks_no_file_descriptors_and_prints_nothing(capfd):
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(20):
         try_apart(lambda say: os.write(2, b"not shown"))
@@ -53,13 +53,13 @@ def test_nothing_stays_open_and_nothing_is_written(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_waits_for_a_lock_is_not_blamed(monkeypatch):
+def test_code_waiting_for_a_lock_trips_no_limit(monkeypatch):
     # A forked process may find a lock held by a thread that was not forked. That says nothing about the code on trial.
     monkeypatch.setattr(limits, "CLOCK_SECONDS", 1)
     assert try_apart(lambda say: time.sleep(60)) is None
 
 
-def test_a_tokenizer_is_tried_behind_others_that_used_their_threads(tmp_path):
+def test_a_tokenizer_that_already_used_its_threads_can_be_tried(tmp_path):
     # A fork has no copies of tokenizers' threads: with TOKENIZERS_PARALLELISM=true the trial waited for them forever.
     file = tmp_path / "tokenizer.json"
     tokenizer_of("bytes").backend_tokenizer.save(str(file))
@@ -104,7 +104,7 @@ for module in pkgutil.walk_packages(atomtune.__path__, "atomtune."):
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
 
 
-def test_without_proc_what_is_tried_has_a_limit_of_time_alone(monkeypatch):
+def test_without_proc_only_the_time_limit_applies(monkeypatch):
     """There a process's memory is unknown. The trial failed because of that, and the foreign code had no limits."""
 
     def unmounted() -> int:
@@ -119,7 +119,7 @@ def test_without_proc_what_is_tried_has_a_limit_of_time_alone(monkeypatch):
     assert try_apart(endless, seconds=1) == Tripped("time", "record 1", 1)
 
 
-def test_the_most_memory_held_is_this_processs_own_and_not_that_of_who_started_it():
+def test_most_memory_held_excludes_the_parent_process():
     held = "from atomtune.limits import most_memory_held; print(most_memory_held())"
     start = f"much = b'1' * 10**9; import subprocess, sys; subprocess.run([sys.executable, '-c', {held!r}], check=True)"
     done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=True)

@@ -24,7 +24,7 @@ def test_the_tree_in_contributing_has_every_file_and_its_first_sentence():
 
 
 @pytest.mark.slow
-def test_the_walks_in_contributing_are_those_of_today(tmp_path):
+def test_the_walks_in_contributing_are_up_to_date(tmp_path):
     constraints = dict(re.findall(r"(?m)^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8")))
     for library in CALLERS:
         if version(library).partition("+")[0] != constraints[library].partition("+")[0]:
@@ -70,7 +70,7 @@ FOREIGN = {"training_args.py", "run.py"}
 
 
 @pytest.mark.parametrize("path", written_files(), ids=name)
-def test_a_python_file_that_is_named_is_there(path):
+def test_every_python_file_named_in_the_texts_exists(path):
     # `data/cache.py`, `tests/walk/test_faults.py`: after a file moves, texts may still have its old name.
     folders = [ROOT / folder for folder in ("src", "tests", "tools", "benchmarks", "examples")]
     files = {p.relative_to(ROOT).as_posix() for folder in folders for p in folder.rglob("*.py")}

@@ -100,7 +100,7 @@ def test_the_plain_loop_of_the_examples_learns_what_a_padded_one_learns(models, 
     assert_equal_adapters(model, other, rel=1e-3)  # AdamW makes full steps even for near-zero gradients
 
 
-def test_beginnings_stand_once_in_a_batch(models):
+def test_shared_prefixes_appear_once_in_a_batch(models):
     model = AutoModelForCausalLM.from_pretrained(models("llama"))
     sharing = share_prefixes(model)
     examples = examples_with_a_shared_beginning(n=8)
@@ -123,7 +123,7 @@ def test_padding_that_a_tokenizer_added_is_taken_out(models):
         assert sharing.loss(model, sharing.collate(rows)) == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_a_model_that_cannot_share_is_padded_and_says_why(models):
+def test_a_model_that_cannot_share_is_padded_with_a_reason(models):
     model = AutoModelForCausalLM.from_pretrained(models("baichuan_like"), trust_remote_code=True, dtype=torch.float64)
     sharing = share_prefixes(model)
     examples = [{k: [i % 90 for i in v] if k == "input_ids" else v for k, v in e.items()} for e in some_copies()]
@@ -139,13 +139,13 @@ def some_copies() -> list[dict]:
 @pytest.mark.parametrize(
     ("labels", "said"), [([1, 2], r"3 input_ids and 2 labels"), ([-100, 7, 9], r"label at token 1 is 7")]
 )
-def test_labels_that_are_no_labels_of_these_tokens_are_refused(models, labels, said):
+def test_labels_that_do_not_match_the_tokens_are_refused(models, labels, said):
     sharing = share_prefixes(AutoModelForCausalLM.from_pretrained(models("llama")))
     with pytest.raises(BadData, match=said):
         sharing.collate([{"input_ids": [5, 6, 9], "labels": labels}])
 
 
-def test_a_packed_row_is_its_examples_again(models):
+def test_a_packed_row_is_split_into_its_examples(models):
     # TRL's packing passes rows of several examples; taken for one text, each would see the ones before it.
     examples = examples_with_a_shared_beginning(n=5)
     row = {name: [token for example in examples for token in example[name]] for name in ("input_ids", "labels")}
@@ -158,7 +158,7 @@ def test_a_packed_row_is_its_examples_again(models):
         sharing.collate([{**row, "seq_lengths": [3]}])
 
 
-def test_noise_of_a_row_is_refused(models):
+def test_neftune_noise_on_a_shared_row_is_refused(models):
     model = AutoModelForCausalLM.from_pretrained(models("llama")).train()
     sharing = share_prefixes(model)
     batch = sharing.collate(examples_with_a_shared_beginning(n=2))
@@ -199,7 +199,7 @@ trainer.save_model(out)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="without TRL")
-def test_trls_trainer_learns_it_on_two_ranks_too(models, tmp_path):
+def test_the_trl_trainer_with_sharing_learns_the_same_on_two_ranks(models, tmp_path):
     # Catches a loss that is half of what it should be. Plain SGD shows it; Adam and clipping would hide it.
     (tmp_path / "train.py").write_text(_TRAINED_BY_RANKS, encoding="utf-8")
     for kind in ("own", "sharing"):
@@ -261,7 +261,7 @@ def test_trls_trainer_learns_what_it_learns_without_sharing(models, tmp_path, la
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_trls_other_losses_are_refused_and_not_left_out(models, tmp_path):
+def test_other_trl_loss_types_are_refused_and_not_ignored(models, tmp_path):
     trl = pytest.importorskip("trl")
     with pytest.raises(ValueError, match="loss_type 'dft'"):
         example_module("share_prefixes_trl").SharingSFTTrainer(

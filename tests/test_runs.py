@@ -30,7 +30,7 @@ def record_of(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
-def test_runs_are_listed_with_data_and_loss_and_checkpoints_are_none(folder, capsys):
+def test_runs_are_listed_with_data_and_loss_but_checkpoints_are_not_listed(folder, capsys):
     capsys.readouterr()
     assert main(["runs", str(folder), "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
@@ -43,7 +43,7 @@ def test_runs_are_listed_with_data_and_loss_and_checkpoints_are_none(folder, cap
     assert "slow" in out and "fast" in out and "finished" in out
 
 
-def test_a_run_that_was_killed_is_not_running(folder, tmp_path, capsys):
+def test_a_killed_run_is_not_listed_as_running(folder, tmp_path, capsys):
     """Its record says "running" forever, so the lock on its folder decides."""
     run = tmp_path / "run"
     shutil.copytree(folder / "slow", run)
@@ -61,7 +61,7 @@ def test_a_run_that_was_killed_is_not_running(folder, tmp_path, capsys):
     assert status() == "running"
 
 
-def test_in_a_pipe_a_row_is_one_line_and_a_long_name_whole(folder, tmp_path, capsys, monkeypatch):
+def test_piped_output_has_one_line_per_run_and_untruncated_names(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     name = "qwen3-8b-persona-" + "x" * 60
     (tmp_path / name).mkdir()
@@ -83,7 +83,7 @@ def test_two_runs_show_the_settings_that_differ_and_no_others(folder, capsys):
     assert "lora_rank" in out and "max_steps" not in out and f"{last:.4g}" in out
 
 
-def test_a_setting_that_one_run_alone_sets_is_the_others_default(folder, tmp_path, capsys):
+def test_a_setting_given_in_only_one_run_is_shown_as_default_for_the_other(folder, tmp_path, capsys):
     """`seed  42  –` looked like another seed or none in the second run, but both had the same."""
     set_one = shutil.copytree(folder / "slow", tmp_path / "set")
     record = record_of(set_one)
@@ -95,13 +95,13 @@ def test_a_setting_that_one_run_alone_sets_is_the_others_default(folder, tmp_pat
     assert line.split() == ["seed", "42", "default"]
 
 
-def test_their_losses_are_drawn(folder, tmp_path, capsys):
+def test_plot_writes_a_png_of_two_runs_losses(folder, tmp_path, capsys):
     picture = tmp_path / "losses.png"
     assert main(["runs", str(folder / "slow"), str(folder / "fast"), "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_held_out_losses_stand_beside_each_other_too(folder, tmp_path, monkeypatch, capsys):
+def test_held_out_losses_of_two_runs_are_compared_and_plotted(folder, tmp_path, monkeypatch, capsys):
     """Runs are chosen by held-out losses, but only training losses were compared."""
     for name, losses in (("one", (3.5, 1.25)), ("two", (3.5, 2.125))):
         copy = Path(shutil.copytree(folder / "slow", tmp_path / name))
@@ -132,7 +132,7 @@ def test_a_run_that_ended_before_its_first_loss_is_compared_too(folder, tmp_path
     assert "failed" in capsys.readouterr().out
 
 
-def test_what_is_no_run_is_told(folder, tmp_path, capsys):
+def test_a_folder_that_is_not_a_run_is_reported(folder, tmp_path, capsys):
     assert main(["runs", str(folder / "slow"), str(tmp_path)]) == 2
     assert "Pass the output folder of a run" in capsys.readouterr().err
     assert main(["runs", str(tmp_path / "none")]) == 2
@@ -164,7 +164,7 @@ def altered(folder, tmp_path):
     ],
     ids=str,
 )
-def test_a_record_of_another_shape_is_told_by_place(folder, altered, capsys, values, found):
+def test_a_malformed_run_json_is_reported_with_the_path_of_the_bad_value(folder, altered, capsys, values, found):
     odd = altered(values)
     assert main(["runs", str(odd.parent)]) == 0
     told = capsys.readouterr()
@@ -182,7 +182,7 @@ def test_a_record_of_another_shape_is_told_by_place(folder, altered, capsys, val
     ],
     ids=str,
 )
-def test_odd_values_in_the_right_shape_are_shown_as_they_are(folder, altered, capsys, values, shown):
+def test_odd_values_in_a_well_formed_run_json_are_shown_unchanged(folder, altered, capsys, values, shown):
     odd = altered(values)
     assert main(["runs", str(odd.parent)]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("odd")]
@@ -190,21 +190,21 @@ def test_odd_values_in_the_right_shape_are_shown_as_they_are(folder, altered, ca
     assert main(["runs", str(folder / "fast"), str(odd)]) == 0
 
 
-def test_a_picture_of_no_known_kind_is_refused_before_anything_is_printed(folder, tmp_path, capsys):
+def test_an_unsupported_plot_format_is_refused_before_anything_is_printed(folder, tmp_path, capsys):
     capsys.readouterr()
     assert main(["runs", str(folder / "slow"), str(folder / "fast"), "--plot", str(tmp_path / "losses.doc")]) == 2
     told = capsys.readouterr()
     assert "expected a file that ends in .png, .pdf, .svg" in told.err and not told.out
 
 
-def test_the_picture_is_drawn_with_json_too(folder, tmp_path, capsys):
+def test_the_plot_is_written_with_json_output_too(folder, tmp_path, capsys):
     picture = tmp_path / "losses.png"
     capsys.readouterr()
     assert main(["runs", str(folder / "slow"), str(folder / "fast"), "--json", "--plot", str(picture)]) == 0
     assert json.loads(capsys.readouterr().out)["settings"] and picture.is_file()
 
 
-def test_a_folder_that_goes_while_runs_are_looked_for_is_passed_over(folder, tmp_path, monkeypatch, capsys):
+def test_a_folder_deleted_during_the_search_for_runs_is_skipped(folder, tmp_path, monkeypatch, capsys):
     """Meanwhile another run rotates its checkpoints, or a sweep its trials."""
     for name in ("gone", "here"):
         (tmp_path / name).mkdir()

@@ -13,7 +13,7 @@ def counted(first, second):
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))))
 
 
-def test_texts_and_ids_begin_alike_as_far_as_counted():
+def test_shared_prefix_lengths_match_an_item_by_item_count():
     for first, second in itertools.product(TEXTS, repeat=2):
         expected = counted(first, second)
         assert shared_characters(first, second) == expected
@@ -21,6 +21,6 @@ def test_texts_and_ids_begin_alike_as_far_as_counted():
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3])
-def test_what_is_known_to_agree_is_counted_and_not_compared(start):
+def test_a_known_common_start_is_counted_without_being_compared(start):
     assert shared_length((1, 2, 3, 4), (1, 2, 3, 5, 6), start=start) == 3
     assert shared_length((1, 2, 3), (9, 9, 9), start=3) == 3

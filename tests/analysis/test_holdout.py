@@ -26,7 +26,7 @@ def together(*records: Record) -> list[list[int]]:
 
 @same_every_time
 @given(groups=groupings, share=st.floats(0.01, 0.99), seed=st.integers(0, 5))
-def test_no_group_is_parted_and_no_row_is_lost(groups, share, seed):
+def test_split_keeps_groups_together_and_loses_no_row(groups, share, seed):
     learned, held = held_out(groups, max(1, int(share * len(groups))), seed=seed)
     assert sorted([*learned, *held]) == list(range(len(groups)))
     assert not set(groups[learned].tolist()) & set(groups[held].tolist())
@@ -35,14 +35,14 @@ def test_no_group_is_parted_and_no_row_is_lost(groups, share, seed):
 
 @same_every_time
 @given(groups=groupings, share=st.floats(0.05, 0.95), seed=st.integers(0, 5))
-def test_the_count_is_missed_by_less_than_a_group(groups, share, seed):
+def test_holdout_size_is_off_by_less_than_one_group(groups, share, seed):
     count = max(1, int(share * len(groups)))
     _, held = held_out(groups, count, seed=seed)
     largest = numpy.bincount(groups).max()
     assert abs(len(held) - count) < largest or len(held) == largest
 
 
-def test_rows_that_are_not_alike_are_held_out_to_the_number():
+def test_dissimilar_rows_are_held_out_in_the_exact_count():
     groups = numpy.arange(1000)
     learned, held = held_out(groups, 100, seed=1)
     assert (len(learned), len(held)) == (900, 100)
@@ -61,14 +61,14 @@ def test_equal_prompts_and_near_equal_records_stay_together():
     assert together(*rows) == [[0, 2], [3, 4]]
 
 
-def test_what_a_task_says_to_every_record_makes_none_alike():
+def test_a_task_prompt_shared_by_all_records_does_not_group_them():
     style = "请模仿下面案例中人物的说话风格和语气来回答用户的问题。要求：口语化，古雅含蓄，不说现代词语。" * 3
     questions = [f"{word}是什么？" for word in "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏"]
     assert together(*(record(one, f"答{one}。", style) for one in questions)) == [], "as instruction above an input"
     assert together(*(record(f"{style}{one}", f"答{one}。") for one in questions)) == [], "in one text"
 
 
-def test_evaluation_records_like_trained_ones_are_found():
+def test_evaluation_records_similar_to_training_records_are_found():
     assert overlapping(numpy.array([0, 1, 1, 0, 4, 1]), learned=3) == [0, 2]
     assert overlapping(numpy.array([0, 1, 2, 3]), learned=2) == []
 
@@ -76,7 +76,7 @@ def test_evaluation_records_like_trained_ones_are_found():
 # --- shared beginnings-----------------------------------------------------------------------------------------------
 
 
-def test_shared_beginnings_are_the_long_beginnings_that_many_share():
+def test_shared_beginnings_are_long_prefixes_common_to_many_texts():
     task = "Translate the following sentence into Chinese, please: "
     nested = f"{task}this time as formally as you possibly can, and then "
     texts = [f"{task}{n} birds" for n in range(30)] + [f"{nested}{n * 7} boats" for n in range(30)]
@@ -85,6 +85,6 @@ def test_shared_beginnings_are_the_long_beginnings_that_many_share():
 
 
 @pytest.mark.parametrize("texts", [[], [""] * 50, ["same long text that everybody says again and again"] * 50])
-def test_nothing_is_left_empty(texts):
+def test_removing_shared_beginnings_never_empties_a_text(texts):
     beginnings = beginnings_of(texts)
     assert [without_beginning(text, beginnings) for text in texts] == texts

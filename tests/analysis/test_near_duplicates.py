@@ -53,7 +53,7 @@ def varied(draw: random.Random, texts: int, families: int) -> list[str]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_groups_are_those_of_all_pairs(seed):
+def test_groups_match_a_comparison_of_all_pairs(seed):
     texts = varied(random.Random(seed), 250, 60)
     pairs = [(i, j) for i, j in itertools.combinations(range(250), 2) if jaccard(texts[i], texts[j]) >= 0.8]
     assert len(pairs) > 60
@@ -61,7 +61,7 @@ def test_groups_are_those_of_all_pairs(seed):
     assert near_groups(texts).tolist() == components(250, pairs)
 
 
-def test_a_million_by_a_million_pairs_of_a_large_bucket_are_not_compared():
+def test_a_large_bucket_is_grouped_without_comparing_all_pairs():
     # Many equal texts fall into one bucket. All must be found, and a text that only shares their beginning must not.
     texts = ["同一句话，说了很多很多遍。"] * 50_000 + ["同一句话，说了很多很多遍，后来就再也没有人说了。"]
     groups = near_groups(texts)
@@ -69,26 +69,26 @@ def test_a_million_by_a_million_pairs_of_a_large_bucket_are_not_compared():
     assert groups[-1] == 50_000
 
 
-def test_texts_of_which_many_are_the_same_keep_what_they_say():
+def test_shingles_common_to_half_of_the_texts_still_count():
     # Every shingle here occurs in half of the texts.
     assert near_groups(["甲乙丙丁戊己庚"] * 150 + ["子丑寅卯辰巳午"] * 150).tolist() == [0] * 150 + [150] * 150
 
 
-def test_how_often_a_text_repeats_itself_does_not_count():
+def test_repetition_within_a_text_does_not_affect_similarity():
     assert near_groups(["哈" * 40, "哈" * 7]).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("one", "other"), [("？！", "。。。"), ("2 + 3", "2 - 3"), ("晚安", "早安"), ("", "x")])
-def test_short_texts_are_near_only_where_they_are_equal(one, other):
+def test_short_texts_are_near_duplicates_only_if_equal(one, other):
     assert near_groups([one, other]).tolist() == [0, 1]
 
 
-def test_half_a_surrogate_pair_and_no_text_at_all_are_no_trouble():
+def test_lone_surrogates_and_an_empty_list_are_accepted():
     assert near_groups(["\ud800 ok", "\ud800 ok"]).tolist() == [0, 0]
     assert near_groups([]).tolist() == []
 
 
-def test_windows_do_not_change_the_groups(monkeypatch):
+def test_window_size_does_not_change_the_groups(monkeypatch):
     # Catches a shingle that reaches into the next text, and a row numbered from its window's start.
     texts = varied(random.Random(9), 200, 60)
     whole = near_groups(texts).tolist()
@@ -103,14 +103,14 @@ def test_the_threshold_is_measured_exactly():
     assert near_groups([one, other], threshold=index + 0.01).tolist() == [0, 1]
 
 
-def test_joined_is_what_hangs_together_in_any_grouping():
+def test_joined_gives_the_connected_components_of_both_groupings():
     draw = random.Random(5)
     a, b = ([draw.randrange(60) for _ in range(100)] for _ in range(2))
     pairs = [(i, j) for i, j in itertools.combinations(range(100), 2) if a[i] == a[j] or b[i] == b[j]]
     assert joined(numpy.array(a), numpy.array(b)).tolist() == components(100, pairs)
 
 
-def test_equal_groups_are_named_by_their_first_place():
+def test_equal_groups_are_numbered_by_their_first_index():
     assert equal_groups(numpy.array([7, -3, 7, 9, -3])).tolist() == [0, 1, 0, 3, 1]
 
 

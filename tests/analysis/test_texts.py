@@ -66,7 +66,7 @@ def answers_in(examples: tuple[Example, ...]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_tokens_are_counted_as_by_a_walk_along_each_record(seed):
+def test_token_statistics_match_a_token_by_token_count(seed):
     records = some_records(seed)
     tables = [as_table(records[:17]), as_table(records[17:18]), as_table(records[18:])]
     seen = read_tokens(tables, stops=[STOP], unknown=UNKNOWN)
@@ -79,12 +79,12 @@ def test_tokens_are_counted_as_by_a_walk_along_each_record(seed):
     assert seen.unknown.tolist() == [any(UNKNOWN in answer for answer in one) for one in answers]
 
 
-def test_what_is_read_alone_may_be_unknown():
+def test_unknown_tokens_outside_answers_are_not_reported():
     seen = read_tokens([as_table([(Example((1, 0, 5, 2), (0, 0, 1, 1), "a:1"),)])], stops=[2], unknown=0)
     assert not seen.unknown.any()
 
 
-def test_every_letter_belongs_to_the_script_of_its_name():
+def test_letters_belong_to_the_script_in_their_unicode_name():
     letters = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Lu", "Ll", "Lo", "Lt")]
     rows = letters_of(letters)
     told = [SCRIPTS[row.argmax()] if row.any() else "none" for row in rows]
@@ -97,11 +97,11 @@ def test_every_letter_belongs_to_the_script_of_its_name():
 
 
 @pytest.mark.parametrize("text", ["0123456789", " \n\t", "，。！？《》…", "😀👍🏽", "→≈½", ".,;:'\"()[]", "", "①②"])
-def test_what_is_no_letter_belongs_to_no_script(text):
+def test_non_letters_belong_to_no_script(text):
     assert not letters_of([text]).any()
 
 
-def test_letters_are_those_of_their_own_text():
+def test_letters_are_counted_per_text():
     assert letters_of(["", "ab你", "", "Привет"])[:, :5].tolist() == [
         [0] * 5,
         [1, 2, 0, 0, 0],
@@ -110,7 +110,7 @@ def test_letters_are_those_of_their_own_text():
     ]
 
 
-def test_an_instruction_above_an_input_does_not_make_records_alike():
+def test_a_shared_instruction_above_an_input_does_not_make_records_similar():
     style = "请模仿一位古代的人物说话，语气要庄重，不要使用现代的词语，也不要解释你为什么这样说。" * 3
     asked = [dialogue(style, f"答案{c}{c}，如此而已", input=f"第{c}个问题是什么{c}") for c in "甲乙丙丁"]
     records = [Record((Turn("system", style), *one.turns), one.origin) for one in asked]
@@ -118,7 +118,7 @@ def test_an_instruction_above_an_input_does_not_make_records_alike():
     assert read_texts(records).near.tolist() == [0, 1, 2, 3]
 
 
-def test_texts_keep_what_is_compared_and_nothing_else():
+def test_read_texts_collects_prompts_answers_scripts_and_blank_answers():
     records = [
         dialogue("你好", "早上好"),
         dialogue("你好", "Good morning"),
@@ -133,7 +133,7 @@ def test_texts_keep_what_is_compared_and_nothing_else():
     assert seen.blank.tolist() == [False, False, True, False]
 
 
-def test_where_a_prompt_ends_and_an_input_begins_is_part_of_the_prompt():
+def test_the_boundary_of_instruction_and_input_distinguishes_prompts():
     one, other = (read_texts([dialogue(a, "x", input=b)]).prompts[0] for a, b in (("ab", "c"), ("a", "bc")))
     assert one != other
 
@@ -161,7 +161,7 @@ def test_copies_near_copies_and_conflicts_are_counted_once_each():
     assert near_or_equal(texts, tokens).tolist() == [0, 0, 2, 0, 4, 5]
 
 
-def test_questions_about_one_document_are_no_near_duplicates_of_each_other():
+def test_questions_about_one_document_are_not_near_duplicates():
     # Once, four of five records of a RAG data set counted as near duplicates. They do stay on one side of a split.
     draw = random.Random(4)
     page = "".join(draw.choices("甲乙丙丁戊己庚辛壬癸子丑寅卯辰巳午未申酉", k=3000))
@@ -194,7 +194,7 @@ def test_a_call_may_end_with_a_stop_token_of_its_own():
     assert read_tokens([table], stops=[STOP, 5], unknown=None).no_stop.tolist() == [False, False]
 
 
-def test_records_conflict_only_where_all_that_is_asked_is_the_same():
+def test_records_conflict_only_if_the_whole_prompt_is_the_same():
     # A text that is trained as a whole answers nothing; other documents, tools or calls make it another question.
     question, answers = Turn("user", "q"), [Turn("assistant", "a"), Turn("assistant", "b")]
     called = [Turn("assistant", "", calls=({"name": name, "arguments": {}},)) for name in "fg"]
@@ -213,7 +213,7 @@ def test_records_conflict_only_where_all_that_is_asked_is_the_same():
     assert problems(same, [table])[0]["conflicts"].count == 2
 
 
-def test_nothing_used_is_no_trouble():
+def test_findings_are_computed_if_every_record_was_refused():
     ledger = Ledger(records_read=1, records_refused=[Refusal("a:1", "why", RefusalKind.UNREADABLE)])
     found, *_ = problems([], [], ledger)
     assert {name: one.count for name, one in found.items() if one.count} == {"refused": 1}

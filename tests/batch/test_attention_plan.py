@@ -54,7 +54,7 @@ def assert_same_sight(row: Row, window: int | None, width: int | None = None) ->
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("sizes", [(1,), (3,), (5, 9), blocks_module.CHUNK_SIZES], ids=str)
-def test_the_blocks_together_are_the_law(monkeypatch, window, sizes):
+def test_blocks_together_cover_exactly_the_attention_mask(monkeypatch, window, sizes):
     # Catches a key counted twice (in the path and in the chunk), a missing key, a sibling's key, a window off by one.
     monkeypatch.setattr(blocks_module, "CHUNK_SIZES", sizes)
     for row in rows(120, longest=14):
@@ -83,7 +83,7 @@ def seen_by_spans(plan: AttentionPlan, window: int | None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_the_spans_together_are_the_law(window):
+def test_spans_together_cover_exactly_the_attention_mask(window):
     # Catches a path too short for its window, a segment that sees a sibling, and keys shifted by one.
     for row in rows(60, longest=14) + rows(30, longest=60):
         plan = plan_attention(row, windows=(None, window), width=padded_length(len(row)), cut="spans")
@@ -100,7 +100,7 @@ def test_a_packed_row_gathers_no_keys():
     assert plan_attention(row, cut="spans", width=padded_length(len(row))).spans[None].keys is None
 
 
-def test_a_window_that_reaches_the_start_of_every_path_costs_no_blocks_of_its_own():
+def test_a_window_covering_every_path_reuses_the_full_attention_blocks():
     row = rows(1, longest=14)[0]
     deepest = max(row.positions()) + 1
     plan = plan_attention(row, windows=(None, deepest, deepest - 1))
@@ -131,7 +131,7 @@ def test_every_token_has_one_query_slot_and_padding_none(monkeypatch, window):
             assert ends[-1] == end
 
 
-def test_blocks_have_few_sizes():
+def test_block_sizes_are_multiples_of_16_queries_and_32_keys():
     for row in rows(60, longest=60):
         for block in plan_attention(row).blocks[None].each:
             assert block.queries % 16 == 0
@@ -139,7 +139,7 @@ def test_blocks_have_few_sizes():
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(3, 3), (6, 2), (4, 1)])
-def test_every_head_finds_its_slots(monkeypatch, heads, key_heads):
+def test_gather_indices_address_the_right_token_of_every_head(monkeypatch, heads, key_heads):
     # Catches heads, chunks and tokens swapped in a gather, which no shape check would show.
     monkeypatch.setattr(blocks_module, "CHUNK_SIZES", (7,))
     group = heads // key_heads
@@ -174,7 +174,7 @@ def test_every_head_finds_its_slots(monkeypatch, heads, key_heads):
         assert starts[-1] == len(copies)
 
 
-def test_padding_sees_padding():
+def test_padding_attends_only_to_padding():
     # A query that sees nothing would be 0 / 0 in a dense softmax.
     row = rows(1, longest=14)[0]
     plan = plan_attention(row, windows=(None, 2), width=padded_length(len(row)))
@@ -204,7 +204,7 @@ def test_long_trunks_and_long_branches_are_computed_in_short_chunks(window):
     assert_same_sight(row, window)
 
 
-def test_the_top_of_a_path_needs_no_mask():
+def test_keys_visible_to_a_whole_block_need_no_mask():
     # A mask of queries x keys for a long record would take more memory than its scores.
     row = single(some_record(2_000))
     for block in plan_attention(row).blocks[None].each:
@@ -229,7 +229,7 @@ def test_a_very_long_row_is_planned_with_few_chunks():
     assert sum(block.count for block in blocks.each) == -(-20_000 // max(blocks_module.CHUNK_SIZES))
 
 
-def test_rows_are_padded_to_few_lengths_a_little_longer():
+def test_rows_are_padded_slightly_to_one_of_a_few_lengths():
     lengths = [padded_length(tokens) for tokens in range(1, 5_000)]
     for tokens, padded in enumerate(lengths, start=1):
         assert tokens <= padded < tokens + max(16, tokens / 16)

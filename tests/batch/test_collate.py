@@ -43,7 +43,7 @@ def by_origin(batch: Batch, examples: list[Example]) -> list[tuple[int, Example]
 
 @same_every_time
 @given(EXAMPLES)
-def test_targets_are_those_of_shifted_labels(examples):
+def test_targets_match_shifted_labels(examples):
     # The oracle does what a causal model in transformers does: logits[:, :-1] against labels[:, 1:].
     # Catches any off-by-one: predicted_from = i instead of parent[i], target = ids[i + 1], a shift done twice.
     batch = collated(examples)
@@ -57,7 +57,7 @@ def test_targets_are_those_of_shifted_labels(examples):
 
 @same_every_time
 @given(EXAMPLES)
-def test_every_example_lies_whole_at_the_left_of_a_row_of_its_own(examples):
+def test_every_example_is_whole_and_left_aligned_in_its_own_row(examples):
     # Catches left padding, truncation to the shortest, and a lost or repeated row.
     batch = collated(examples)
     assert sorted(batch["origins"]) == sorted(example.origin for example in examples)
@@ -67,7 +67,7 @@ def test_every_example_lies_whole_at_the_left_of_a_row_of_its_own(examples):
 
 @same_every_time
 @given(EXAMPLES)
-def test_the_mask_knows_padding_by_its_place(examples):
+def test_attention_mask_marks_padding_by_position_not_by_token_id(examples):
     # Catches mask = ids != pad_id, which would hide real tokens that have the pad's id (0 is UNK in the tutorial).
     batch = collated(examples)
     width = max(len(example.ids) for example in examples)
@@ -89,7 +89,7 @@ def test_no_target_is_padding_or_predicted_from_padding(examples):
 
 @same_every_time
 @given(EXAMPLES)
-def test_the_plain_numbers_are_the_sums(examples):
+def test_batch_counts_are_the_sums_over_its_examples(examples):
     # Catches counting tokens instead of adding `learn`, which would change the mean loss.
     batch = collated(examples)
     assert batch["targets"] == sum(sum(example.learn) for example in examples) == batch["learn"].sum().item()
@@ -122,13 +122,13 @@ def test_examples_without_targets_make_a_batch_without_targets():
         assert batch[name].dtype == torch.long
 
 
-def test_every_tensor_holds_whole_numbers():
+def test_every_tensor_is_int64():
     # Embeddings and index selection accept only int64.
     batch = collated([Example((1, 2, 3), (0, 0, 1), "a:1"), Example((1, 2), (0, 1), "a:2")])
     assert {v.dtype for v in batch.values() if isinstance(v, torch.Tensor)} == {torch.long}
 
 
-def test_a_branching_row_is_not_laid_out_as_a_chain():
+def test_collating_a_branching_row_as_a_chain_fails():
     fork = Row((1, 2, 3), (-1, 0, 0), (3, 2, 3), (0, 1, 1), ("a:1", "a:2"))
     with pytest.raises(AssertionError, match="branching"):
         collate_chains([single(Example((1, 2), (0, 1), "a:3")), fork], pad_id=PAD, examples=3, tokens_padded=6)

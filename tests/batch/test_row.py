@@ -55,7 +55,7 @@ def test_the_position_is_the_depth_on_the_own_path(row):
 
 @same_every_time
 @given(ROWS)
-def test_a_parent_stands_before_its_children(row):
+def test_a_parent_comes_before_its_children(row):
     assert all(parent < i for i, parent in enumerate(row.parent))
 
 
@@ -73,35 +73,35 @@ def test_a_single_row_keeps_the_example():
     assert (row.ids, row.learn, row.origins, len(row)) == (one.ids, one.learn, ("train.jsonl:9",), 5)
 
 
-def test_a_single_row_is_a_chain_and_a_fork_is_none():
+def test_a_single_row_is_a_chain_and_a_fork_is_not():
     # A fork treated as a chain would get a plain causal mask, and its branches would see each other.
     assert single(example(5, 3)).is_chain
     assert not FORK.is_chain
 
 
-def test_two_chains_in_one_row_are_no_chain():
+def test_two_chains_in_one_row_are_not_a_chain():
     row = Row((1, 2, 1, 2), (-1, 0, -1, 2), (2, 2, 4, 4), (0, 1, 0, 1), ("a:1", "a:2"))
     assert not row.is_chain
     assert row.positions() == (0, 1, 0, 1)
 
 
 @pytest.mark.parametrize("column", ["parent", "until", "learn"])
-def test_columns_of_different_lengths_are_no_row(column):
+def test_columns_of_different_lengths_are_rejected(column):
     columns = {"ids": (1, 2, 3), "parent": (-1, 0, 1), "until": (3, 3, 3), "learn": (0, 0, 1)}
     with pytest.raises(AssertionError, match="length"):
         Row(**{**columns, column: columns[column][:-1]}, origins=("a:1",))
 
 
-def test_a_padded_batch_costs_its_longest_example_times_their_number():
+def test_padded_tokens_are_the_longest_length_times_the_example_count():
     assert padded_tokens([example(3, 1), example(7, 2), example(5, 4)]) == 21
 
 
-def test_an_example_has_as_many_marks_as_ids():
+def test_an_example_with_fewer_learn_marks_than_ids_is_rejected():
     with pytest.raises(ValueError, match=r"train\.jsonl:4.*3 ids.*2 learn"):
         Example((1, 2, 3), (0, 1), "train.jsonl:4")
 
 
-def test_nothing_stands_before_the_first_token_so_it_is_not_learned():
+def test_an_example_that_learns_its_first_token_is_rejected():
     # parent -1 would index the last hidden state of the row.
     with pytest.raises(ValueError, match=r"train\.jsonl:4"):
         Example((1, 2), (1, 1), "train.jsonl:4")

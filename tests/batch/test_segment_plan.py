@@ -32,7 +32,7 @@ rows += [pack(examples(1, 5)), graft([Example((1, 2, 3), (0, 1, 1), "x")])]
 
 
 @pytest.mark.parametrize("row", rows)
-def test_a_state_that_is_forked_has_seen_each_tokens_path_and_nothing_else(row):
+def test_forked_states_have_seen_exactly_each_tokens_path(row):
     # The "layer" lists the tokens seen so far; that list is its state.
     plan = plan_segments(row)
     states, results = [], []
@@ -51,7 +51,7 @@ def test_a_state_that_is_forked_has_seen_each_tokens_path_and_nothing_else(row):
 
 
 @pytest.mark.parametrize("row", rows)
-def test_a_token_lies_on_its_path(row):
+def test_first_on_points_to_each_tokens_place_on_its_path(row):
     plan = plan_segments(row)
     longest = plan.paths.shape[1]
     for token, place in enumerate(plan.first_on.tolist()):
@@ -59,7 +59,7 @@ def test_a_token_lies_on_its_path(row):
         assert plan.paths[path, : at + 1].tolist() == paths_of(row)[token]
 
 
-def test_padding_follows_no_segment_that_others_start_from():
+def test_segments_that_others_continue_from_are_not_padded():
     for row in rows:
         plan = plan_segments(row)
         for number, batch in enumerate(plan.batches):
@@ -69,7 +69,7 @@ def test_padding_follows_no_segment_that_others_start_from():
             assert not is_parent or last_places <= set(batch.places.tolist())
 
 
-def test_records_that_share_a_beginning_run_it_once():
+def test_a_shared_beginning_is_computed_once():
     row = graft([Example((*range(50), 60 + i, 70 + i), (0,) * 51 + (1,), "x") for i in range(5)])
     plan = plan_segments(row)
     assert [tuple(batch.tokens.shape) for batch in plan.batches] == [(1, 50), (5, 2)]

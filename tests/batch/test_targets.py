@@ -26,7 +26,7 @@ def whole_ways(batch: Batch) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("layout", ["tree", "packed", "padded"])
-def test_every_learned_token_is_found_at_the_end_of_its_own_way(layout):
+def test_every_learned_token_is_found_after_its_own_context(layout):
     for examples in forests()[:40]:
         if not any(any(example.learn) for example in examples):
             continue
@@ -38,7 +38,7 @@ def test_every_learned_token_is_found_at_the_end_of_its_own_way(layout):
             assert [ways[place] for place in own if place is not None] == [example.ids[: i + 1] for i in learned]
 
 
-def test_what_a_batch_does_not_have_has_no_place():
+def test_targets_missing_from_the_batch_have_no_place():
     batch = laid([Example((1, 2, 3, 4), (0, 0, 1, 1), "a:1")], "padded")
     places = TargetPlaces(batch)
     assert places.of(Example((1, 2, 3, 9, 4), (0, 1, 1, 1, 1), "a:2")) == [None, 0, None, None]

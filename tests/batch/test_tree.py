@@ -99,7 +99,7 @@ def test_a_token_sees_its_ancestors_and_itself(layout):
 
 @every_layout
 @pytest.mark.parametrize("window", [1, 2, 5])
-def test_a_window_counts_along_the_path(layout, window):
+def test_an_attention_window_is_counted_along_the_path(layout, window):
     # Catches a window over indices of the row (a late branch would lose its trunk), and a window off by one.
     for examples in forests()[:500]:
         row = layout(examples)
@@ -107,7 +107,7 @@ def test_a_window_counts_along_the_path(layout, window):
 
 
 @every_layout
-def test_every_record_is_read_along_one_path_and_nothing_else_is(layout):
+def test_the_paths_of_a_row_are_exactly_its_records(layout):
     # Catches lost or added tokens, and tokens on the wrong branch. Positions are depths on these paths.
     for examples in forests():
         row = layout(examples)
@@ -121,13 +121,13 @@ def test_every_record_is_read_along_one_path_and_nothing_else_is(layout):
 
 
 @every_layout
-def test_every_target_counts_as_often_as_the_records_learn_it(layout):
+def test_a_targets_weight_is_how_often_the_records_learn_it(layout):
     # Catches a shared target that counts once, and a learn mark that moves to another record's token.
     for examples in forests():
         assert targets_of_row(layout(examples)) == targets_of_records(examples), examples
 
 
-def test_nothing_is_computed_twice():
+def test_full_sharing_keeps_each_distinct_beginning_once():
     # A tree has one token per beginning that occurs; two siblings with the same token would be one beginning twice.
     for examples in forests():
         row = everything_shared(examples)
@@ -163,7 +163,7 @@ def stretches(row: Row) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("least_saved", [2, 7, LEAST_SAVED])
-def test_a_trunk_is_shared_only_where_it_saves_enough(least_saved):
+def test_a_trunk_is_shared_only_if_it_saves_enough_tokens(least_saved):
     # Catches counting shared tokens instead of saved tokens, and a trunk dropped together with the branches that pay.
     shared = 0
     for seed in range(300):
@@ -183,7 +183,7 @@ def test_a_trunk_is_shared_only_where_it_saves_enough(least_saved):
 
 
 @pytest.mark.parametrize(("records", "trunk", "shared"), [(2, 15, False), (2, 16, True), (5, 3, False), (5, 4, True)])
-def test_the_least_trunk_worth_sharing(records, trunk, shared):
+def test_minimum_length_of_a_shared_trunk(records, trunk, shared):
     examples = [Example((*range(trunk), 90 + n, 1), (0,) * (trunk + 1) + (1,), f"a:{n}") for n in range(records)]
     assert len(graft(examples, least_saved=16)) == (trunk if shared else records * trunk) + 2 * records
 
@@ -222,7 +222,7 @@ ODD = {
 
 @every_layout
 @pytest.mark.parametrize("kind", ODD)
-def test_odd_batches_obey_every_law(layout, kind):
+def test_unusual_batches_satisfy_every_row_invariant(layout, kind):
     @settings(derandomize=True, database=None, deadline=None, max_examples=60)
     @given(records(ODD[kind]))
     def obeys(examples):
@@ -231,7 +231,7 @@ def test_odd_batches_obey_every_law(layout, kind):
     obeys()
 
 
-def test_a_thousand_records_each_the_beginning_of_the_next():
+def test_a_thousand_nested_prefixes_share_one_chain():
     # Catches recursion by depth, and cubic cost.
     examples = [Example((0,) * n, (0,) + (1,) * (n - 1), f"a:{n}") for n in range(1, 1_001)]
     row = everything_shared(examples)
@@ -239,13 +239,13 @@ def test_a_thousand_records_each_the_beginning_of_the_next():
     assert row.learn == (0, *range(999, 0, -1))
 
 
-def test_equal_records_lie_in_one_chain_that_counts_twice():
+def test_equal_records_share_one_chain_whose_targets_count_twice():
     one = Example((1, 2, 3), (0, 1, 1), "a:1")
     row = everything_shared([one, one])
     assert (row.ids, row.learn, row.origins) == ((1, 2, 3), (0, 2, 2), ("a:1", "a:1"))
 
 
-def test_records_that_begin_alike_need_not_be_neighbours():
+def test_records_share_a_beginning_without_being_adjacent():
     # Catches sharing only between neighbours in the batch.
     ids = [(1, 2, 3), (7, 8), (1, 2, 4), (7, 9)]
     row = everything_shared([Example(one, (0,) * len(one), f"a:{n}") for n, one in enumerate(ids)])

@@ -46,7 +46,7 @@ def merged(by_heart, tmp_path_factory) -> Path:
     return folder
 
 
-def test_what_is_served_as_trained_holds(adapter, capsys):
+def test_certificate_holds_for_an_adapter_served_as_trained(adapter, capsys):
     assert certify(adapter) == 0
     entry = certificate_in(adapter)
     n = entry["prompts"]
@@ -59,14 +59,14 @@ def test_what_is_served_as_trained_holds(adapter, capsys):
     assert "serves the tuned model" in said and f"The certificate is {adapter / 'certificate.json'}." in said
 
 
-def test_a_merged_folder_holds_too(by_heart, merged, capsys):
+def test_certificate_holds_for_a_merged_model(by_heart, merged, capsys):
     assert certify(by_heart, merged) == 0
     assert certificate_in(merged)["holds"] is True
     said = capsys.readouterr().out
     assert not wrong_next_steps(said) and f"--served {merged}" in said
 
 
-def test_weights_that_a_merge_rounded_are_allowed_what_their_format_rounds(by_heart, tmp_path):
+def test_merged_weights_are_allowed_the_rounding_error_of_their_dtype(by_heart, tmp_path):
     """`merge` writes the base's dtype; after training in float32, the guide's own command ended with exit code 4."""
     folder = tmp_path / "merged"
     words = ["--adapter_path", str(by_heart), "--output_dir", str(folder), "--dtype", "bfloat16"]
@@ -82,7 +82,7 @@ def told(capsys) -> str:
     return capsys.readouterr().err
 
 
-def test_another_template_is_caught_with_the_first_differing_id(by_heart, adapter, capsys):
+def test_a_changed_template_is_caught_with_the_first_differing_token_id(by_heart, adapter, capsys):
     file = adapter / "chat_template.jinja"
     text = file.read_text(encoding="utf-8")
     assert "Human: " in text
@@ -113,7 +113,7 @@ def test_another_stop_token_is_caught(by_heart, merged, tmp_path, capsys):
     assert "not end at the right place" in told(capsys)
 
 
-def test_a_folder_without_a_chat_template_is_one_sentence(merged, tmp_path):
+def test_a_served_folder_without_a_chat_template_raises_bad_model(merged, tmp_path):
     served = Path(shutil.copytree(merged, tmp_path / "served"))
     (served / "chat_template.jinja").unlink()
     engine = TransformersInProcess(ServedFolder(served), dtype="float32")
@@ -134,7 +134,7 @@ def zero_b(adapter: Path) -> None:
     save_file({name: t.zero_() if "lora_B" in name else t for name, t in weights.items()}, file)
 
 
-def test_an_engine_with_an_empty_adapter_is_caught(by_heart, adapter, capsys):
+def test_an_engine_that_serves_a_zeroed_adapter_is_caught(by_heart, adapter, capsys):
     zero_b(adapter)
     assert certify(by_heart, adapter) == 4
     assert "the adapter is not applied" in told(capsys)
@@ -165,7 +165,7 @@ def test_a_merge_into_another_base_is_caught(by_heart, tmp_path, capsys):
     assert "log-probabilities of the reference answers differ" in told(capsys)
 
 
-def test_a_model_with_a_smaller_vocabulary_is_another_one_and_no_bug(merged):
+def test_ids_beyond_the_served_vocabulary_are_reported_as_another_base(merged):
     """An id beyond the served model's vocabulary was an IndexError in torch, reported as a bug in atomtune."""
     with TransformersInProcess(ServedFolder(merged), dtype="float32") as engine:
         known = engine.model.get_input_embeddings().weight.shape[0]
@@ -175,7 +175,7 @@ def test_a_model_with_a_smaller_vocabulary_is_another_one_and_no_bug(merged):
                 engine.log_probabilities(prompt, answer)
 
 
-def test_what_cannot_be_served_is_said_before_anything_is_loaded(by_heart, tmp_path, capsys):
+def test_an_unservable_path_is_reported_before_anything_is_loaded(by_heart, tmp_path, capsys):
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF")
     weights = tmp_path / "model.safetensors"
@@ -191,18 +191,18 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(by_heart, tmp_p
         assert said in told(capsys)
 
 
-def test_a_merged_folder_in_place_of_the_adapter_is_told_where_it_belongs(merged, capsys):
+def test_error_for_a_merged_model_as_adapter_path_suggests_served(merged, capsys):
     assert certify(merged) == 2
     assert f"--adapter_path {merged} is a whole model" in (error := told(capsys)) and "this one with --served" in error
 
 
-def test_a_missing_adapter_is_blamed_on_its_own_setting(tmp_path, capsys):
+def test_a_missing_adapter_error_names_adapter_path_not_served(tmp_path, capsys):
     assert main(["certify", "--adapter_path", str(tmp_path / "none")]) == 2
     error = told(capsys)
     assert f"--adapter_path {tmp_path / 'none'}: no such file or folder" in error and "--served" not in error
 
 
-def test_weights_that_are_not_the_trainings_are_said(trained_in_nf4, tmp_path, capsys):
+def test_certifying_an_nf4_run_on_unquantized_weights_is_reported(trained_in_nf4, tmp_path, capsys):
     """No engine quantizes the base as the run did, so all use other weights than in training; not so a merged model."""
     _, run = trained_in_nf4
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
@@ -220,7 +220,7 @@ def test_certificates_of_other_engines_stay(adapter):
     ]
 
 
-def test_an_answer_that_fills_the_limit_with_its_stop_token_is_no_fault(by_heart, adapter):
+def test_an_answer_whose_stop_token_reaches_the_token_limit_passes(by_heart, adapter):
     """Engines that stop at the limit report that, even if the last token was the stop token: the certificate failed."""
     tokenizer = load_tokenizer(str(by_heart), trust_remote_code=False)
     answer = DIALOGUES[1]["output"]
@@ -231,7 +231,7 @@ def test_an_answer_that_fills_the_limit_with_its_stop_token_is_no_fault(by_heart
         assert entry["stops"] == entry["should_stop"]
 
 
-def test_a_folder_that_takes_no_certificate_is_refused_before_anything_is_loaded(adapter, monkeypatch, capsys):
+def test_an_unwritable_certificate_folder_is_refused_before_loading(adapter, monkeypatch, capsys):
     def read_only(*arguments: object, **more: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
@@ -241,7 +241,7 @@ def test_a_folder_that_takes_no_certificate_is_refused_before_anything_is_loaded
     assert not (adapter / "certificate.json").exists()
 
 
-def test_a_certificate_goes_with_the_weights_that_it_is_of(models, tmp_path):
+def test_resumed_training_removes_the_outdated_certificate(models, tmp_path):
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
     out = tmp_path / "out"
     words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(data), "--output_dir", str(out)]
@@ -252,7 +252,7 @@ def test_a_certificate_goes_with_the_weights_that_it_is_of(models, tmp_path):
     assert not (out / "certificate.json").exists()
 
 
-def test_what_comes_next_takes_the_same_base(by_heart, adapter, models, tmp_path, capsys):
+def test_suggested_next_commands_include_the_given_model_path(by_heart, adapter, models, tmp_path, capsys):
     """The base had moved, and the command that certify advised had no --model_path, so it failed at once."""
     base = shutil.copytree(models("llama"), tmp_path / "my base")
     config = adapter / "adapter_config.json"

@@ -22,7 +22,7 @@ def difference(template, ours: str, ids: list[int], theirs: str):
     return _text_difference(expected, Reply(theirs, False, 1), template, ALLOWED["bfloat16"])
 
 
-def test_a_character_that_the_limit_cut_in_two_makes_no_other_answer(template):
+def test_a_character_split_at_the_token_limit_is_not_a_difference(template):
     whole = template.tokenizer("灯亮着呢！", add_special_tokens=False).input_ids
     lone_byte = template.tokenizer.convert_tokens_to_ids("ä")  # the byte E4, the first byte of a three-byte character
     ids = [*whole, lone_byte]

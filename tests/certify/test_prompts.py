@@ -27,7 +27,7 @@ def template():
     return load_template("auto", tokenizer_of("bytes", CHATML))
 
 
-def test_every_kind_is_asked_once_before_any_twice(template):
+def test_every_prompt_kind_is_chosen_once_before_any_repeats(template):
     prompts = choose_prompts(records(), template, count=7, max_tokens=256)
     kinds = [prompt.kind for prompt in prompts]
     assert set(KINDS) - {"tools"} == set(kinds[:5])
@@ -35,7 +35,7 @@ def test_every_kind_is_asked_once_before_any_twice(template):
     assert "our own" in {prompt.origin for prompt in prompts if prompt.kind == "look-alike"}
 
 
-def test_a_prompt_is_what_training_makes_of_these_messages_and_ends_with_the_stop(template):
+def test_prompt_ids_match_training_and_references_end_with_the_stop_token(template):
     for prompt in choose_prompts(records(), template, count=20, max_tokens=256):
         assert list(prompt.prompt_ids) == prompt_ids(template, list(prompt.request.messages))
         if prompt.reference_ids:
@@ -46,20 +46,20 @@ def test_a_record_with_a_real_control_string_is_left_out(template):
     assert not [p for p in choose_prompts(records(), template, count=20, max_tokens=256) if p.origin == "a:6"]
 
 
-def test_what_a_template_cannot_say_is_left_out():
+def test_messages_that_the_template_cannot_express_are_left_out():
     template = load_template("auto", tokenizer_of("sentencepiece", GEMMA))  # it raises an error for a system text
     prompts = choose_prompts([], template, count=20, max_tokens=256)
     assert [prompt.kind for prompt in prompts] == [kind for kind, _ in OWN if kind != "system"]
 
 
-def test_our_look_alike_holds_no_control_string_of_known_tokenizers():
+def test_the_look_alike_prompt_contains_no_real_control_string():
     (messages,) = [messages for kind, messages in OWN if kind == "look-alike"]
     assert kind_of(messages, ()) == "look-alike"
     for control in ("</s>", "<s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "[INST]", "<|endoftext|>"):
         assert control not in messages[0]["content"]
 
 
-def test_an_engine_is_sent_the_variables_of_the_run_and_those_of_the_record():
+def test_requests_carry_run_variables_overridden_by_record_variables():
     # Catches an engine that thinks in a record that was trained without thinking.
     template = load_template("qwen3", tokenizer_of("bytes", CHATML), variables={"enable_thinking": True, "mine": 1})
     record = Record((Turn("user", "Who?"), Turn("assistant", "I.")), "a:1", variables={"enable_thinking": False})

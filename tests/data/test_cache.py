@@ -75,7 +75,7 @@ def entries(cache: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("source", [CHATML, None])
-def test_what_is_served_is_what_was_encoded(data, tmp_path, source):
+def test_cached_examples_and_ledger_equal_the_encoded_ones(data, tmp_path, source):
     # The oracle is encode(): no example is lost, reordered or changed in Arrow, and the ledger is complete.
     template = template_of("sentencepiece" if source is None else "bytes", source)
     ledger = Ledger()
@@ -87,7 +87,7 @@ def test_what_is_served_is_what_was_encoded(data, tmp_path, source):
     assert ledger.records_cut and ledger.control_origins and len(ledger.broken) == 2  # not an empty comparison
 
 
-def test_notices_survive_the_store(tmp_path):
+def test_notices_are_repeated_for_a_cached_file(tmp_path):
     # Notices about accepted records are repeated for a file that comes from the store.
     records = [{"instrution": "typo", "output": "read"}, *({"instruction": "Hi", "output": "Hi", "id": 7},) * 2]
     data = write_jsonl(tmp_path / "train.jsonl", records)
@@ -97,7 +97,7 @@ def test_notices_survive_the_store(tmp_path):
         assert {type(notice) for notice in ledger.notices} == {str}
 
 
-def test_a_second_time_nothing_is_encoded(data, tmp_path, no_encoding):
+def test_a_second_request_is_served_without_encoding(data, tmp_path, no_encoding):
     first, ledger, data_hash = asked(data, tmp_path / "cache")
     no_encoding()
     again, same_ledger, same_hash = asked(data, tmp_path / "cache")
@@ -105,7 +105,7 @@ def test_a_second_time_nothing_is_encoded(data, tmp_path, no_encoding):
     assert again.to_list() == first.to_list()
 
 
-def test_the_same_tokenizer_loaded_again_is_the_same_key(data, tmp_path, no_encoding):
+def test_the_same_tokenizer_loaded_again_has_the_same_cache_key(data, tmp_path, no_encoding):
     # Catches a key made from an object's identity, or from anything that use changes (padding, truncation, caches).
     template = template_of()
     asked(data, tmp_path / "cache", template=template)
@@ -116,7 +116,7 @@ def test_the_same_tokenizer_loaded_again_is_the_same_key(data, tmp_path, no_enco
     asked(data, tmp_path / "cache", template=template)
 
 
-def test_a_file_that_was_only_touched_is_served(data, tmp_path, no_encoding):
+def test_a_file_with_only_a_new_modification_time_is_served_from_the_cache(data, tmp_path, no_encoding):
     asked(data, tmp_path / "cache")
     os.utime(data, (1, 1))
     no_encoding()
@@ -128,7 +128,7 @@ def test_the_length_of_each_example_is_stored_for_sampling_by_length(data, tmp_p
     assert examples["length"][:] == [len(ids) for ids in examples["ids"]]
 
 
-def test_the_hash_is_the_files_own(data, tmp_path):
+def test_the_returned_hash_is_the_sha256_of_the_file(data, tmp_path):
     assert asked(data, tmp_path / "cache")[2] == fingerprint_of(data)
     assert fingerprint_of(data) == hashlib.sha256(data.read_bytes()).hexdigest()
 
@@ -163,7 +163,7 @@ def with_another_control_token() -> Template:
         pytest.param({"template": with_another_control_token()}, id="control token"),
     ],
 )
-def test_whatever_could_change_a_token_has_another_key(data, tmp_path, no_encoding, changed):
+def test_any_setting_that_can_change_a_token_changes_the_cache_key(data, tmp_path, no_encoding, changed):
     asked(data, tmp_path / "cache")
     no_encoding()
     with pytest.raises(EncodedAgainError):
@@ -171,7 +171,7 @@ def test_whatever_could_change_a_token_has_another_key(data, tmp_path, no_encodi
 
 
 @pytest.mark.parametrize("which", ["eos_token", "bos_token"])
-def test_another_end_or_beginning_has_another_key(data, tmp_path, no_encoding, which):
+def test_another_bos_or_eos_token_changes_the_cache_key(data, tmp_path, no_encoding, which):
     # atom writes the tokenizer's own tokens; the template's text and the vocabulary stay the same.
     asked(data, tmp_path / "cache", template=template_of(source=None))
     tokenizer = tokenizer_of("bytes")
@@ -181,7 +181,7 @@ def test_another_end_or_beginning_has_another_key(data, tmp_path, no_encoding, w
         asked(data, tmp_path / "cache", template=load_template("auto", tokenizer))
 
 
-def test_a_file_of_the_same_size_and_time_with_another_letter_has_another_key(data, tmp_path, no_encoding):
+def test_changed_content_with_the_same_size_and_mtime_changes_the_cache_key(data, tmp_path, no_encoding):
     # Catches keys made from size and modification time.
     before = data.stat()
     asked(data, tmp_path / "cache")
@@ -193,7 +193,7 @@ def test_a_file_of_the_same_size_and_time_with_another_letter_has_another_key(da
         asked(data, tmp_path / "cache")
 
 
-def test_the_same_bytes_under_another_name_keep_their_own_origins(data, tmp_path):
+def test_a_cached_file_under_another_name_has_origins_with_that_name(data, tmp_path):
     # Otherwise an error in other.jsonl would send the user to train.jsonl.
     asked(data, tmp_path / "cache")
     other = tmp_path / "other.jsonl"
@@ -228,7 +228,7 @@ class WordByWord(PreTrainedTokenizer):
         return chr(index)
 
 
-def test_a_python_tokenizer_with_another_rule_has_another_key(data, tmp_path, no_encoding):
+def test_a_python_tokenizer_with_another_argument_changes_the_cache_key(data, tmp_path, no_encoding):
     # Same class and vocabulary, another argument: the ids come in another order.
     asked(data, tmp_path / "cache", template=load_template("atom", WordByWord()))
     assert WordByWord(backwards=True)("ab")["input_ids"] == WordByWord()("ba")["input_ids"]
@@ -238,7 +238,7 @@ def test_a_python_tokenizer_with_another_rule_has_another_key(data, tmp_path, no
         asked(data, tmp_path / "cache", template=load_template("atom", WordByWord(backwards=True)))
 
 
-def test_a_rule_that_only_adds_special_tokens_changes_no_id(data, tmp_path):
+def test_a_post_processor_that_adds_special_tokens_changes_no_example(data, tmp_path):
     # The post-processor is part of the key, but its BOS must not get into an example, with or without it.
     template = template_of("sentencepiece", None)
     plain, _, _ = asked(data, tmp_path / "cache", template=template)
@@ -251,7 +251,7 @@ def test_a_rule_that_only_adds_special_tokens_changes_no_id(data, tmp_path):
 # --- what is left behind --------------------------------------------------------------------------------------------
 
 
-def test_stopped_half_way_nothing_is_left_behind(data, tmp_path):
+def test_an_interrupted_encoding_leaves_no_cache_entry(data, tmp_path):
     # Ctrl-C or a bug in the middle of the file must not leave half an entry that the next run would use.
     def interrupt(n_bytes: int) -> None:
         raise KeyboardInterrupt
@@ -262,7 +262,7 @@ def test_stopped_half_way_nothing_is_left_behind(data, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # it forks while torch has threads
-def test_killed_half_way_nothing_is_served(data, tmp_path):
+def test_a_killed_encoding_leaves_nothing_that_is_served(data, tmp_path):
     # A real process and a real SIGKILL, so nothing cleans up. The next run must still read every record.
     child = os.fork()
     if not child:
@@ -276,14 +276,14 @@ def test_killed_half_way_nothing_is_served(data, tmp_path):
     assert ledger.records_read == 13
 
 
-def test_one_entry_is_one_folder_and_no_other(data, tmp_path):
+def test_a_cache_entry_is_a_single_folder(data, tmp_path):
     asked(data, tmp_path / "cache")
     asked(data, tmp_path / "cache")
     (entry,) = (tmp_path / "cache" / "atomtune").iterdir()
     assert sorted(path.name for path in entry.iterdir()) == ["checksums.json", "examples.arrow", "ledger.json"]
 
 
-def test_whoever_finishes_second_gives_way(data, tmp_path):
+def test_of_two_concurrent_runs_the_slower_uses_the_finished_entry(data, tmp_path):
     # Two processes start on the same file; here the other one finishes while ours is reading.
     cache, others = tmp_path / "cache", []
 
@@ -324,7 +324,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("file", ["examples.arrow", "ledger.json", "checksums.json"])
-def test_an_entry_that_is_not_whole_is_made_again_and_it_is_said(data, tmp_path, file, damage):
+def test_a_damaged_cache_entry_is_rebuilt_with_a_notice(data, tmp_path, file, damage):
     # A flipped bit in an id was trained; most other damage was a traceback until the user removed the folder by hand.
     cache = tmp_path / "cache"
     examples, ledger, _ = asked(data, cache)
@@ -339,7 +339,7 @@ def test_an_entry_that_is_not_whole_is_made_again_and_it_is_said(data, tmp_path,
     assert len(entries(cache)) == 1, "nothing is left beside it"
 
 
-def test_the_rights_of_an_entry_are_those_of_the_users_umask(data, tmp_path):
+def test_a_cache_entry_has_the_permissions_of_the_users_umask(data, tmp_path):
     # A temporary folder is readable only by its owner, so other users could not read a shared cache.
     asked(data, tmp_path / "cache")
     (tmp_path / "plain").mkdir()
@@ -363,7 +363,7 @@ for cache in sys.stdin:
 
 
 @pytest.mark.slow
-def test_processes_at_once_on_one_cache_all_read_the_same(data, tmp_path):
+def test_concurrent_processes_on_one_cache_all_read_the_same(data, tmp_path):
     # Real processes that start at the same moment. Once, one of them moved away an entry that the others were reading.
     empty, of_another_version = tmp_path / "empty", tmp_path / "of another version"
     asked(data, of_another_version)
@@ -387,7 +387,7 @@ def test_processes_at_once_on_one_cache_all_read_the_same(data, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], outputs
 
 
-def test_an_entry_is_on_the_disk_before_it_has_its_name(data, tmp_path, monkeypatch):
+def test_a_cache_entry_is_synced_to_disk_before_it_is_renamed(data, tmp_path, monkeypatch):
     # Otherwise, after a power failure right after the rename, an empty file may have the entry's name.
     order = []
     real_sync, real_rename = cache.sync, Path.rename
@@ -442,7 +442,7 @@ def shared_folder():
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # it forks while torch has threads
 @pytest.mark.parametrize("mode", [0o1777, 0o777, 0o755], ids=["sticky", "everybody's", "the owner's"])
 @pytest.mark.parametrize("entry_is", ["whole", "damaged", "closed to others"])
-def test_two_users_on_one_cache(data, shared_folder, mode, entry_is):
+def test_two_users_share_a_cache_or_get_an_error_naming_hf_datasets_cache(data, shared_folder, mode, entry_is):
     source = shared_folder / "train.jsonl"
     source.write_bytes(data.read_bytes())
     cache = shared_folder / "cache"
@@ -484,7 +484,7 @@ def test_each_file_of_a_folder_has_its_own_format(tmp_path):
     assert answers == ["早上好", "安"]
 
 
-def test_files_of_one_name_have_origins_of_their_own(data, tmp_path):
+def test_files_with_the_same_name_have_distinct_origins(data, tmp_path):
     for name in ("a/train.jsonl", "b/train.jsonl"):
         encoded = examples_of(data, template_of(), Rules(max_tokens=120), name=name, cache_dir=tmp_path / "cache")
         assert all(origin.startswith(f"{name}:") for origin in encoded.examples["origin"][:])
@@ -493,7 +493,7 @@ def test_files_of_one_name_have_origins_of_their_own(data, tmp_path):
         assert [record.origin for record in records] == encoded.examples["origin"][:]
 
 
-def test_the_records_behind_the_rows_of_a_one_line_array_are_theirs(tmp_path):
+def test_rows_of_a_one_line_array_map_to_their_own_records(tmp_path):
     # Catches values that share an origin: in splits and in inspect, a refused record's text appeared for the next one.
     answers = ["word " * 400, "first", "second", "word " * 400, "third"]
     data = tmp_path / "train.json"
@@ -508,7 +508,7 @@ def test_the_records_behind_the_rows_of_a_one_line_array_are_theirs(tmp_path):
 # --- files without examples -----------------------------------------------------------------------------------------
 
 
-def test_where_every_record_is_refused_there_are_no_examples_but_a_ledger(tmp_path):
+def test_a_file_with_only_refused_records_gives_a_ledger_and_no_examples(tmp_path):
     data = write_jsonl(tmp_path / "train.jsonl", [{"instruction": "Hi", "output": ""}, {"prompt": "Hi"}])
     for _ in ("encoded", "served"):
         examples, ledger, _ = asked(data, tmp_path / "cache")
@@ -518,7 +518,7 @@ def test_where_every_record_is_refused_there_are_no_examples_but_a_ledger(tmp_pa
 
 
 @pytest.mark.parametrize("content", ["\n" * 5000, "[]", "[\n]\n"])
-def test_a_file_without_records_is_an_error_and_no_entry(tmp_path, content):
+def test_a_file_without_records_is_refused_and_not_cached(tmp_path, content):
     data = tmp_path / "train.jsonl"
     data.write_text(content)
     with pytest.raises(BadData, match=r"train\.jsonl: it holds no records"):
@@ -526,7 +526,7 @@ def test_a_file_without_records_is_an_error_and_no_entry(tmp_path, content):
     assert entries(tmp_path / "cache") == []
 
 
-def test_where_nothing_can_be_stored_the_remedy_is_said(data, tmp_path):
+def test_the_error_for_an_unwritable_cache_names_hf_datasets_cache(data, tmp_path):
     # A cache that is read-only or no folder is the user's to fix, and not a bug in atomtune.
     place = tmp_path / "cache"
     place.write_text("a file")
@@ -535,12 +535,12 @@ def test_where_nothing_can_be_stored_the_remedy_is_said(data, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "."])
-def test_what_is_no_file_says_so(tmp_path, name):
+def test_a_path_without_a_data_file_is_refused(tmp_path, name):
     with pytest.raises(BadData, match=r"no such file|neither a file"):
         asked(tmp_path / name, tmp_path / "cache")
 
 
-def test_progress_of_a_served_file_is_its_size(data, tmp_path):
+def test_progress_of_a_cached_file_adds_up_to_its_size(data, tmp_path):
     # The bar reaches 100% either way.
     for _ in ("encoded", "served"):
         seen: list[int] = []
@@ -551,13 +551,13 @@ def test_progress_of_a_served_file_is_its_size(data, tmp_path):
 # --- the ledger ----------------------------------------------------------------------------------------------------
 
 
-def test_a_ledger_comes_back_from_json_as_it_was(data):
+def test_a_ledger_round_trips_through_json(data):
     ledger = Ledger()
     list(encode(read_values(data), template_of(), ledger, max_tokens=120))
     assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
 
 
-def test_a_ledger_of_another_version_is_not_guessed_at():
+def test_a_ledger_of_another_version_is_refused():
     values = Ledger().to_json()
     values.pop("records_cut")
     with pytest.raises(ValueError, match="another version"):
@@ -565,7 +565,7 @@ def test_a_ledger_of_another_version_is_not_guessed_at():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
-def test_a_record_on_which_the_tokenizer_searches_for_hours_is_named(tmp_path, monkeypatch):
+def test_a_record_that_hangs_the_tokenizer_is_named(tmp_path, monkeypatch):
     # Only after a Q does the tokenizer try all ways to split a run of x, 300 times; single runs do not show it.
     monkeypatch.setattr(workers, "PATIENCE_SECONDS", 0.5)
     monkeypatch.setattr(cache, "_RECORD_SECONDS", 1)
@@ -583,7 +583,7 @@ def test_a_record_on_which_the_tokenizer_searches_for_hours_is_named(tmp_path, m
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
-def test_every_answer_of_a_long_history_has_the_seconds_of_a_record(tmp_path, monkeypatch):
+def test_the_time_limit_applies_to_each_answer_of_a_long_conversation(tmp_path, monkeypatch):
     # Each answer gets its own shortened prompt: 4,000 turns took longer than the limit for one record.
     said: list[str] = []
 
@@ -600,7 +600,7 @@ def test_every_answer_of_a_long_history_has_the_seconds_of_a_record(tmp_path, mo
     assert set(said) == {"train.jsonl:1"} and len(said) > 100
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_stored_under_the_hash_of_other_bytes(data, tmp_path):
+def test_a_file_that_changes_while_it_is_read_is_refused_and_not_cached(data, tmp_path):
     # Once it was: after the file was restored, the store served records that it never had.
     before = data.stat().st_size
 
@@ -615,7 +615,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_stored_under_the_hash_of_ot
     assert list((tmp_path / "cache" / "atomtune").iterdir()) == []
 
 
-def test_records_that_are_not_there_any_more_are_missed(data, tmp_path):
+def test_records_missing_after_the_file_shrank_are_reported(data, tmp_path):
     # With fewer records than rows, the last rows were neither trained nor held out.
     stored = examples_of(data, template_of(), Rules(max_tokens=96), cache_dir=tmp_path / "cache").examples
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -9,7 +9,7 @@ from atomtune.data.records import Example, learned_spans
 
 
 @given(st.lists(st.integers(0, 2), max_size=30))
-def test_spans_hold_every_learned_token_once_and_no_other(marks):
+def test_learned_spans_cover_exactly_the_learned_tokens_once(marks):
     learn = (0, *marks)
     spans = learned_spans(Example(tuple(range(len(learn))), learn, ""))
     inside = [i for start, end in spans for i in range(start, end)]

@@ -47,12 +47,12 @@ def greedy(part: int) -> int:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_it_is_map(count):
+def test_in_order_yields_the_same_results_as_map(count):
     assert list(in_order(str, range(10), workers=count, examine=refuse_none)) == [str(part) for part in range(10)]
 
 
 @pytest.mark.parametrize("work", [computed, killed, greedy])
-def test_the_part_that_no_process_comes_back_from_is_named(monkeypatch, work: Callable[[int], Any]):
+def test_a_part_that_hangs_or_crashes_its_worker_is_named(monkeypatch, work: Callable[[int], Any]):
     monkeypatch.setattr(workers, "PATIENCE_SECONDS", 0.2)
     gc.collect()
     before = len(list(Path("/proc/self/fd").iterdir()))
@@ -63,12 +63,12 @@ def test_the_part_that_no_process_comes_back_from_is_named(monkeypatch, work: Ca
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
-def test_a_process_that_was_killed_from_outside_is_told_so():
+def test_a_worker_killed_from_outside_is_reported_as_killed():
     with pytest.raises(RunFailed, match="was killed"):
         list(in_order(killed, range(8), workers=2, examine=refuse_none))
 
 
-def test_who_asks_for_no_more_waits_for_nothing():
+def test_closing_the_iterator_early_ends_the_workers():
     parts = in_order(computed, range(4, 8), workers=2, examine=refuse_none)
     assert next(parts) == 4
     parts.close()

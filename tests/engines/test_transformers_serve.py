@@ -17,7 +17,7 @@ def calling(models, tmp_path_factory):
     return calling_by_heart(models("qwen3"), tmp_path_factory.mktemp("calling"))
 
 
-def test_thoughts_and_calls_are_compared_as_the_model_writes_them(calling, tmp_path):
+def test_certify_compares_thinking_and_tool_calls_as_the_model_wrote_them(calling, tmp_path):
     """No certificate of a Qwen3 that thinks or calls tools held, so `serve` did not start."""
     merged = tmp_path / "merged"
     assert main(["merge", "--adapter_path", str(calling), "--output_dir", str(merged), "--dtype", "float32"]) == 0
@@ -30,7 +30,7 @@ def test_thoughts_and_calls_are_compared_as_the_model_writes_them(calling, tmp_p
         assert "response_template" not in (folder / "tokenizer_config.json").read_text(), "the folder is as it was"
 
 
-def test_a_client_gets_the_call_and_the_thought(calling):
+def test_a_client_receives_the_tool_call_and_the_reasoning(calling):
     with Served("--adapter_path", str(calling), "--prompts", "2") as served:
 
         def ask(text, **more):

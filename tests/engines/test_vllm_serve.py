@@ -57,7 +57,7 @@ def mixed(base, tmp_path_factory) -> Path:
     return out.rename(out.with_name("mixed"))
 
 
-def test_two_adapters_are_served_by_name_each_with_chats_answers(right, mixed):
+def test_two_adapters_are_served_by_name_and_answer_like_chat(right, mixed):
     """Both are certified in one server first; Ctrl-C ends everything that was started."""
     words = ["--adapter_path", str(right), str(mixed), "--engine", "vllm", "--prompts", "3", "--context", "256"]
     with Served(*words) as served:
@@ -100,7 +100,7 @@ def certify(adapter: Path, served: Path, *, dtype: str = "float32") -> int:
     return main(["certify", *words, "--prompts", "3"])
 
 
-def test_an_adapter_whose_names_vllm_does_not_match_is_caught(right, tmp_path, capsys):
+def test_certify_fails_for_an_adapter_whose_tensor_names_vllm_ignores(right, tmp_path, capsys):
     """vLLM loads it without a warning, and answers like the base."""
     served = Path(shutil.copytree(right, tmp_path / "served"))
     rename(served, "model.model.layers", "model.model.language_model.layers")
@@ -109,7 +109,7 @@ def test_an_adapter_whose_names_vllm_does_not_match_is_caught(right, tmp_path, c
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_5", "mistral3"])
-def test_an_adapter_of_a_checkpoint_of_text_and_images_is_applied(family, tmp_path, capsys):
+def test_an_adapter_of_a_vision_language_checkpoint_is_applied(family, tmp_path, capsys):
     """vLLM builds the class that the checkpoint names; an adapter trained on text has the layer names of that class."""
     base = write_servable(family, tmp_path / "base", head_dim=HEAD_DIM)
     adapter = train_by_heart(base, tmp_path, DIALOGUES, steps=60)
@@ -125,7 +125,7 @@ def test_an_adapter_of_a_checkpoint_of_text_and_images_is_applied(family, tmp_pa
     assert "the adapter is not applied" in capsys.readouterr().err
 
 
-def test_a_run_that_calls_tools_is_certified_and_its_calls_are_read(base, tmp_path):
+def test_a_tool_calling_run_is_certified_and_its_calls_are_parsed(base, tmp_path):
     """A request with tools was refused, until vLLM was started with the parser that fits the template."""
     adapter = calling_by_heart(base, tmp_path, max_seq_length=400)
     question = [{"role": "user", "content": "今天天气怎么样？"}]
@@ -140,7 +140,7 @@ def test_a_run_that_calls_tools_is_certified_and_its_calls_are_read(base, tmp_pa
 
 
 @pytest.mark.parametrize(("written", "reader"), FORMS.items(), ids=FORMS.values())
-def test_vllm_has_this_reader_and_it_reads_the_form(written, reader):
+def test_the_chosen_vllm_parser_reads_the_tool_call_format(written, reader):
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.tool_parsers import ToolParserManager
 

@@ -5,14 +5,14 @@ import pytest
 from atomtune.evaluate.answers import chrf, exactly_equal, thinks
 
 
-def test_chrf_is_full_for_equal_texts_in_both_languages_and_low_for_others():
+def test_chrf_is_100_for_equal_english_and_chinese_texts_and_low_otherwise():
     for text in ("Good morning.", "我是灯塔的看守人。"):
         assert chrf(text, text) == pytest.approx(100)
         assert chrf("xyz", text) < 10
     assert 20 < chrf("我是灯塔看守", "我是灯塔的看守人。") < 100
 
 
-def test_white_space_at_the_ends_is_no_difference():
+def test_exact_match_ignores_leading_and_trailing_whitespace():
     assert exactly_equal(" a b \n", "a b")
     assert not exactly_equal("a  b", "a b")
 
@@ -36,5 +36,5 @@ def test_white_space_at_the_ends_is_no_difference():
         ("", "", False),
     ],
 )
-def test_a_thought_is_seen_and_an_empty_block_is_none(text, prompt, expected):
+def test_a_thinking_block_is_detected_and_an_empty_one_does_not_count(text, prompt, expected):
     assert thinks(text, prompt) is expected

@@ -43,7 +43,7 @@ def report(by_heart, tmp_path_factory):
     return out
 
 
-def test_what_comes_next_is_the_first_adapters(by_heart, dialogues, tmp_path, capsys):
+def test_the_last_lines_suggest_chat_and_certify_with_the_adapter(by_heart, dialogues, tmp_path, capsys):
     words = ["--adapter_path", str(by_heart), "--dataset_path", str(dialogues), "--output_dir", str(tmp_path / "out")]
     assert evaluate(*words, "--no_generate", "--no_probe", "--records", "2") == 0
     *_, chat, certified = capsys.readouterr().out.splitlines()
@@ -51,7 +51,7 @@ def test_what_comes_next_is_the_first_adapters(by_heart, dialogues, tmp_path, ca
     assert certified.endswith(f" certify --adapter_path {by_heart}")
 
 
-def test_what_was_learned_by_heart_is_told_from_the_base(report):
+def test_an_adapter_that_memorized_the_records_beats_the_base(report):
     figures = report_in(report)["models"]
     assert list(figures) == ["base", "out"]
     tuned, base = figures["out"], figures["base"]
@@ -64,7 +64,7 @@ def test_what_was_learned_by_heart_is_told_from_the_base(report):
     assert report_in(report)["against_base"]["out"]["nats_per_token"][2] < 0  # the whole interval
 
 
-def test_the_base_is_the_same_beside_an_adapter_that_began_with_a_part_of_it(models, by_heart, dialogues, tmp_path):
+def test_base_figures_are_unaffected_by_an_adapter_initialized_with_pissa(models, by_heart, dialogues, tmp_path):
     base = models("llama")
     shutil.copytree(by_heart, tmp_path / "pissa")  # for its template; the adapter is overwritten
     config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
@@ -80,14 +80,14 @@ def test_the_base_is_the_same_beside_an_adapter_that_began_with_a_part_of_it(mod
     assert figures["beside"]["pissa"] == approx(figures["alone"]["base"], rel=1e-5)  # not trained yet
 
 
-def test_every_figure_has_an_interval_around_it(report):
+def test_every_figure_lies_within_its_interval(report):
     for figures in report_in(report)["models"].values():
         assert figures.keys() >= {"nats_per_token", "perplexity", "probe_nats_per_token"}
         for value, low, high in figures.values():
             assert low <= value <= high
 
 
-def test_the_loss_is_that_of_the_run_itself(models, tmp_path):
+def test_the_loss_equals_the_eval_loss_of_the_training_run(models, tmp_path):
     """evaluate's nats per token equal the eval_loss that training reported for the same adapter and records."""
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
     flags = ["--model_path", str(models("llama")), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
@@ -101,7 +101,7 @@ def test_the_loss_is_that_of_the_run_itself(models, tmp_path):
     assert "chrf" not in found["models"]["out"]
 
 
-def test_the_loss_is_that_of_a_run_on_a_quantized_base(trained_in_nf4, tmp_path, capsys):
+def test_the_loss_equals_the_eval_loss_of_a_run_on_a_quantized_base(trained_in_nf4, tmp_path, capsys):
     """The base is quantized as in training. Regression: its stored weights gave other figures than the run's own."""
     _, run = trained_in_nf4
     words = ["--adapter_path", str(run), "--no_generate", "--no_probe", "--output_dir", str(tmp_path)]
@@ -116,7 +116,7 @@ def test_the_loss_is_that_of_a_run_on_a_quantized_base(trained_in_nf4, tmp_path,
     assert "contradict each other" in capsys.readouterr().err
 
 
-def test_a_quantized_base_is_held_in_the_number_format_of_training(trained_in_nf4, tmp_path, capsys):
+def test_a_quantized_base_is_loaded_in_the_dtype_of_training(trained_in_nf4, tmp_path, capsys):
     run = shutil.copytree(trained_in_nf4[1], tmp_path / "run")
     card = json.loads((run / "atomtune.json").read_text())
     (run / "atomtune.json").write_text(json.dumps({**card, "dtype": "float16"}))  # which is never chosen on a CPU
@@ -125,7 +125,7 @@ def test_a_quantized_base_is_held_in_the_number_format_of_training(trained_in_nf
     assert " in float16 on cpu" in capsys.readouterr().out
 
 
-def test_a_page_opens_from_disk_and_runs_nothing_of_a_records_text(by_heart, tmp_path):
+def test_the_html_report_loads_nothing_and_escapes_the_records_text(by_heart, tmp_path):
     hostile = {"instruction": "<script>alert(1)</script>", "input": "", "output": '</p><img src=x onerror="alert(2)">'}
     data = write_jsonl(tmp_path / "hostile.jsonl", [hostile, *DIALOGUES[:2]])
     words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
@@ -165,7 +165,7 @@ def test_several_adapters_of_different_templates_are_compared(by_heart, models, 
         assert all(f"Most improved by {tuned}" in page for page in pages)
 
 
-def test_a_stop_in_the_middle_keeps_what_all_models_have_done(by_heart, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_evaluation_reports_the_records_all_models_finished(by_heart, tmp_path, monkeypatch, capsys):
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
     calls, real = [], evaluation.score_targets
 
@@ -186,7 +186,7 @@ def test_a_stop_in_the_middle_keeps_what_all_models_have_done(by_heart, tmp_path
     assert "stopped early" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_the_time_is_said_when_one_model_has_done_its_first_batch(by_heart, dialogues, tmp_path, monkeypatch, capsys):
+def test_the_time_estimate_is_printed_after_one_models_first_batch(by_heart, dialogues, tmp_path, monkeypatch, capsys):
     """Regression: the estimate came only after all models' first batches, and never if one batch held all records."""
     said, real = [], evaluation.score_targets
 
@@ -207,7 +207,7 @@ def test_a_base_alone_is_evaluated(models, tmp_path):
     assert list(report_in(tmp_path / "out")["models"]) == ["base"]
 
 
-def test_a_base_alone_is_evaluated_in_the_mode_that_is_asked_for(models, tmp_path):
+def test_a_base_alone_is_evaluated_in_the_requested_thinking_mode(models, tmp_path):
     # Without thinking, the empty block of thoughts is part of the prompt; with thinking, it is part of the answer.
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES[:3])
     nats = {}
@@ -253,7 +253,7 @@ def test_tool_calls_are_counted_where_the_reference_has_one(models, tmp_path, ca
         (["--adapter_path", "ADAPTER", "ADAPTER", "--dataset_path", "RUN"], "more than once. Name each adapter once."),
     ],
 )
-def test_what_cannot_be_evaluated_is_said_first(words, said, by_heart, dialogues, capsys):
+def test_impossible_evaluations_are_refused_with_the_reason(words, said, by_heart, dialogues, capsys):
     names = {"ADAPTER": str(by_heart), "RUN": str(dialogues)}
     assert evaluate(*(names.get(word, word) for word in words)) == 2
     assert said in capsys.readouterr().err
@@ -275,7 +275,7 @@ def test_what_cannot_be_evaluated_is_said_first(words, said, by_heart, dialogues
         ),
     ],
 )
-def test_a_run_json_without_its_keys_is_said_and_other_records_can_be_named(content, said, by_heart, dialogues, capsys):
+def test_an_incomplete_run_json_is_reported_and_dataset_path_replaces_it(content, said, by_heart, dialogues, capsys):
     """Regression: `{}` was reported as a missing run.json; held-out records that no file has gave a traceback."""
     adapter = shutil.copytree(by_heart, dialogues.parent / "out")
     (adapter / "run.json").unlink()
@@ -288,7 +288,7 @@ def test_a_run_json_without_its_keys_is_said_and_other_records_can_be_named(cont
     assert evaluate(*words, "--dataset_path", str(dialogues)) == 0
 
 
-def test_a_whole_model_is_told_its_own_flag(models, dialogues, capsys):
+def test_a_whole_model_passed_as_adapter_is_refused_with_the_right_flag(models, dialogues, capsys):
     """Regression: the message said only that it is no run's output folder, not how a whole model is evaluated."""
     base = models("llama")
     assert evaluate("--adapter_path", str(base), "--dataset_path", str(dialogues)) == 2
@@ -297,7 +297,7 @@ def test_a_whole_model_is_told_its_own_flag(models, dialogues, capsys):
     )
 
 
-def test_a_wrong_file_is_said_before_a_base_is_loaded(by_heart, tmp_path, capsys):
+def test_a_missing_or_empty_dataset_is_reported_before_the_base_is_loaded(by_heart, tmp_path, capsys):
     """Regression: a base of 7 billion parameters was loaded for minutes before the records were read."""
     empty = tmp_path / "empty.jsonl"
     empty.touch()
@@ -307,7 +307,7 @@ def test_a_wrong_file_is_said_before_a_base_is_loaded(by_heart, tmp_path, capsys
         assert said in told.err and "loading" not in told.out
 
 
-def test_a_torn_adapter_is_told_before_a_base_is_loaded(by_heart, dialogues, tmp_path, capsys, monkeypatch):
+def test_a_truncated_adapter_is_reported_before_the_base_is_loaded(by_heart, dialogues, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(models_of_evaluate, "load_base", lambda spec: pytest.fail("the base was loaded"))
     torn = Path(shutil.copytree(by_heart, tmp_path / "torn"))
     weights = torn / "adapter_model.safetensors"
@@ -347,7 +347,7 @@ def report_of(*names: str) -> Report:
     return Report("base", [], 6, 6, dict.fromkeys(names, figures), {}, [], 8, False, {})
 
 
-def test_a_long_title_is_folded_and_not_cut(tmp_path, capsys, monkeypatch):
+def test_a_long_table_title_is_wrapped_and_not_truncated(tmp_path, capsys, monkeypatch):
     """Chinese has no spaces. Regression: with three models the probe's title was cut to “…”, and lost its meaning."""
     monkeypatch.setenv("COLUMNS", "80")
     with spoken("zh"):
@@ -357,7 +357,7 @@ def test_a_long_title_is_folded_and_not_cut(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize("names", [("base",), ("base", "out"), ("base", "out", "checkpoint-360")])
-def test_a_figure_is_on_one_line_on_every_narrow_terminal(names, language, capsys, monkeypatch):
+def test_a_figure_stays_on_one_line_on_narrow_terminals(names, language, capsys, monkeypatch):
     """Regression: at 40 columns `(1.00–2.00)` was broken in two, and a row took three lines."""
     for columns in range(40, 80):
         monkeypatch.setenv("COLUMNS", str(columns))
@@ -376,7 +376,7 @@ def test_a_terminal_of_80_columns_gets_a_table(capsys, monkeypatch):
         assert ("┃" in capsys.readouterr().out) is is_table
 
 
-def test_a_run_whose_file_changed_since_is_refused(models, tmp_path, capsys):
+def test_a_run_whose_dataset_changed_since_training_is_refused(models, tmp_path, capsys):
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
     flags = ["--model_path", str(models("llama")), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
     assert main(["train", *flags, "--max_steps", "1", "--eval_size", "2", "--dtype", "float32"]) == 0
@@ -391,7 +391,7 @@ def trained_on_part(models, tmp_path, data, name: str, *more: str):
     return tmp_path / name
 
 
-def test_records_that_an_adapter_learned_are_said(models, tmp_path, capsys):
+def test_records_that_an_adapter_was_trained_on_are_reported(models, tmp_path, capsys):
     """Another adapter may have learned the first one's held-out records, and a user may name the training file."""
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
     part = trained_on_part(models, tmp_path, data, "part", "--eval_size", "3")
@@ -408,7 +408,7 @@ def test_records_that_an_adapter_learned_are_said(models, tmp_path, capsys):
         assert ("was trained on" in printed) is bool(told)
 
 
-def test_what_is_done_when_a_stop_comes_is_a_fair_share(models, tmp_path, monkeypatch):
+def test_an_early_stop_leaves_a_sample_of_all_record_lengths(models, tmp_path, monkeypatch):
     """Regression: records came sorted by length, so an evaluation that was stopped early had only the longest."""
     records = [{"instruction": "x" * 3 * number, "output": "y"} for number in range(1, 41)]
     data = write_jsonl(tmp_path / "data.jsonl", records)

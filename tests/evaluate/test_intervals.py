@@ -26,7 +26,7 @@ def test_the_value_is_the_plain_ratio_and_lies_in_its_interval():
     assert figure.low <= figure.value <= figure.high
 
 
-def test_the_interval_is_as_wide_as_the_theory_of_means_says():
+def test_the_interval_width_matches_the_standard_error_of_the_mean():
     # The mean of n independent draws has the standard error sd / sqrt(n); 95 % of means lie within 1.96 of these.
     values = numpy.random.default_rng(3).normal(5, 2, size=400)
     figure = Bootstrap(400, seed=1).ratio(values.tolist(), [1] * 400)
@@ -34,7 +34,7 @@ def test_the_interval_is_as_wide_as_the_theory_of_means_says():
     assert figure.high - figure.low == approx(expected, rel=0.1)  # 1,000 resamples
 
 
-def test_a_difference_is_taken_record_by_record():
+def test_the_difference_of_two_models_is_paired_by_record():
     """Two models that differ by the same amount on every record differ surely, however varied the records are."""
     ours, theirs = [1.0, 9.0, 30.0], [2.0, 10.0, 31.0]
     draws = Bootstrap(3, seed=0)
@@ -43,11 +43,11 @@ def test_a_difference_is_taken_record_by_record():
     assert draws.ratio(ours, [1] * 3).high > draws.ratio(theirs, [1] * 3).low  # the separate intervals overlap
 
 
-def test_nothing_to_divide_by_is_no_figure():
+def test_a_ratio_with_a_zero_denominator_gives_no_figure():
     assert Bootstrap(2, seed=0).ratio([0, 0], [0, 0]) is None
 
 
-def test_records_without_the_thing_counted_do_not_spoil_the_interval():
+def test_resamples_without_any_answer_are_left_out_of_the_interval():
     # One record in three has an answer; resamples without it have no ratio and are left out.
     figure = Bootstrap(3, seed=0).ratio([1, 0, 0], [1, 0, 0])
     assert figure.as_list() == [1.0, 1.0, 1.0]
@@ -58,7 +58,7 @@ def test_the_same_seed_gives_the_same_interval():
     assert one == two
 
 
-def test_one_record_tells_no_two_models_apart():
+def test_a_difference_on_a_single_record_is_judged_unclear():
     # All resamples are equal. Regression: an interval of width zero gave a sure "Better".
     difference = Bootstrap(1, seed=0).difference(([1.0], [1]), ([2.0], [1]))
     assert difference.as_list() == [-1, -math.inf, math.inf]
@@ -76,7 +76,7 @@ def one_each(right: int, wrong: int) -> tuple[list[int], list[int]]:
     ("right", "of", "low", "high"),
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
-def test_a_share_has_the_interval_that_is_published(right, of, low, high):
+def test_the_interval_of_a_share_matches_newcombes_published_table(right, of, low, high):
     """R. G. Newcombe, Statistics in Medicine 17 (1998), 857-872, table I, method 3: equal to four digits."""
     figure = share(*one_each(right, of - right))
     assert figure.as_list() == approx([right / of, low, high], abs=5e-5)
@@ -94,7 +94,7 @@ def coverage(interval, n: int, truth: float) -> float:
     return total
 
 
-def test_the_interval_of_a_share_holds_the_truth_where_the_bootstrap_does_not():
+def test_the_share_interval_has_95_percent_coverage_unlike_the_bootstrap():
     assert coverage(share, 5, 0.95) == approx(0.977, abs=1e-3)
     assert coverage(Bootstrap(5, seed=0).ratio, 5, 0.95) == approx(0.225, abs=1e-3)
     for n in (5, 10, 30, 100):
@@ -103,7 +103,7 @@ def test_the_interval_of_a_share_holds_the_truth_where_the_bootstrap_does_not():
         assert min(covered) > 0.83  # 95 % on average; lowest near 0 and 1, where one answer changes much
 
 
-def test_answers_that_are_alike_within_their_records_count_as_one():
+def test_identical_answers_within_a_record_count_as_one_observation():
     """A dialogue whose five answers all stop is no more evidence than a dialogue with one answer."""
     for right, wrong in ((4, 0), (3, 1), (0, 4), (2, 2)):
         exact, answers = one_each(right, wrong)
@@ -111,11 +111,11 @@ def test_answers_that_are_alike_within_their_records_count_as_one():
         assert five_times.as_list() == approx(share(exact, answers).as_list())
 
 
-def test_answers_that_differ_within_their_records_as_much_as_between_them_count_each():
+def test_independent_answers_within_a_record_count_as_separate_observations():
     assert share([5] * 4, [10] * 4).as_list() == approx(share(*one_each(20, 20)).as_list())
 
 
-def test_a_difference_of_shares_is_that_of_bonett_and_price():
+def test_the_difference_of_shares_matches_the_bonett_price_formula():
     """Their formula uses the counts of records that both models, only one, or neither answered right."""
     for both, only_we, only_they, neither in itertools.product(range(4), repeat=4):
         n = both + only_we + only_they + neither
@@ -143,7 +143,7 @@ def test_a_share_lies_in_its_interval_and_both_between_0_and_1():
         assert difference.low < difference.high
 
 
-def test_shares_of_nothing_and_of_one_record_have_no_interval():
+def test_shares_of_no_answers_or_of_one_record_have_no_interval():
     assert share([0, 0], [0, 0]) is None
     assert share_difference(([0, 0], [0, 0]), ([1, 0], [1, 1])) is None
     assert not share([1], [1]).has_interval
@@ -156,7 +156,7 @@ def records(count: int, *, right: bool) -> list[RecordResult]:
     return [RecordResult(TargetScores(nats=float(row), right=3, tokens=4), (answer,)) for row in range(count)]
 
 
-def test_all_answers_right_of_few_records_is_not_100_to_100():
+def test_a_perfect_share_of_few_records_has_no_interval_of_100_to_100():
     draws = Bootstrap(5, seed=0)
     figures = figures_of(records(5, right=True), draws)
     shares = {measure.name for measure in MEASURES if measure.shares_answers}
@@ -167,7 +167,7 @@ def test_all_answers_right_of_few_records_is_not_100_to_100():
     assert figures["nats_per_token"] == draws.ratio(nats, [4] * 5)  # means of continuous scores still use the bootstrap
 
 
-def test_two_records_tell_no_two_shares_apart_and_eight_do():
+def test_a_share_difference_is_unclear_on_two_records_and_clear_on_eight():
     """If two records change from wrong to right, all resamples say better; but two coins can do that by chance."""
     exact = next(measure for measure in MEASURES if measure.name == "exact_match")
     verdicts = {}

@@ -38,7 +38,7 @@ def plainly(model, examples: tuple[Example, ...]) -> TargetScores:
 
 @pytest.mark.parametrize("layout", ["tree", "padded"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
-def test_scores_are_those_of_each_record_alone(models, family, layout):
+def test_batched_scores_equal_those_of_each_record_alone(models, family, layout):
     plain = AutoModelForCausalLM.from_pretrained(models(family), dtype=torch.float64).eval()
     expected = [plainly(plain, record) for record in records()]
     model = AutoModelForCausalLM.from_pretrained(models(family), dtype=torch.float64).eval()
@@ -52,7 +52,7 @@ def test_scores_are_those_of_each_record_alone(models, family, layout):
         assert (ours.right, ours.tokens) == (theirs.right, theirs.tokens)
 
 
-def test_a_long_record_costs_memory_by_its_tokens_and_not_by_their_square(models):
+def test_memory_for_a_long_record_does_not_grow_quadratically(models):
     """Regression: the key of each target was all ids before it, 385 MB of keys for 8,000 tokens."""
     model = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32).eval()
     collator = Collator(layout="padded", pad_id=0, as_examples=lambda row: ())

@@ -53,7 +53,7 @@ def guard(models, tmp_path_factory):
     return train_by_heart(models("llama"), tmp_path_factory.mktemp("guard"), records)
 
 
-def test_without_the_package_the_way_to_install_it_is_said(by_heart, monkeypatch, capsys):
+def test_a_missing_lm_eval_package_is_reported_with_the_install_command(by_heart, monkeypatch, capsys):
     import importlib.util
 
     find = importlib.util.find_spec
@@ -63,7 +63,7 @@ def test_without_the_package_the_way_to_install_it_is_said(by_heart, monkeypatch
     assert "--lm_eval_tasks needs lm_eval, not installed here" in error and "pip install" in error
 
 
-def test_a_task_of_ones_own_shows_what_training_taught(lm_eval, guard, tmp_path, capsys):
+def test_a_custom_lm_eval_task_shows_what_the_adapter_learned(lm_eval, guard, tmp_path, capsys):
     """The adapter knows every answer, the base guesses one of four."""
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES[:2])
     flags = ["--dataset_path", str(data), "--no_generate", "--no_probe", "--output_dir", str(tmp_path / "report")]
@@ -82,7 +82,7 @@ def test_a_task_of_ones_own_shows_what_training_taught(lm_eval, guard, tmp_path,
 
 
 @pytest.mark.parametrize(("family", "name"), [("llama", "atom"), ("llama", "vicuna"), ("qwen3", "qwen3")])
-def test_a_question_and_its_answer_have_the_ids_of_training(lm_eval, models, family, name, tmp_path):
+def test_prompt_and_answer_get_the_same_token_ids_as_in_training(lm_eval, models, family, name, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from atomtune.data.cache import Rules
@@ -107,7 +107,7 @@ def test_a_question_and_its_answer_have_the_ids_of_training(lm_eval, models, fam
         assert len(example.ids) - len(prompt_ids) - len(answer_ids) == 1, "the stop token alone is left"
 
 
-def test_what_is_wrong_with_a_task_is_said_before_a_model_is_loaded(lm_eval, by_heart, tmp_path, capsys):
+def test_an_invalid_lm_eval_task_is_reported_before_a_model_is_loaded(lm_eval, by_heart, tmp_path, capsys):
     words = ["evaluate", "--adapter_path", str(by_heart), "--dataset_path", "x", "--lm_eval_tasks"]
     (tmp_path / "empty").mkdir()
     assert main([*words, str(tmp_path / "empty")]) == 2

@@ -9,7 +9,7 @@ from tests.conftest import DIALOGUES, write_jsonl
 from tests.tiny import CHATML, tokenizer_of
 
 
-def test_a_question_is_the_prompt_that_chat_sends_and_the_answer_with_its_stop(tmp_path):
+def test_a_question_has_chats_prompt_and_the_answer_with_its_stop_token(tmp_path):
     template = load_template("atom", tokenizer_of("sentencepiece"))
     records, _ = read_records([str(write_jsonl(tmp_path / "d.jsonl", DIALOGUES))], template, Rules(max_tokens=256))
     assert len(records) == len(DIALOGUES)
@@ -22,7 +22,7 @@ def test_a_question_is_the_prompt_that_chat_sends_and_the_answer_with_its_stop(t
         assert question.reference_ids[-1] == template.tokenizer.eos_token_id
 
 
-def test_each_answer_of_a_conversation_is_a_question_behind_all_before_it(tmp_path):
+def test_each_answer_of_a_conversation_is_a_question_with_all_earlier_turns(tmp_path):
     turns = [
         ("user", "你是谁？"),
         ("assistant", "我是灯塔的看守人。"),
@@ -38,7 +38,7 @@ def test_each_answer_of_a_conversation_is_a_question_behind_all_before_it(tmp_pa
     assert list(record.questions[1].prompt_ids) == prompt_ids(template, messages[:3])
 
 
-def test_a_character_that_the_limit_cut_in_two_is_no_part_of_the_text():
+def test_a_character_split_by_the_token_limit_is_left_out_of_the_text():
     tokenizer = tokenizer_of("bytes", CHATML)
     ids = tokenizer("灯亮", add_special_tokens=False)["input_ids"]
     assert answer_text(ids, tokenizer, stopped=False) == "灯亮"

@@ -14,7 +14,7 @@ from atomtune.language import spoken, translated
         ("zh", "out 与 base 相比。更好：损失（每个词元的 nats） 3.00 → 1.00，chrF 10.0 → 30.0。"),
     ],
 )
-def test_a_sentence_has_the_marks_of_its_language(language, sentence):
+def test_a_sentence_has_the_punctuation_of_its_language(language, sentence):
     before = {"nats_per_token": Figure(3.0, 2.9, 3.1), "chrf": Figure(10.0, 9.0, 11.0)}
     after = {"nats_per_token": Figure(1.0, 0.9, 1.1), "chrf": Figure(30.0, 29.0, 31.0)}
     changes = {"nats_per_token": Figure(-2.0, -2.1, -1.9), "chrf": Figure(20.0, 19.0, 21.0)}

@@ -8,7 +8,7 @@ from atomtune.errors import AtomtuneError, BadModel
 from atomtune.evaluate.run_folder import refuse_changed_files, run_records
 
 
-def test_a_runs_own_record_is_read(by_heart):
+def test_the_run_json_of_a_run_is_read(by_heart):
     records = run_records(by_heart)
     assert records is not None and records.reading.dataset_paths
     checkpoint = next(by_heart.glob("checkpoint-*"))
@@ -19,7 +19,7 @@ def test_a_runs_own_record_is_read(by_heart):
         refuse_changed_files(by_heart, "0")
 
 
-def test_an_adapter_of_another_tool_has_none(tmp_path):
+def test_an_adapter_of_another_tool_has_no_run_records(tmp_path):
     assert run_records(tmp_path) is None
     (tmp_path / "run.json").write_text("{}")
     assert run_records(tmp_path) is None
@@ -41,14 +41,14 @@ def test_an_adapter_of_another_tool_has_none(tmp_path):
         ("version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
     ],
 )
-def test_a_record_of_another_shape_is_refused_by_name(tmp_path, content, named):
+def test_a_malformed_run_json_is_refused_naming_file_and_fault(tmp_path, content, named):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(BadModel) as refused:
         run_records(tmp_path)
     assert str(tmp_path / "run.json") in str(refused.value) and named in str(refused.value)
 
 
-def test_a_hash_of_another_kind_is_refused_by_name(tmp_path):
+def test_a_sha256_of_the_wrong_type_is_refused_naming_its_key(tmp_path):
     (tmp_path / "run.json").write_text('{"data": {"sha256": 7}}')
     with pytest.raises(BadModel, match=r"data\.sha256: found 7"):
         refuse_changed_files(tmp_path, "0")

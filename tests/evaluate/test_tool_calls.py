@@ -35,7 +35,7 @@ CALL = '{"name": "weather", "arguments": {"city": "北京"}}'
         ("", 0, 0),
     ],
 )
-def test_calls_are_read_in_any_marks(text, parsed, known):
+def test_tool_calls_are_found_in_every_known_format(text, parsed, known):
     found = calls_in(text, {"weather"})
     assert (found.parsed, found.known) == (parsed, known)
 
@@ -49,7 +49,7 @@ def test_a_call_within_arguments_is_not_counted():
     ("name", "arguments", "parsed", "known"),
     [("add", {"x": 3}, 1, 1), ("subtract", {}, 1, 0), ("add", '{"x": 3', 0, 0)],
 )
-def test_a_call_whose_tool_a_header_names_is_counted(name, arguments, parsed, known):
+def test_a_call_whose_tool_is_named_in_the_header_is_counted(name, arguments, parsed, known):
     """gpt-oss writes `assistant to=functions.add<|channel|>commentary<|message|>{"x": 3}<|call|>`."""
     turn = Turn("assistant", "", calls=({"name": name, "arguments": arguments},))
     found = calls_of(' to=functions.add<|channel|>commentary<|message|>{"x": 3}', turn, {"add"})

@@ -31,7 +31,7 @@ def folders(models, tmp_path):
     return base, out, model
 
 
-def test_what_the_class_does_not_load_is_carried_over_bit_by_bit(models, tmp_path):
+def test_tensors_that_the_class_does_not_load_are_copied_bit_for_bit(models, tmp_path):
     base, out, model = folders(models, tmp_path)
     before = load_file(out / "model.safetensors")
     assert carry_over(base, out, loaded=model.state_dict().keys(), prefix="model") == (
@@ -48,14 +48,14 @@ def test_what_the_class_does_not_load_is_carried_over_bit_by_bit(models, tmp_pat
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
-def test_nothing_is_carried_where_the_class_loads_all(models, tmp_path):
+def test_nothing_is_carried_over_if_the_class_loads_every_tensor(models, tmp_path):
     _, out, model = folders(models, tmp_path)
     assert carry_over(models("llama"), out, loaded=model.state_dict().keys(), prefix="model") == ()
     assert not (out / INDEX).exists()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_base_whose_files_lack_the_prefix_of_the_class_is_loaded_and_not_carried(models, tmp_path, family):
+def test_base_tensors_stored_without_the_class_prefix_are_not_carried_over(models, tmp_path, family):
     # Regression: the whole base was copied next to the merged weights, and replaced them when both were loaded.
     base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
     shutil.copytree(models(family), base)
@@ -70,7 +70,7 @@ def test_a_base_whose_files_lack_the_prefix_of_the_class_is_loaded_and_not_carri
 
 
 @pytest.mark.parametrize("more", [[], ["--dtype", "float16"]])
-def test_what_a_bases_files_hold_in_float32_beside_bfloat16_is_written_unrounded(tmp_path, capsys, more):
+def test_float32_tensors_of_a_bfloat16_base_are_written_unrounded(tmp_path, capsys, more):
     # For example Qwen3.5's A_log and norms. transformers rounds them; vLLM and SGLang do not.
     base, adapter, out = write_walked("qwen3_5_text", tmp_path / "base"), tmp_path / "adapter", tmp_path / "out"
     file = base / "model.safetensors"
@@ -127,7 +127,7 @@ def test_tensors_are_kept_unrounded_in_the_shards_that_hold_them(models, tmp_pat
     assert index["metadata"]["total_size"] == sum(size for _, size in written.values())
 
 
-def test_a_carried_tensor_that_is_another_is_told(models, tmp_path):
+def test_a_changed_carried_tensor_is_reported(models, tmp_path):
     base, out, model = folders(models, tmp_path)
     names = carry_over(base, out, loaded=model.state_dict().keys(), prefix="model")
     assert changed(base, out, names, prefix="model") == []

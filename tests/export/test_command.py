@@ -34,14 +34,14 @@ def test_settings_that_contradict_are_refused(by_heart, tmp_path, capsys, flags,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_not_empty_is_left_alone(by_heart, tmp_path, capsys):
+def test_a_non_empty_output_folder_is_refused(by_heart, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert export(by_heart, tmp_path) == 2
     assert "is not an empty folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("has_weights", [True, False])
-def test_a_base_that_could_not_be_compared_is_told(by_heart, tmp_path, capsys, has_weights):
+def test_a_base_whose_weights_could_not_be_compared_is_reported(by_heart, tmp_path, capsys, has_weights):
     """A base on the hub is not downloaded for its layers' names. Regression: it silently passed as the right one."""
     there = base_apart(by_heart, tmp_path / "base", has_weights=has_weights)
     class_name = json.loads((there / "config.json").read_text())["architectures"][0]
@@ -92,7 +92,7 @@ def test_the_demos_tokenizer_writes_the_same_ids_in_llama_cpp(tmp_path):
 
 
 @pytest.mark.slow
-def test_llama_cpp_serves_the_tuned_model_and_the_certificate_says_so(exported):
+def test_llama_cpp_serves_the_tuned_model_and_the_certificate_confirms_it(exported):
     assert sorted(path.name for path in exported.iterdir()) == ["Modelfile", "certificate.json", "out-f16.gguf"]
     (entry,) = json.loads((exported / "certificate.json").read_text(encoding="utf-8"))
     n = entry["prompts"]
@@ -102,7 +102,7 @@ def test_llama_cpp_serves_the_tuned_model_and_the_certificate_says_so(exported):
 
 
 @pytest.mark.slow
-def test_q8_0_and_bf16_hold_too(sentencepiece_run, exported, tmp_path, capsys):
+def test_q8_0_and_bf16_exports_pass_certification(sentencepiece_run, exported, tmp_path, capsys):
     for quantize in ("bf16", "q8_0"):
         out = tmp_path / quantize
         assert export(sentencepiece_run, out, "--quantize", quantize, "--prompts", "4") == 0
@@ -113,7 +113,7 @@ def test_q8_0_and_bf16_hold_too(sentencepiece_run, exported, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_stop_in_the_certificate_says_what_is_left_unchecked(
+def test_an_interrupted_certification_reports_what_is_left_unchecked(
     sentencepiece_run, exported, tmp_path, monkeypatch, capsys
 ):
     """--output_dir is no longer empty then, so the same command would be refused."""

@@ -25,7 +25,7 @@ def test_a_class_that_the_converter_does_not_know_is_refused(models, tmp_path):
         refuse_unknown_architecture(str(tmp_path), trust_remote_code=False)
 
 
-def test_a_conversion_that_fails_says_why_and_leaves_no_file(models, tmp_path):
+def test_a_failed_conversion_is_reported_and_leaves_no_file(models, tmp_path):
     broken = Path(shutil.copytree(models("llama"), tmp_path / "broken"))
     (broken / "model.safetensors").write_bytes(b"not tensors")
     out = tmp_path / "out"
@@ -35,7 +35,7 @@ def test_a_conversion_that_fails_says_why_and_leaves_no_file(models, tmp_path):
     assert list(out.iterdir()) == []
 
 
-def test_a_tokenizer_that_llama_cpp_cannot_split_is_told_in_words(models, tmp_path):
+def test_an_unsupported_pre_tokenizer_is_reported_without_a_traceback(models, tmp_path):
     # Regression: the message was the converter's Python traceback.
     out = tmp_path / "m.gguf"
     base = Path(shutil.copytree(models("qwen3"), tmp_path / "base"))
@@ -44,7 +44,7 @@ def test_a_tokenizer_that_llama_cpp_cannot_split_is_told_in_words(models, tmp_pa
     assert not out.exists()
 
 
-def test_the_bases_sentencepiece_file_goes_with_the_merged_model(models, tmp_path):
+def test_the_bases_sentencepiece_file_is_copied_to_the_merged_model(models, tmp_path):
     copy_sentencepiece(str(models("llama")), tmp_path)  # it has none
     assert list(tmp_path.iterdir()) == []
     copy_sentencepiece(str(models("lone")), tmp_path)
@@ -60,7 +60,7 @@ def test_the_bases_sentencepiece_file_goes_with_the_merged_model(models, tmp_pat
     ],
     ids=["always", "first", "bytes"],
 )
-def test_the_converter_is_told_where_a_space_goes(tokenizer, said, tmp_path):
+def test_the_tokenizer_config_gets_add_prefix_space_for_the_converter(tokenizer, said, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     say_where_a_space_goes(tmp_path, tokenizer)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"bos_token": "<s>", **said}

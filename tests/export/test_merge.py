@@ -55,7 +55,7 @@ def test_the_merged_folder_is_a_plain_model_with_the_adapters_logits(trained, tm
     assert merged.config.use_cache
 
 
-def test_chat_answers_from_the_merged_folder_as_from_the_adapter(trained, tmp_path, capsys):
+def test_chat_gives_the_same_answer_for_merged_folder_and_adapter(trained, tmp_path, capsys):
     _, adapter = trained
     assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "m")]) == 0
     said = []
@@ -84,15 +84,13 @@ def test_a_merge_that_changed_the_answers_fails_with_exit_code_4(trained, tmp_pa
     assert not (tmp_path / "m").exists()
 
 
-def test_a_folder_that_is_not_empty_is_left_alone(trained, tmp_path, capsys):
+def test_a_non_empty_output_folder_is_refused(trained, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert main(["merge", "--adapter_path", str(trained[1]), "--output_dir", str(tmp_path)]) == 2
     assert "not an empty folder" in capsys.readouterr().err
 
 
-def test_a_disk_that_cannot_hold_the_merged_model_is_told_so_before_the_base_is_loaded(
-    trained, tmp_path, monkeypatch, capsys
-):
+def test_insufficient_disk_space_is_reported_before_the_base_is_loaded(trained, tmp_path, monkeypatch, capsys):
     _, adapter = trained
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=10_000))
     assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "merged")]) == 3
@@ -104,7 +102,7 @@ def test_a_disk_that_cannot_hold_the_merged_model_is_told_so_before_the_base_is_
 
 @pytest.mark.parametrize("fault", ["torn", "missing", "not finite"])
 @pytest.mark.parametrize("place", ["alone", "second of two"])
-def test_a_damaged_adapter_is_told_before_the_base_is_loaded(trained, tmp_path, capsys, fault, place):
+def test_a_damaged_adapter_is_reported_before_the_base_is_loaded(trained, tmp_path, capsys, fault, place):
     _, adapter = trained
     damaged = Path(shutil.copytree(adapter, tmp_path / "damaged"))
     file = damaged / "adapter_model.safetensors"
@@ -126,7 +124,7 @@ def test_a_damaged_adapter_is_told_before_the_base_is_loaded(trained, tmp_path, 
 
 
 @pytest.mark.parametrize("more", [[], ["--model_path", "base"]], ids=["as it is", "with a base"])
-def test_a_folder_that_was_merged_before_is_told_what_it_is(trained, tmp_path, capsys, more):
+def test_a_merged_model_passed_as_adapter_is_refused_with_next_steps(trained, tmp_path, capsys, more):
     base, adapter = trained
     merged = tmp_path / "m"
     assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(merged)]) == 0
@@ -142,7 +140,7 @@ def test_a_folder_that_was_merged_before_is_told_what_it_is(trained, tmp_path, c
         assert [refusal(words[words.index("atomtune") + 1 :]) for words in shown] == [None, None]
 
 
-def test_a_base_that_moved_is_asked_for(trained, tmp_path, capsys):
+def test_a_moved_base_is_refused_until_model_path_is_passed(trained, tmp_path, capsys):
     moved = tmp_path / "adapter"
     shutil.copytree(trained[1], moved)
     config = json.loads((moved / "adapter_config.json").read_text())
@@ -154,7 +152,7 @@ def test_a_base_that_moved_is_asked_for(trained, tmp_path, capsys):
     assert main(["merge", "--adapter_path", str(moved), "--output_dir", str(tmp_path / "m"), *again]) == 0
 
 
-def test_a_disk_too_small_for_the_merged_model_is_told_so(trained, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_fills_up_while_writing_is_reported_without_traceback(trained, tmp_path, monkeypatch, capsys):
     _, adapter = trained
 
     from safetensors import SafetensorError
@@ -193,7 +191,7 @@ def test_a_merge_that_is_killed_leaves_no_model_and_the_next_one_works(trained, 
     assert (out / "config.json").is_file() and not list(out.glob(".*"))
 
 
-def test_a_base_is_quantized_in_the_number_format_of_the_training(models, tmp_path):
+def test_merge_quantizes_the_base_in_the_dtype_of_training(models, tmp_path):
     # Regression: training quantized float16 files in bfloat16, merge in float16; one weight in 170 differed.
     pytest.importorskip("bitsandbytes")
     from tests.conftest import DIALOGUES, write_jsonl
@@ -234,13 +232,13 @@ def test_other_kinds_of_adapters_are_merged_and_checked(models, tmp_path, capsys
             assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-4)
 
 
-def test_a_bias_that_the_base_does_not_have_is_not_merged(models, tmp_path, capsys):
+def test_a_trained_bias_that_the_base_lacks_is_refused(models, tmp_path, capsys):
     adapter = by_peft(models("llama"), tmp_path / "a", {"target_modules": ATTENTION, "lora_bias": True})
     assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "m")]) == 2
     assert "q_proj has a trained bias (lora_bias), but none in the base" in capsys.readouterr().err
 
 
-def test_a_folder_that_writes_prompts_otherwise_fails(trained, tmp_path, monkeypatch, capsys):
+def test_a_merged_template_that_renders_other_tokens_fails_the_merge(trained, tmp_path, monkeypatch, capsys):
     real = merge.template_of
 
     def other(folder, **kwargs):
@@ -252,7 +250,7 @@ def test_a_folder_that_writes_prompts_otherwise_fails(trained, tmp_path, monkeyp
     assert "into other tokens than in training" in capsys.readouterr().err
 
 
-def test_a_merge_in_bfloat16_holds_and_an_adapter_that_rounding_takes_is_said(models, tmp_path, capsys):
+def test_a_bfloat16_merge_passes_and_an_adapter_lost_to_rounding_is_reported(models, tmp_path, capsys):
     for size, notice in ((0.01, False), (0.0003, True)):
         adapter = adapter_on(models("llama"), tmp_path / f"a{size}", size=size)
         out = ["--output_dir", str(tmp_path / f"m{size}"), "--dtype", "bfloat16"]
@@ -260,14 +258,14 @@ def test_a_merge_in_bfloat16_holds_and_an_adapter_that_rounding_takes_is_said(mo
         assert ("rounding loses" in capsys.readouterr().out) == notice
 
 
-def test_a_merge_of_the_real_smollm2_in_bfloat16_holds(real, tmp_path, capsys):
+def test_a_bfloat16_merge_of_the_real_smollm2_passes(real, tmp_path, capsys):
     # Regression: each such merge was refused, because at one position one of 49,000 words differed by more than 0.5.
     adapter = adapter_on(real("smollm2"), tmp_path / "a", size=0.01)
     assert main(["merge", "--adapter_path", str(adapter), "--output_dir", str(tmp_path / "m")]) == 0
     assert "rounded once to bfloat16" in capsys.readouterr().out
 
 
-def test_an_adapter_on_matrices_that_layers_share_is_said_at_the_start_and_not_merged(tmp_path, dialogues, capsys):
+def test_an_adapter_on_a_shared_matrix_is_reported_in_training_and_not_merged(tmp_path, dialogues, capsys):
     # Both layers' changes would be added to the one matrix. Regression: only the check after the merge reported that.
     base, adapter = write_walked("zamba2", tmp_path / "base"), tmp_path / "out"
     command = ["train", "--model_path", str(base), "--dataset_path", str(dialogues), "--output_dir", str(adapter)]

@@ -21,7 +21,7 @@ def template(models):
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.5])
-def test_the_answers_of_a_right_merge_hold_and_others_do_not(models, template, tmp_path, factor):
+def test_a_correct_merge_passes_the_answer_check_and_an_altered_one_fails(models, template, tmp_path, factor):
     base = models("llama")
     adapter = adapter_on(base, tmp_path, size=0.01)
     spec = BaseSpec(path=str(base), dtype=torch.float32, device=CPU)

@@ -41,7 +41,7 @@ def nothing(layers):
 
 
 @pytest.mark.parametrize("kind", OTHER_KINDS)
-def test_a_fault_in_what_such_an_adapter_holds_shows(models, tmp_path, kind):
+def test_a_fault_in_parameters_beyond_the_lora_matrices_is_detected(models, tmp_path, kind):
     family, wanted = OTHER_KINDS[kind]
     spec = BaseSpec(path=str(models(family)), dtype=torch.float32, device=CPU)
     adapter = by_peft(models(family), tmp_path, wanted)
@@ -60,7 +60,7 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 
 @every_dtype
 @pytest.mark.parametrize("size", [0.0003, 0.01, 0.3])
-def test_a_right_merge_holds(models, tmp_path, dtype, size):
+def test_a_correct_merge_passes(models, tmp_path, dtype, size):
     weights = merged_weights.compare_weights(
         *merged_by(nothing, models("llama"), adapter_on(models("llama"), tmp_path, size=size), dtype)
     )
@@ -74,12 +74,12 @@ def test_a_right_merge_holds(models, tmp_path, dtype, size):
 @pytest.mark.parametrize(
     "spoil", [scaled(1.01), scaled(0.5), one_dropped, one_number_of_the_base], ids=["1%", "half", "dropped", "number"]
 )
-def test_a_fault_of_any_size_shows(models, tmp_path, dtype, spoil):
+def test_a_fault_of_any_size_is_detected(models, tmp_path, dtype, spoil):
     adapter = adapter_on(models("llama"), tmp_path, size=0.01)
     assert merged_weights.compare_weights(*merged_by(spoil, models("llama"), adapter, dtype)).problems
 
 
-def test_the_smallest_numbers_of_float16_are_rounded_as_they_lie():
+def test_float16_subnormals_are_checked_by_their_even_spacing():
     # Below 6e-5 they are evenly spaced. Regression: a correct merge of 2,048 numbers was refused because of one.
     exact = torch.linspace(-1e-4, 1e-4, 1001, dtype=torch.float64)
     assert not merged_weights._not_nearest(exact.half(), exact, [torch.zeros_like(exact)])
@@ -87,7 +87,7 @@ def test_the_smallest_numbers_of_float16_are_rounded_as_they_lie():
     assert merged_weights._not_nearest(moved, exact, [torch.zeros_like(exact)])
 
 
-def test_another_tensor_of_the_base_shows(models, tmp_path):
+def test_a_changed_base_tensor_is_detected(models, tmp_path):
     adapted, written = merged_by(
         nothing, models("llama"), adapter_on(models("llama"), tmp_path, size=0.01), torch.float32
     )

@@ -59,7 +59,7 @@ def test_the_card_of_a_run_has_its_counts_settings_and_figures(card_of_run):
     assert row(of_checkpoint, "training, last")[0] == "2"
 
 
-def test_no_path_and_no_text_of_a_record_stands_in_it(card_of_run, tmp_path):
+def test_the_card_contains_no_paths_and_no_record_text(card_of_run, tmp_path):
     card, _, _ = card_of_run
     assert str(tmp_path) not in card
     assert not any(record["output"] in card for record in DIALOGUES if len(record["output"]) > 2)
@@ -68,24 +68,24 @@ def test_no_path_and_no_text_of_a_record_stands_in_it(card_of_run, tmp_path):
     assert "`talk.jsonl`" in card and "`warmup_steps`" in card and "`eval_size`" not in card
 
 
-def test_the_front_matter_is_what_a_hub_reads():
+def test_the_front_matter_names_base_model_and_library_for_the_hub():
     values = yaml.safe_load(model_card(RECORD, METADATA, []).split("---")[1])
     assert values["base_model"] == "maker/base-1b" and values["library_name"] == "peft"
     assert "license" not in values
 
 
-def test_without_held_out_records_it_does_not_speak_of_quality():
+def test_the_card_says_when_no_records_were_held_out():
     assert "No records were held out" in model_card(RECORD, METADATA, [{"step": 1, "loss": 2.0}])
     assert "No records were held out" not in model_card(RECORD, METADATA, [{"step": 1, "eval_loss": 2.0}])
 
 
-def test_the_python_in_it_compiles():
+def test_the_python_code_in_the_card_compiles():
     (code,) = re.findall(r"```python\n(.*?)```", model_card(RECORD, METADATA, []), re.DOTALL)
     compile(code, "README.md", "exec")
     assert '"<|im_end|>"' in code
 
 
-def test_the_python_in_it_sets_the_variables_of_the_template():
+def test_the_python_code_in_the_card_sets_the_template_variables():
     """Regression: the code, copied unchanged, told a model to think that was trained not to."""
     metadata = replace(METADATA, template_variables={"enable_thinking": False})
     (code,) = re.findall(r"```python\n(.*?)```", model_card(RECORD, metadata, []), re.DOTALL)
@@ -93,7 +93,7 @@ def test_the_python_in_it_sets_the_variables_of_the_template():
     assert "return_dict=True, **{'enable_thinking': False}" in code
 
 
-def test_the_licence_is_the_one_in_the_bases_card(tmp_path):
+def test_the_license_is_read_from_the_bases_model_card(tmp_path):
     assert licence_of(str(tmp_path)) is None
     for text, licence in (
         ("---\nlicense: apache-2.0\n---\n# Base", "apache-2.0"),
@@ -109,7 +109,7 @@ def test_the_licence_is_the_one_in_the_bases_card(tmp_path):
     assert shown_base(str(tmp_path)) == tmp_path.name
 
 
-def test_a_base_in_the_hubs_cache_is_called_as_the_hub_calls_it(tmp_path):
+def test_a_base_in_the_hub_cache_is_shown_with_its_hub_name(tmp_path):
     folder = tmp_path / "models--Qwen--Qwen3-0.6B" / "snapshots" / "c1899de289a04d12100db370d81485cdf75e47ca"
     folder.mkdir(parents=True)
     assert hub_name(str(folder)) == shown_base(str(folder)) == "Qwen/Qwen3-0.6B"

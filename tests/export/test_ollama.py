@@ -64,7 +64,7 @@ def unquoted(text: str) -> str:
 
 
 @pytest.mark.parametrize("messages", [CONVERSATION, CONVERSATION[1:], CONVERSATION[1:2]])
-def test_the_texts_between_messages_are_those_of_the_chat_template(messages):
+def test_the_ollama_template_renders_the_same_text_as_the_chat_template(messages):
     template = of_tokenizer("bytes", CHATML)
     for_ollama = ollama_template(template, adds_bos=False)
     assert for_ollama is not None
@@ -72,11 +72,11 @@ def test_the_texts_between_messages_are_those_of_the_chat_template(messages):
     assert go_rendered(for_ollama.go_template(), messages) == template.render(messages)
 
 
-def test_a_template_that_is_no_sequence_of_messages_gets_none():
+def test_a_template_that_drops_messages_gets_no_ollama_template():
     assert ollama_template(of_tokenizer("bytes", FORGETFUL), adds_bos=False) is None
 
 
-def test_a_template_without_a_place_for_a_system_text_leaves_it_out():
+def test_the_system_text_is_left_out_if_the_template_has_no_place_for_it():
     template = of_tokenizer("sentencepiece", GEMMA)
     for_ollama = ollama_template(template, adds_bos=False)
     assert for_ollama is not None
@@ -84,7 +84,7 @@ def test_a_template_without_a_place_for_a_system_text_leaves_it_out():
 
 
 @pytest.mark.parametrize("messages", [CONVERSATION, CONVERSATION[1:], CONVERSATION[:2]])
-def test_the_atom_template_has_the_system_text_in_every_question(messages):
+def test_the_atom_template_repeats_the_system_text_in_every_user_turn(messages):
     template = load_template("atom", tokenizer_of("sentencepiece"))
     for_ollama = ollama_template(template, adds_bos=False)
     assert for_ollama is not None

@@ -8,7 +8,7 @@ from atomtune.errors import BadSettings, CheckFailed, RunFailed
 from atomtune.export.output_folder import filling
 
 
-def test_what_is_written_appears_when_it_is_whole(tmp_path):
+def test_output_appears_only_when_it_is_complete(tmp_path):
     out = tmp_path / "out"
     with filling(out, last="config.json") as folder:
         (folder / "config.json").write_text("{}")

@@ -50,7 +50,7 @@ def export_to(class_name: str, adapter: Path, base: Path, out: Path) -> int:
 
 
 @torch.no_grad()
-def test_the_whole_class_finds_every_tensor_and_gives_the_same_logits(models, text_adapter, whole_base, tmp_path):
+def test_the_vision_language_class_loads_every_tensor_with_the_same_logits(models, text_adapter, whole_base, tmp_path):
     out = tmp_path / "out"
     assert export_to("Gemma3ForConditionalGeneration", text_adapter, whole_base, out) == 0
     ids = torch.arange(20)[None] + 5
@@ -63,7 +63,7 @@ def test_the_whole_class_finds_every_tensor_and_gives_the_same_logits(models, te
     assert torch.allclose(logits, expected, atol=1e-4)  # float32; the whole class builds its masks differently
 
 
-def test_back_to_the_text_class_gives_the_first_names(models, text_adapter, whole_base, tmp_path):
+def test_exporting_back_to_the_text_class_restores_the_tensor_names(models, text_adapter, whole_base, tmp_path):
     out, back = tmp_path / "out", tmp_path / "back"
     assert export_to("Gemma3ForConditionalGeneration", text_adapter, whole_base, out) == 0
     assert export_to("Gemma3ForCausalLM", out, models("gemma3_text"), back) == 0
@@ -72,7 +72,7 @@ def test_back_to_the_text_class_gives_the_first_names(models, text_adapter, whol
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
-def test_linear_attention_of_qwen3_5_finds_its_tensors_in_the_text_class_too(tmp_path):
+def test_qwen3_5_linear_attention_tensors_are_loaded_in_both_classes(tmp_path):
     """The checkpoint names the whole class, like the published Qwen3.5; the adapter does the same in both classes."""
     base = write_checkpoint("qwen3_5", tmp_path / "base")
     adapter = train_by_heart(base, tmp_path, DIALOGUES, steps=3)
@@ -95,7 +95,7 @@ def test_linear_attention_of_qwen3_5_finds_its_tensors_in_the_text_class_too(tmp
     assert torch.allclose(*logits, atol=1e-4)  # float32; the whole class computes positions differently
 
 
-def test_targets_that_are_full_names_follow(text_adapter, whole_base, tmp_path):
+def test_target_modules_given_as_full_names_are_renamed(text_adapter, whole_base, tmp_path):
     spelled = Path(shutil.copytree(text_adapter, tmp_path / "spelled"))
     file = spelled / "adapter_config.json"
     values = json.loads(file.read_text())
@@ -106,7 +106,7 @@ def test_targets_that_are_full_names_follow(text_adapter, whole_base, tmp_path):
     assert written["target_modules"] == ["model.language_model.layers.0.mlp.up_proj", "q_proj"]
 
 
-def test_a_class_that_cannot_be_is_refused(text_adapter, whole_base, tmp_path, capsys):
+def test_an_unknown_or_incompatible_model_class_is_refused(text_adapter, whole_base, tmp_path, capsys):
     for class_name, message in (("NoSuchForCausalLM", "no such class"), ("GPT2LMHeadModel", "it is not a class for")):
         assert export_to(class_name, text_adapter, whole_base, tmp_path / "out") == 2
         assert message in capsys.readouterr().err
@@ -114,7 +114,7 @@ def test_a_class_that_cannot_be_is_refused(text_adapter, whole_base, tmp_path, c
 
 
 @pytest.mark.parametrize("fault", ["half of it", "none of it"])
-def test_weights_that_are_not_whole_are_named(text_adapter, whole_base, tmp_path, capsys, fault):
+def test_truncated_or_missing_adapter_weights_are_reported(text_adapter, whole_base, tmp_path, capsys, fault):
     adapter = shutil.copytree(text_adapter, tmp_path / "adapter")
     file = adapter / "adapter_model.safetensors"
     if fault == "half of it":
@@ -128,7 +128,7 @@ def test_weights_that_are_not_whole_are_named(text_adapter, whole_base, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_kind_that_only_peft_computes_is_copied_for_peft(text_adapter, whole_base, tmp_path):
+def test_an_alora_adapter_keeps_its_settings_in_the_peft_export(text_adapter, whole_base, tmp_path):
     adapter = Path(shutil.copytree(text_adapter, tmp_path / "alora"))
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "alora_invocation_tokens": [5, 6]}))
@@ -136,7 +136,7 @@ def test_a_kind_that_only_peft_computes_is_copied_for_peft(text_adapter, whole_b
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["alora_invocation_tokens"] == [5, 6]
 
 
-def test_the_copy_is_no_run_of_its_own_and_keeps_what_evaluate_needs(text_adapter, whole_base, tmp_path, capsys):
+def test_the_export_is_not_listed_as_a_run_but_keeps_its_run_json(text_adapter, whole_base, tmp_path, capsys):
     run = shutil.copytree(text_adapter, tmp_path / "runs" / "run")
     out = tmp_path / "runs" / "exported"
     assert export_to("Gemma3ForConditionalGeneration", run, whole_base, out) == 0
@@ -149,7 +149,7 @@ def test_the_copy_is_no_run_of_its_own_and_keeps_what_evaluate_needs(text_adapte
     assert copied == {**record, "exported_for": "Gemma3ForConditionalGeneration"}
 
 
-def test_the_copys_card_loads_the_base_with_its_class(models, text_adapter, whole_base, tmp_path):
+def test_the_exported_card_loads_the_base_with_the_target_class(models, text_adapter, whole_base, tmp_path):
     card, whole, back = ((folder / "README.md") for folder in (text_adapter, tmp_path / "out", tmp_path / "back"))
     assert export_to("Gemma3ForConditionalGeneration", text_adapter, whole_base, whole.parent) == 0
     assert export_to("Gemma3ForCausalLM", whole.parent, models("gemma3_text"), back.parent) == 0
@@ -159,14 +159,14 @@ def test_the_copys_card_loads_the_base_with_its_class(models, text_adapter, whol
         assert f"base = {name}.from_pretrained(" in copy.read_text()
 
 
-def test_what_is_no_file_is_not_copied(text_adapter, whole_base, tmp_path):
+def test_a_named_pipe_in_the_adapter_folder_is_not_copied(text_adapter, whole_base, tmp_path):
     adapter = shutil.copytree(text_adapter, tmp_path / "adapter")
     os.mkfifo(adapter / "pipe")
     assert export_to("Gemma3ForConditionalGeneration", adapter, whole_base, tmp_path / "out") == 0
     assert not (tmp_path / "out" / "pipe").exists() and (tmp_path / "out" / "atomtune.json").is_file()
 
 
-def test_what_was_merged_into_the_runs_folder_is_not_copied(text_adapter, whole_base, tmp_path):
+def test_a_merged_model_inside_the_run_folder_is_not_copied(text_adapter, whole_base, tmp_path):
     # `train` itself suggests to merge into a folder there. Regression: gigabytes were copied with a small adapter.
     adapter = shutil.copytree(text_adapter, tmp_path / "adapter")
     for name in ("merged", "additional_chat_templates"):
@@ -179,7 +179,7 @@ def test_what_was_merged_into_the_runs_folder_is_not_copied(text_adapter, whole_
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs ulimit")
-def test_a_disk_that_takes_no_more_is_one_sentence(text_adapter, whole_base, tmp_path):
+def test_a_full_disk_is_reported_without_a_traceback(text_adapter, whole_base, tmp_path):
     words = ["--adapter_path", text_adapter, "--output_dir", tmp_path / "out", "--model_path", whole_base]
     words += ["--other_base", "--to", "peft", "--for_class", "Gemma3ForConditionalGeneration"]
     done = subprocess.run(
@@ -194,7 +194,7 @@ def test_a_disk_that_takes_no_more_is_one_sentence(text_adapter, whole_base, tmp
 
 
 @torch.no_grad()
-def test_ranks_and_alphas_by_full_names_follow(models, text_adapter, whole_base, tmp_path):
+def test_rank_and_alpha_patterns_with_full_names_are_renamed(models, text_adapter, whole_base, tmp_path):
     """PEFT's EVA writes such names, and PEFT skips unknown ones. Regression: the adapter had half its strength."""
     spelled = Path(shutil.copytree(text_adapter, tmp_path / "spelled"))
     config, certificate = spelled / "adapter_config.json", spelled / "certificate.json"

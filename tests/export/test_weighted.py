@@ -58,7 +58,7 @@ def merge(out, *flags: str) -> int:
     return main(["merge", "--output_dir", str(out), *flags])
 
 
-def test_the_sum_of_two_is_each_times_its_weight(adapters, tmp_path, capsys):
+def test_two_adapters_are_merged_as_their_weighted_sum(adapters, tmp_path, capsys):
     base, wide, narrow = adapters
     assert merge(tmp_path / "m", "--adapter_path", str(wide), str(narrow), "--weights", "0.7", "-0.3") == 0
     assert f"merging 0.7 × {wide} + -0.3 × {narrow}" in capsys.readouterr().out
@@ -67,7 +67,7 @@ def test_the_sum_of_two_is_each_times_its_weight(adapters, tmp_path, capsys):
         assert_equal(weight_in(tmp_path / "m", name), expected)
 
 
-def test_one_adapter_may_be_added_in_part(adapters, tmp_path):
+def test_one_adapter_can_be_merged_with_a_fractional_weight(adapters, tmp_path):
     base, wide, _ = adapters
     assert merge(tmp_path / "m", "--adapter_path", str(wide), "--weights", "0.5") == 0
     expected = weight_in(base) + 0.5 * delta(wide)
@@ -76,7 +76,7 @@ def test_one_adapter_may_be_added_in_part(adapters, tmp_path):
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("begins", [True, False], ids=["first", "second"])
-def test_what_began_with_a_part_of_the_base_is_weighed_against_the_whole_base(adapters, tmp_path, init, begins):
+def test_pissa_and_olora_adapters_are_weighted_against_the_original_base(adapters, tmp_path, init, begins):
     base, wide, narrow = adapters
     model = AutoModelForCausalLM.from_pretrained(base)
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["down_proj"], init_lora_weights=init))
@@ -102,7 +102,7 @@ def test_what_began_with_a_part_of_the_base_is_weighed_against_the_whole_base(ad
         (("wide", "narrow", "--weights", "1", "much"), "--weights '1 much': expected numbers"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(adapters, tmp_path, capsys, flags, words):
+def test_invalid_adapter_weights_on_the_command_line_are_refused(adapters, tmp_path, capsys, flags, words):
     _, wide, _ = adapters
     folders = [str(wide.parent / flag) if flag in ("wide", "narrow") else flag for flag in flags]
     assert merge(tmp_path / "m", "--adapter_path", *folders) == 2
@@ -110,7 +110,7 @@ def test_weights_that_do_not_fit_are_refused(adapters, tmp_path, capsys, flags, 
     assert not (tmp_path / "m").exists()
 
 
-def test_what_is_no_sum_of_matrices_is_refused_with_a_weight(adapters, tmp_path, capsys):
+def test_a_dora_adapter_is_refused_with_a_weight(adapters, tmp_path, capsys):
     _, wide, narrow = adapters
     other = tmp_path / "dora"
     other.mkdir()
@@ -123,7 +123,7 @@ def test_what_is_no_sum_of_matrices_is_refused_with_a_weight(adapters, tmp_path,
 
 
 @pytest.mark.parametrize("others", [(), ("narrow",)], ids=["alone", "beside another"])
-def test_rows_of_single_tokens_are_refused_with_a_weight(adapters, tmp_path, capsys, others):
+def test_an_adapter_with_trained_token_rows_is_refused_with_a_weight(adapters, tmp_path, capsys, others):
     # PEFT inserts them in full, whatever the weight. Regression: the check accepted them as stored in full.
     base, wide, narrow = adapters
     config = LoraConfig(r=4, target_modules=["down_proj"], trainable_token_indices=[5, 7])
@@ -135,7 +135,7 @@ def test_rows_of_single_tokens_are_refused_with_a_weight(adapters, tmp_path, cap
     assert "rows of single tokens that were trained whole, and cannot be added" in capsys.readouterr().err
 
 
-def test_an_adapter_of_a_quantized_base_is_merged_into_the_weights_that_training_had(trained_in_nf4, tmp_path, capsys):
+def test_an_adapter_of_a_quantized_base_is_merged_into_the_dequantized_base(trained_in_nf4, tmp_path, capsys):
     base, adapter = trained_in_nf4
     assert merge(tmp_path / "m", "--adapter_path", str(adapter)) == 0
     assert "quantized and dequantized again" in " ".join(capsys.readouterr().out.split())
@@ -149,7 +149,7 @@ def test_an_adapter_of_a_quantized_base_is_merged_into_the_weights_that_training
                  "--dtype", "float32", "--prompts", "3"]) == 0  # fmt: skip
 
 
-def test_stored_base_takes_the_weights_as_they_are_stored(trained_in_nf4, tmp_path, capsys):
+def test_the_stored_base_flag_merges_into_the_weights_as_stored(trained_in_nf4, tmp_path, capsys):
     base, adapter = trained_in_nf4
     assert merge(tmp_path / "m", "--adapter_path", str(adapter), "--stored_base") == 0
     assert "not quite the one that was trained" in " ".join(capsys.readouterr().out.split())
@@ -157,7 +157,7 @@ def test_stored_base_takes_the_weights_as_they_are_stored(trained_in_nf4, tmp_pa
     assert_equal(weight_in(tmp_path / "m"), expected)
 
 
-def test_a_base_whose_files_are_quantized_is_unpacked(adapters, tmp_path, capsys):
+def test_a_base_with_quantized_files_is_dequantized_for_the_merge(adapters, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     base, wide, _ = adapters
     packed = load_base(BaseSpec(path=str(base), dtype=torch.float32, device=CPU, quantize="nf4"))

@@ -56,7 +56,7 @@ def inspected(capsys, *words: object) -> tuple[int, str, str]:
     return code, said.out, said.err
 
 
-def test_json_is_all_that_stands_on_standard_output_and_it_adds_up(base, troubled, capsys):
+def test_json_output_is_alone_on_stdout_and_its_counts_add_up(base, troubled, capsys):
     code, out, err = inspected(capsys, troubled, "--model_path", base, "--json")
     told = json.loads(out)
     assert code == 0
@@ -66,7 +66,7 @@ def test_json_is_all_that_stands_on_standard_output_and_it_adds_up(base, trouble
     assert "Records and tokens" in err
 
 
-def test_every_sum_that_is_shown_is_true(base, troubled, capsys):
+def test_every_printed_sum_adds_up(base, troubled, capsys):
     _, out, _ = inspected(capsys, troubled, "--model_path", base)
     sums = re.findall(r"([\d,]+) read = ([\d,]+) used \+ ([\d,]+) refused", out)
     assert len(sums) == 2
@@ -75,7 +75,7 @@ def test_every_sum_that_is_shown_is_true(base, troubled, capsys):
         assert read == used + refused
 
 
-def test_each_problem_is_found_where_it_stands(base, troubled, capsys):
+def test_each_problem_is_counted_and_located(base, troubled, capsys):
     _, out, _ = inspected(capsys, troubled, "--model_path", base, "--samples", "0")
     lines = out[out.index("\nProblems") :].splitlines()
     told = {line.split()[0]: line.split()[1] for line in lines if line.split() and line.split()[0] in CHECKS}
@@ -91,19 +91,19 @@ def test_each_problem_is_found_where_it_stands(base, troubled, capsys):
     assert all(name in nothing or told.get(name) for name in CHECKS)
 
 
-def test_a_refused_record_stands_beside_its_reason(base, troubled, capsys):
+def test_a_refused_record_is_listed_with_its_reason(base, troubled, capsys):
     _, out, _ = inspected(capsys, troubled, "--model_path", base)
     assert 'troubled.jsonl:16  no key "output"' in out
 
 
-def test_a_template_of_another_tokenizer_is_said(base, troubled, capsys):
+def test_a_template_that_does_not_fit_the_tokenizer_is_reported(base, troubled, capsys):
     _, out, _ = inspected(capsys, troubled, "--model_path", base, "--template", "chatml")
     assert "<|im_end|>, <|im_start|> of this template are plain text to this tokenizer" in out
     _, out, _ = inspected(capsys, troubled, "--model_path", base)
     assert "text to this tokenizer" not in out
 
 
-def test_of_two_files_with_one_name_the_right_one_has_the_problem(base, tmp_path, capsys):
+def test_a_problem_is_attributed_to_the_right_one_of_two_files_of_one_name(base, tmp_path, capsys):
     # Catches looking for train.jsonl:1 in both files.
     for folder, question in (("a", "word " * 300), ("b", "word")):
         (tmp_path / folder).mkdir()
@@ -114,20 +114,20 @@ def test_of_two_files_with_one_name_the_right_one_has_the_problem(base, tmp_path
     assert re.search(r"^ *cut +1 .*\n +a/train\.jsonl:1$", out, re.MULTILINE), "one place, not two of one name"
 
 
-def test_a_page_that_cannot_be_written_is_the_users_to_mend(base, troubled, capsys):
+def test_an_unwritable_html_page_is_reported_without_a_traceback(base, troubled, capsys):
     code, _, err = inspected(capsys, troubled, "--model_path", base, "--html", troubled / "report.html")
     assert code == 2
     assert "report.html: cannot be written" in err
     assert "Traceback" not in err
 
 
-def test_no_text_of_a_record_is_said_where_no_sample_is_asked_for(base, troubled, capsys):
+def test_no_record_text_is_printed_with_zero_samples(base, troubled, capsys):
     _, out, err = inspected(capsys, troubled, "--model_path", base, "--samples", "0")
     assert "lighthouse" not in out + err
     assert "灯" not in out + err
 
 
-def test_what_a_length_costs_is_told_before_it_is_asked_for(base, troubled, capsys):
+def test_the_suggested_length_shortens_no_record(base, troubled, capsys):
     _, out, _ = inspected(capsys, troubled, "--model_path", base)
     suggested = next(line for line in out.splitlines() if "suggested" in line).split()[1].rstrip(",")
     code, out, _ = inspected(
@@ -151,7 +151,7 @@ def test_what_a_length_costs_is_told_before_it_is_asked_for(base, troubled, caps
         (["near_duplicates", "control", "conflicts=1"], ["near_duplicates", "control", "conflicts"]),
     ],
 )
-def test_fail_on_ends_with_4_where_more_is_found_than_allowed(base, troubled, capsys, words, failing):
+def test_fail_on_exits_with_4_if_more_problems_are_found_than_allowed(base, troubled, capsys, words, failing):
     code, _, err = inspected(capsys, troubled, "--model_path", base, "--fail_on", *words)
     assert code == (4 if failing else 0)
     assert [line.split(":")[0] for line in err.splitlines() if "allowed" in line] == failing
@@ -169,14 +169,14 @@ def test_fail_on_ends_with_4_where_more_is_found_than_allowed(base, troubled, ca
         ("cut=101%", "not a limit"),
     ],
 )
-def test_a_word_that_is_no_check_is_refused_before_anything_is_read(base, capsys, word, said):
+def test_an_invalid_fail_on_value_is_refused_before_anything_is_read(base, capsys, word, said):
     code, _, err = inspected(capsys, "there-is-no-such-file.jsonl", "--model_path", base, "--fail_on", word)
     assert code == 2
     assert said in err
     assert "no such file" not in err
 
 
-def test_the_command_that_comes_next_stands_at_the_end(base, troubled, capsys):
+def test_the_output_ends_with_the_train_command_to_run_next(base, troubled, capsys):
     _, out, _ = inspected(capsys, troubled, "--model_path", base, "--learn", "last")
     named = ["--model_path", str(base), "--dataset_path", str(troubled), "--max_seq_length", "256", "--learn", "last"]
     named.append("--skip_bad")  # one record has no answer, and train would stop there
@@ -184,14 +184,14 @@ def test_the_command_that_comes_next_stands_at_the_end(base, troubled, capsys):
     assert sorted(out.splitlines()[-1].split(" train ")[1].split()) == sorted(named)
 
 
-def test_what_is_missing_is_said_at_once(capsys):
+def test_all_missing_required_flags_are_reported_at_once(capsys):
     code, _, err = inspected(capsys)
     assert code == 2
     assert "--dataset_path" in err
     assert "--model_path" in err
 
 
-def test_a_folder_is_no_page(base, troubled, tmp_path, capsys):
+def test_a_folder_as_the_html_path_is_refused(base, troubled, tmp_path, capsys):
     code, _, err = inspected(capsys, troubled, "--model_path", base, "--html", tmp_path)
     assert code == 2
     assert "a folder; expected the name of a file" in err
@@ -206,7 +206,7 @@ def test_several_files_are_one_data_set(base, tmp_path, capsys):
     assert "one.jsonl:4, two.jsonl:1, one.jsonl:5" in err
 
 
-def test_a_file_of_which_nothing_can_be_used_is_reported_too(base, tmp_path, capsys):
+def test_a_file_without_usable_records_still_gets_a_report(base, tmp_path, capsys):
     file = write_jsonl(tmp_path / "bad.jsonl", [{"instruction": "a", "output": ""}, {"instruction": "", "output": "b"}])
     code, out, err = inspected(capsys, file, "--model_path", base, "--html", tmp_path / "report.html", "--json")
     assert code == 2
@@ -223,7 +223,7 @@ def test_a_file_of_which_nothing_can_be_used_is_reported_too(base, tmp_path, cap
     assert inspected(capsys, file, "--model_path", base, "--fail_on", "cut")[0] == 2
 
 
-def test_of_a_file_of_records_that_are_all_too_long_the_right_length_is_told(base, tmp_path, capsys):
+def test_a_length_is_suggested_even_if_every_record_is_too_long(base, tmp_path, capsys):
     file = write_jsonl(tmp_path / "long.jsonl", [{"instruction": "a", "output": "word " * 300}] * 2)
     code, out, _ = inspected(capsys, file, "--model_path", base, "--html", tmp_path / "report.html")
     assert code == 2 and "2 refused" in out
@@ -232,7 +232,7 @@ def test_of_a_file_of_records_that_are_all_too_long_the_right_length_is_told(bas
     assert inspected(capsys, file, "--model_path", base, "--max_seq_length", suggested.replace(",", ""))[0] == 0
 
 
-def test_a_histogram_begins_where_the_records_do(base, tmp_path, capsys):
+def test_a_histogram_starts_at_the_shortest_record(base, tmp_path, capsys):
     file = write_jsonl(tmp_path / "one.jsonl", [{"instruction": "q", "output": "a"}])
     _, out, _ = inspected(capsys, file, "--model_path", base)
     bars = [line.split() for line in out.splitlines() if "█" in line]
@@ -245,7 +245,7 @@ def test_a_histogram_begins_where_the_records_do(base, tmp_path, capsys):
     assert "the same 0 tokens" not in out
 
 
-def test_a_json_array_on_one_line_keeps_texts_and_tokens_together(base, tmp_path, capsys):
+def test_records_of_a_one_line_json_array_keep_texts_and_tokens_paired(base, tmp_path, capsys):
     # All of its values have the same origin, and a value in the middle is refused.
     file = tmp_path / "array.json"
     file.write_text(json.dumps([*DIALOGUES[:2], {"instruction": "x"}, *DIALOGUES[:2]]), encoding="utf-8")
@@ -253,7 +253,7 @@ def test_a_json_array_on_one_line_keeps_texts_and_tokens_together(base, tmp_path
     assert (code, json.loads(out)["records_copied"]) == (0, 2)
 
 
-def test_the_dialogues_copies_lengths_and_beginnings_are_found(tmp_path, capsys):
+def test_duplicates_and_shared_prefixes_of_the_dialogues_file_are_found(tmp_path, capsys):
     if not SHARED_DATA.is_file():
         pytest.skip("the dialogues' file is not here")
     values = [json.loads(line) for line in SHARED_DATA.read_text(encoding="utf-8").splitlines()]
@@ -285,7 +285,7 @@ def test_every_check_has_its_labels():
     assert list(LABELS) == list(CHECKS)
 
 
-def test_shades_show_what_is_learned_token_by_token(base):
+def test_styles_mark_which_tokens_are_learned(base):
     tokenizer = tokenizer_of("sentencepiece")
     ids = tuple(tokenizer("你好 world\n", add_special_tokens=False)["input_ids"])
     example = Example((1, *ids, 2), (0, *[0] * (len(ids) - 1), 1, 1), "a:1")
@@ -299,7 +299,7 @@ def test_shades_show_what_is_learned_token_by_token(base):
 
 
 @pytest.mark.parametrize("colour", [True, False])
-def test_a_line_of_tokens_fits_and_ends_between_two_tokens(colour):
+def test_token_lines_fit_the_width_and_break_between_tokens(colour):
     tokenizer = tokenizer_of("sentencepiece")
     ids = tuple(
         tokenizer("你好 world 有雾，看不见 once upon a time there was a lamp", add_special_tokens=False)["input_ids"]
@@ -313,7 +313,7 @@ def test_a_line_of_tokens_fits_and_ends_between_two_tokens(colour):
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes", "characters"])
-def test_tokens_together_are_the_text_with_its_spaces_seen(kind):
+def test_decoded_tokens_concatenate_to_the_text_with_visible_spaces(kind):
     tokenizer = tokenizer_of(kind, CHATML if kind == "bytes" else None)
     decoder = TokenDecoder(tokenizer)
     for text in ("你好 世界", "Hello,  world 12", "有雾，\n看不见"):
@@ -332,7 +332,7 @@ def test_tokens_together_are_the_text_with_its_spaces_seen(kind):
         assert raw.decode().replace("·", " ").replace("↵", "\n").strip(" ") == text
 
 
-def test_the_byte_alphabet_is_the_one_of_the_tokenizers_library():
+def test_the_byte_alphabet_equals_that_of_the_tokenizers_library():
     from tokenizers import pre_tokenizers
 
     assert byte_of().keys() == set(pre_tokenizers.ByteLevel.alphabet())
@@ -345,11 +345,11 @@ def test_the_byte_alphabet_is_the_one_of_the_tokenizers_library():
 
 
 @pytest.mark.parametrize(("piece", "shown"), [(" a", "·a"), ("\x1b[31m", "⟨1B⟩[31m"), ("\u202e", "⟨202E⟩"), ("", "⟨⟩")])
-def test_nothing_hides_in_a_token(piece, shown):
+def test_invisible_characters_in_a_token_are_made_visible(piece, shown):
     assert with_marks(piece) == shown
 
 
-def test_of_a_long_record_the_end_is_shown():
+def test_only_the_end_of_a_long_record_is_shown():
     tokenizer = tokenizer_of("characters")
     example = Example((1, *[5] * 50, 2), (0, *[0] * 49, 1, 1), "a:1")
     console = Console()

@@ -13,7 +13,7 @@ MOST = 4096
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_suggested_length_is_the_smallest_that_keeps_its_word(seed):
+def test_the_suggested_length_is_the_smallest_that_meets_its_limit(seed):
     draw = random.Random(seed)
     longest = numpy.array([draw.randint(1, 200) if draw.random() < 0.98 else 900 for _ in range(draw.randint(1, 500))])
     nothing, little = suggested(longest, most=MOST)
@@ -31,7 +31,7 @@ def test_the_suggested_length_is_the_smallest_that_keeps_its_word(seed):
 
 
 @pytest.mark.parametrize(("outliers", "tokens"), [(0, 64), (1, 64), (2, 320)])
-def test_one_record_in_a_hundred_is_not_under_one_percent(outliers, tokens):
+def test_exactly_one_percent_of_the_records_is_not_under_one_percent(outliers, tokens):
     # One of 101 records is under 1 %; one of 100 is exactly 1 %.
     assert suggested(numpy.array([10] * (101 - outliers) + [300] * outliers), most=MOST)[1].tokens == tokens
     assert suggested(numpy.array([10] * 99 + [300]), most=MOST)[1].tokens == 320
@@ -57,6 +57,6 @@ def test_percentiles_are_values_that_occur():
     assert percentiles(numpy.array([9, 1, 1, 1])) == {"median": 1, "90 %": 9, "99 %": 9, "longest": 9}
 
 
-def test_no_length_is_suggested_that_the_base_does_not_bear():
+def test_no_suggested_length_exceeds_the_bases_limit():
     assert [limit.tokens for limit in suggested(numpy.array([10] * 99 + [240_000]), most=512)] == [512, 512]
     assert [limit.tokens for limit in suggested(numpy.array([10] * 199 + [240_000]), most=512)] == [512, 64]

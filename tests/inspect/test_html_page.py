@@ -72,14 +72,14 @@ def told_in(text: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL).group(1))
 
 
-def test_nothing_is_loaded_from_anywhere(report):
+def test_the_page_loads_no_external_resources(report):
     text = report.read_text(encoding="utf-8")
     without_data = re.sub(r'<script type="application/json".*?</script>', "", text, flags=re.DOTALL)
     assert not re.search(r"""(src|href)\s*=|url\(|@import|https?:""", without_data)
     assert "default-src 'none'" in text
 
 
-def test_a_text_that_ends_scripts_ends_none(report):
+def test_a_record_text_with_a_script_end_tag_is_escaped(report):
     text = report.read_text(encoding="utf-8")
     assert text.count("</script>") == 2  # one for the data, one for the page's own script
     assert EVIL not in text
@@ -92,7 +92,7 @@ def test_a_text_that_ends_scripts_ends_none(report):
     assert any(EVIL.replace(" ", "·") in one for one in letters)
 
 
-def test_the_ids_and_marks_of_the_page_are_those_of_the_examples(report):
+def test_the_page_data_has_the_examples_token_ids_and_learned_runs(report):
     told = told_in(report.read_text(encoding="utf-8"))
     for record in told["records"]:
         for example in record["examples"]:
@@ -102,7 +102,7 @@ def test_the_ids_and_marks_of_the_page_are_those_of_the_examples(report):
             assert example["ids"][-1] == 2
 
 
-def test_all_records_are_there_and_those_with_a_problem_first(report):
+def test_all_records_are_listed_with_problem_records_first(report):
     told = told_in(report.read_text(encoding="utf-8"))
     assert len(told["records"]) == len(RECORDS) - 1
     assert [bool(one["problems"]) for one in told["records"]] == sorted(
@@ -113,7 +113,7 @@ def test_all_records_are_there_and_those_with_a_problem_first(report):
     assert [one["problems"]["duplicates"] for one in copies] == ["", "a&b<i>.jsonl:1"]
 
 
-def test_a_large_data_set_is_shown_in_part_and_that_is_said(tmp_path, monkeypatch):
+def test_a_large_dataset_is_shown_in_part_with_a_notice(tmp_path, monkeypatch):
     monkeypatch.setattr(page_module, "MOST_RECORDS", 20)
     tokenizer_of("sentencepiece").save_pretrained(tmp_path)
     data = write_jsonl(tmp_path / "data.reading.jsonl", RECORDS)
@@ -126,7 +126,7 @@ def test_a_large_data_set_is_shown_in_part_and_that_is_said(tmp_path, monkeypatc
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".r.html")]  # no temporary file is left
 
 
-def test_who_reads_the_old_page_reads_it_to_its_end(tmp_path):
+def test_rewriting_the_page_does_not_disturb_a_reader_of_the_old_one(tmp_path):
     tokenizer_of("sentencepiece").save_pretrained(tmp_path)
     data, file = write_jsonl(tmp_path / "data.reading.jsonl", DIALOGUES), tmp_path / "r.html"
     file.write_text("the old page")
@@ -136,7 +136,7 @@ def test_who_reads_the_old_page_reads_it_to_its_end(tmp_path):
     assert file.read_text(encoding="utf-8").rstrip().endswith("</html>")
 
 
-def test_in_a_browser_text_stays_text(dom):
+def test_in_a_browser_record_text_is_not_interpreted_as_html(dom):
     shown = dom("problem=control&lang=en")
     assert "taken" not in re.search(r"<title>(.*?)</title>", shown).group(1)
     (record,) = records_in(shown)
@@ -171,7 +171,7 @@ def test_in_a_browser_learned_tokens_are_marked_with_their_ids(dom):
     assert spans[0] == (" c", "1", "read only")
 
 
-def test_in_a_browser_more_is_shown_when_asked_for_and_both_languages_are_there(dom):
+def test_in_a_browser_long_lists_are_paged_and_language_and_theme_apply(dom):
     shown = dom("lang=zh&theme=dark")
     assert len(records_in(shown)) == 40  # of 71; the button shows the rest
     assert re.search(r'<html[^>]*lang="zh"', shown)

@@ -10,7 +10,7 @@ from tests.tiny import CHATML, tokenizer_of
 RECORD = Record((Turn("user", "9*8?"), Turn("assistant", "72")), "a:1", variables={"enable_thinking": True})
 
 
-def test_each_mode_has_its_own_prompt_and_answer():
+def test_each_thinking_mode_has_its_own_prompt_and_answer():
     tokenizer = tokenizer_of("bytes", CHATML)
     thinking, plain = modes_of(load_template("qwen3", tokenizer), RECORD)
     for example, learned, asked in (
@@ -22,7 +22,7 @@ def test_each_mode_has_its_own_prompt_and_answer():
         assert tokenizer.decode([token for token, times in ids if not times]).endswith(asked)
 
 
-def test_a_template_with_one_mode_shows_none():
+def test_a_template_without_thinking_has_no_modes():
     assert modes_of(load_template("chatml", tokenizer_of("bytes", CHATML)), RECORD) == ()
 
 

@@ -54,7 +54,7 @@ def spoil(folder, change) -> str:
     return first
 
 
-def test_a_saved_adapter_that_holds_the_output_matrix_too_is_read(models, tmp_path):
+def test_a_saved_adapter_that_includes_the_output_matrix_is_loaded(models, tmp_path):
     # PEFT saves it if the output layer has an adapter; atomtune does not.
     lora = LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["all-linear", "lm_head"])
     model = new_adapter(base(models), lora)
@@ -70,14 +70,14 @@ def test_a_saved_adapter_that_holds_the_output_matrix_too_is_read(models, tmp_pa
             assert torch.equal(load_trained(base(models), tmp_path / folder)(ids).logits, model.eval()(ids).logits)
 
 
-def test_a_saved_adapter_answers_as_it_did(models, saved):
+def test_a_loaded_adapter_changes_the_bases_logits(models, saved):
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         plain, adapted = base(models)(input_ids=ids).logits, load_trained(base(models), saved)(input_ids=ids).logits
     assert not torch.allclose(plain, adapted, atol=1e-3)
 
 
-def test_an_adapter_names_its_base_so_that_it_is_found_from_anywhere(models, tmp_path, monkeypatch):
+def test_an_adapter_stores_the_absolute_path_of_its_base(models, tmp_path, monkeypatch):
     folder = Path(models("llama"))
     monkeypatch.chdir(folder.parent)
     model = new_adapter(load_base(BaseSpec(path=folder.name, dtype=torch.float32, device=CPU)), LORA)
@@ -86,7 +86,7 @@ def test_an_adapter_names_its_base_so_that_it_is_found_from_anywhere(models, tmp
     assert base_of(tmp_path / "run", None) == str(folder)
 
 
-def test_a_second_adapter_answers_as_it_does_alone(models, saved, tmp_path_factory):
+def test_a_second_adapter_gives_the_same_logits_as_when_loaded_alone(models, saved, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     shutil.copytree(saved, other, dirs_exist_ok=True)
     spoil(other, lambda w, _: {name: tensor * 2 for name, tensor in w.items()})
@@ -99,7 +99,7 @@ def test_a_second_adapter_answers_as_it_does_alone(models, saved, tmp_path_facto
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_biases_that_an_adapter_trained_are_the_bases_own_without_it(models, tmp_path, bias):
+def test_trained_biases_are_reset_when_their_adapter_is_switched_off(models, tmp_path, bias):
     # PEFT keeps them when an adapter is switched off, so base and tuned model were compared with the same biases.
     layers = {"r": 4, "target_modules": ["c_attn"], "task_type": "CAUSAL_LM", "fan_in_fan_out": True}
     for name, of_biases in (("biased", bias), ("plain", "none")):
@@ -127,7 +127,7 @@ def test_biases_that_an_adapter_trained_are_the_bases_own_without_it(models, tmp
     assert torch.equal(logits_of(goes_on), alone["default"])
 
 
-def test_an_adapter_beside_one_with_token_rows_is_refused_and_not_a_bug(models, saved, tmp_path_factory):
+def test_an_adapter_beside_one_with_trained_token_rows_is_refused(models, saved, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
     config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5], task_type="CAUSAL_LM")
     get_peft_model(base(models), config).save_pretrained(folder)
@@ -151,7 +151,7 @@ LAGUNA = {
 
 
 @pytest.mark.skipif("laguna" not in CONFIG_MAPPING, reason="transformers does not have it")
-def test_what_peft_renames_where_nothing_is_to_be_renamed_is_loaded_all_the_same(tmp_path):
+def test_layers_that_peft_renames_by_mistake_are_still_loaded(tmp_path):
     # PEFT renames `shared_experts` to a name that no layer has, and leaves three layers as they were initialized.
     def laguna():
         torch.manual_seed(0)
@@ -178,12 +178,12 @@ def test_what_peft_renames_where_nothing_is_to_be_renamed_is_loaded_all_the_same
     assert torch.equal(logits_of(model), expected), "to ask changes nothing"
 
 
-def test_of_other_models_peft_leaves_nothing_out(models):
+def test_peft_leaves_no_layer_out_in_other_models(models):
     assert left_out_by_peft(new_adapter(base(models), LORA)) == []
 
 
 @pytest.mark.parametrize("use", ["to answer", "beside another"])
-def test_a_pattern_that_is_none_is_refused_by_name(models, saved, use):
+def test_an_invalid_target_modules_regex_is_refused_and_named(models, saved, use):
     another = load_trained(base(models), saved)
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps({**config, "target_modules": "("}))
@@ -206,7 +206,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("use", ["to answer", "to train on", "beside another"])
-def test_a_tensor_that_does_not_fit_is_named(models, saved, fault, use):
+def test_an_adapter_tensor_that_does_not_fit_the_model_is_named(models, saved, fault, use):
     change, reason = FAULTS[fault]
     another = load_trained(base(models), saved)
     first = spoil(saved, change)
@@ -222,7 +222,7 @@ def test_a_tensor_that_does_not_fit_is_named(models, saved, fault, use):
 
 
 @pytest.mark.parametrize("command", ["chat", "merge"])
-def test_chat_and_merge_end_with_2(models, saved, tmp_path, capsys, command):
+def test_chat_and_merge_exit_with_2_for_an_adapter_that_does_not_fit(models, saved, tmp_path, capsys, command):
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(models("llama")).save_pretrained(saved)

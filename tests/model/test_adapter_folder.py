@@ -31,7 +31,7 @@ def of_peft(models, tmp_path_factory):
     return folder
 
 
-def test_an_adapter_of_peft_takes_its_bases_tokenizer_and_template(models, of_peft):
+def test_a_peft_adapter_uses_its_bases_tokenizer_and_template(models, of_peft):
     folder, notices = of_peft("qwen3"), []
     template, _ = template_of(folder, trust_remote_code=False, notice=notices.append)
     assert template.source == template.tokenizer.chat_template and template.stop == "<|im_end|>"
@@ -43,14 +43,14 @@ def test_an_adapter_of_peft_takes_its_bases_tokenizer_and_template(models, of_pe
     assert gemma.stop == "<end_of_turn>"
 
 
-def test_where_the_base_has_no_template_either_the_notice_names_the_one_that_is_chosen(of_peft):
+def test_the_notice_names_the_builtin_template_if_the_base_has_none(of_peft):
     notices = []
     template, _ = template_of(of_peft("llama"), trust_remote_code=False, notice=notices.append)
     (notice,) = notices
     assert notice.endswith(f"It has no chat template: prompts are written with the built-in template {template.name}.")
 
 
-def test_all_commands_take_an_adapter_of_peft_and_say_so_once(of_peft, tmp_path, capsys):
+def test_all_commands_accept_a_peft_adapter_with_a_single_notice(of_peft, tmp_path, capsys):
     folder = str(of_peft("qwen3"))
     data = str(write_jsonl(tmp_path / "data.jsonl", DIALOGUES[:2]))
     for command in (
@@ -68,7 +68,7 @@ def test_all_commands_take_an_adapter_of_peft_and_say_so_once(of_peft, tmp_path,
     assert (tmp_path / "merged" / "chat_template.jinja").is_file()
 
 
-def test_an_engine_gets_the_bases_tokenizer_with_an_adapter_of_peft(of_peft, by_heart):
+def test_an_engine_gets_the_bases_tokenizer_with_a_peft_adapter(of_peft, by_heart):
     folder = of_peft("qwen3")
     with ServedFolder(folder) as view:
         assert {"tokenizer.json", "chat_template.jinja", *OF_PEFT} <= {file.name for file in view.iterdir()}
@@ -90,7 +90,7 @@ def test_an_adapter_of_ours_without_its_tokenizer_is_refused(by_heart, tmp_path)
     [["chat", "--prompt", "x"], ["evaluate"], ["merge", "--output_dir", "merged"], ["serve"]],
     ids=lambda command: command[0],
 )
-def test_a_file_of_an_adapter_is_told_its_folder(by_heart, capsys, command):
+def test_an_adapter_file_passed_as_path_is_refused_naming_its_folder(by_heart, capsys, command):
     # Once, the message was "no such folder" for a path that exists.
     file = by_heart / "adapter_model.safetensors"
     assert main([*command, "--adapter_path", str(file)]) == 2

@@ -11,27 +11,27 @@ from tests.vision_language import CHECKPOINTS, config_of
 NAME = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
 
 
-def test_a_layer_with_no_place_or_two_is_refused():
+def test_a_layer_with_no_match_or_two_matches_is_refused():
     with pytest.raises(BadModel, match="0 places"):
         new_names([NAME], ["model.layers.0.attn.q_proj"])
     with pytest.raises(BadModel, match="2 places"):
         new_names([NAME], ["model.a.layers.0.mlp.up_proj", "model.b.layers.0.mlp.up_proj"])
 
 
-def test_a_tensor_of_a_layer_that_peft_wraps_twice_is_of_that_layer():
+def test_a_tensor_of_a_layer_that_peft_wraps_twice_maps_to_that_layer():
     assert module_of(NAME) == "model.layers.0.mlp.up_proj"
     twice = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"
     assert module_of(twice) == "model.layers.0.mlp.experts"
     assert new_names([twice], ["model.text.layers.0.mlp.experts"]) == {twice: twice.replace(".layers", ".text.layers")}
 
 
-def test_rows_of_single_tokens_are_of_their_embedding():
+def test_trained_token_rows_map_to_their_embedding():
     # Otherwise an adapter with such rows is refused, because no class has a layer of that name.
     assert module_of("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta") == "model.embed_tokens"
 
 
 @pytest.mark.parametrize("family", CHECKPOINTS)
-def test_names_of_a_text_class_are_found_in_the_language_model(family):
+def test_text_class_names_map_to_the_checkpoints_language_model(family):
     with torch.device("meta"):
         whole = AutoModelForImageTextToText.from_config(config_of(family, vocabulary=300))
     modules = text_modules(whole)

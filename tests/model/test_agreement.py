@@ -28,7 +28,7 @@ def noisy(logits: torch.Tensor, size: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-2])
-def test_as_much_noise_as_two_plain_runs_holds_and_ten_times_does_not(size):
+def test_the_noise_of_two_plain_runs_passes_and_ten_times_as_much_fails(size):
     logits = some_logits()
     plain, again = noisy(logits, size), noisy(logits, size)
     for times, holds in ((1, True), (10, False)):
@@ -39,7 +39,7 @@ def test_as_much_noise_as_two_plain_runs_holds_and_ten_times_does_not(size):
         assert all(measure.holds for measure in log_probability_measures(*targets, dtype=torch.float32)) == holds
 
 
-def test_one_wild_position_is_no_fault_and_five_in_a_hundred_are():
+def test_one_outlier_position_passes_and_five_percent_of_outliers_fail():
     # Rounding also produces one such maximum among a hundred thousand numbers.
     logits = some_logits()
     plain, again = noisy(logits, 1e-2), noisy(logits, 1e-2)
@@ -52,14 +52,14 @@ def test_one_wild_position_is_no_fault_and_five_in_a_hundred_are():
         )
 
 
-def test_plain_runs_that_are_equal_leave_a_unit_in_the_last_place():
+def test_equal_plain_runs_still_allow_a_unit_in_the_last_place():
     plain = noisy(some_logits(), 0)[:, 0]
     for apart, holds in ((0.5, True), (3.0, False)):
         ours = plain + apart * torch.finfo(torch.bfloat16).eps
         assert all(m.holds for m in log_probability_measures(ours, plain, plain, dtype=torch.bfloat16)) == holds
 
 
-def test_a_softmax_in_float32_is_no_fault_where_every_word_is_unlikely():
+def test_float32_softmax_rounding_passes_if_every_token_is_unlikely():
     # Near -11.5, neighbouring float32 numbers are 1e-6 apart: eight times float32's epsilon.
     logits = 0.01 * torch.randn(POSITIONS, 100_000, generator=DRAW)
     plain, ours = logits.double().log_softmax(-1)[:, 0], logits.log_softmax(-1)[:, 0].double()
@@ -68,7 +68,7 @@ def test_a_softmax_in_float32_is_no_fault_where_every_word_is_unlikely():
     assert not all(m.holds for m in log_probability_measures(ours, plain, plain, dtype=torch.float32))
 
 
-def test_logits_in_float32_are_no_fault_of_a_whole_distribution():
+def test_float32_rounding_of_logits_passes_the_distribution_measures():
     # Two plain runs may round the same way. Near 11, float32 numbers are 1e-6 apart: eight times its epsilon.
     logits = 11 + 0.01 * torch.randn(POSITIONS, 50_000, generator=DRAW).double()
     plain, ours = logits.log_softmax(-1), logits.float().double().log_softmax(-1)
@@ -76,12 +76,12 @@ def test_logits_in_float32_are_no_fault_of_a_whole_distribution():
     assert not all(m.holds for m in distribution_measures(noisy(logits, 1e-5), plain, plain, dtype=torch.float32))
 
 
-def test_nan_never_holds():
+def test_nan_always_fails():
     plain = noisy(some_logits(), 0)[:, 0]
     assert not all(m.holds for m in log_probability_measures(plain * torch.nan, plain, plain, dtype=torch.float32))
 
 
-def test_a_gradient_that_is_wrong_in_one_weight_shows_and_is_named():
+def test_a_wrong_gradient_of_one_weight_is_detected_and_named():
     plain = {name: torch.randn(20, 30, generator=DRAW).double() for name in "abc"}
     again = {name: value * (1 + 1e-3) for name, value in plain.items()}
     assert all(m.holds for m in gradient_measures(again, plain, again, dtype=torch.float32))
@@ -90,7 +90,7 @@ def test_a_gradient_that_is_wrong_in_one_weight_shows_and_is_named():
     assert not all(m.holds for m in gradient_measures(wrong, plain, again, dtype=torch.float32))
 
 
-def test_a_gradient_that_is_missing_or_nan_shows():
+def test_a_missing_or_nan_gradient_is_detected():
     plain = {"a": torch.ones(3).double(), "never reached": torch.zeros(3).double()}
     assert all(m.holds for m in gradient_measures(plain, plain, plain, dtype=torch.float32))
     for value in (torch.zeros(3), torch.full((3,), torch.nan)):
@@ -98,7 +98,7 @@ def test_a_gradient_that_is_missing_or_nan_shows():
         assert not all(m.holds for m in gradient_measures(ours, plain, plain, dtype=torch.float32))
 
 
-def test_the_other_plain_way_is_another_attention_and_is_left_again(models):
+def test_the_second_plain_run_uses_another_attention_and_restores_it(models):
     model = AutoModelForCausalLM.from_pretrained(models("llama"))
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_the_noise_is_as_large_as_the_error_of_float32(family):
     assert error / 2 < noise < 4 * error
 
 
-def test_a_models_noise_does_not_lack_its_soft_caps():
+def test_the_second_plain_run_keeps_the_models_soft_caps():
     # transformers 5.17 uses sdpa for Gemma 2 without its caps. The noise would then be as large as that fault.
     torch.manual_seed(0)
     config = AutoConfig.for_model("gemma2", **CAPPED)
@@ -154,7 +154,7 @@ def test_a_models_noise_does_not_lack_its_soft_caps():
     assert torch.allclose(plain, again, atol=1e-4)
 
 
-def test_a_tower_that_cannot_have_the_attention_of_the_rest_gets_its_own_back(monkeypatch):
+def test_a_tower_with_a_different_attention_gets_its_own_restored(monkeypatch):
     # VibeVoice: restoring one name for all parts ended the run. Fun-ASR Nano's adaptor has no attention.
     model = AutoModelForImageTextToText.from_config(config_of("mistral3", vocabulary=97), attn_implementation="sdpa")
     tower, text = model.model.vision_tower, model.model.language_model

@@ -18,11 +18,11 @@ NAMED = {
 
 
 @pytest.mark.parametrize(("family", "named"), NAMED)
-def test_it_is_the_one_that_gives_the_named_class(family, named):
+def test_the_auto_class_is_the_one_that_loads_the_configs_class(family, named):
     config = AutoConfig.for_model(family, architectures=[named])
     assert auto_class(config).__name__ == NAMED[family, named]
 
 
-def test_code_that_comes_with_a_model_says_for_which_it_stands():
+def test_the_auto_map_of_remote_code_decides_the_auto_class():
     config = AutoConfig.for_model("t5", architectures=["Foreign"], auto_map={"AutoModelForImageTextToText": "a.B"})
     assert auto_class(config).__name__ == "AutoModelForImageTextToText"

@@ -25,7 +25,7 @@ def trained(dtype, quantize="nf4") -> AdapterMetadata:
         ([], "nf4", "auto", "auto"),
     ],
 )
-def test_a_base_quantized_as_in_training_has_the_number_format_of_training(adapters, quantize, asked, held):
+def test_a_base_quantized_as_in_training_gets_the_dtype_of_training(adapters, quantize, asked, held):
     spec = base_spec(
         adapters, path="m", dtype=asked, quantize=quantize, device_map=None, trust_remote_code=False, notice=print
     )

@@ -41,7 +41,7 @@ def train(base, data, out) -> list[str]:
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "baichuan_like"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_causal_passes(models, family, dtype):
+def test_causal_models_pass(models, family, dtype):
     load_base(BaseSpec(path=str(models(family)), dtype=dtype, device=CPU))
 
 
@@ -66,7 +66,7 @@ def test_a_model_that_reads_its_prompt_in_both_directions_is_refused():
         refuse_not_causal("x", AutoModelForImageTextToText.from_config(config))
 
 
-def test_a_model_whose_tokens_stand_first_in_its_tensors_is_seen_to_look_ahead():
+def test_look_ahead_is_detected_in_a_model_with_time_first_tensors():
     # XLNet embeds [T, B]; the check once looked for a gradient along the wrong axis and found none.
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(XLNetConfig(vocab_size=100, d_model=32, n_layer=2, n_head=4, d_inner=64))
@@ -74,7 +74,7 @@ def test_a_model_whose_tokens_stand_first_in_its_tensors_is_seen_to_look_ahead()
         refuse_not_causal("x", model)
 
 
-def test_a_causal_model_of_the_same_class_is_not_refused():
+def test_a_bert_configured_as_a_decoder_is_not_refused():
     config = BertConfig(vocab_size=100, is_decoder=True, **SMALL)
     torch.manual_seed(0)
     refuse_not_causal("x", AutoModelForCausalLM.from_config(config))
@@ -89,33 +89,33 @@ def test_a_causal_model_of_the_same_class_is_not_refused():
     ],
     ids=["t5", "whisper", "vit"],
 )
-def test_a_model_of_another_kind_has_its_own_sentence(tmp_path, config, sentence):
+def test_encoder_decoder_and_vision_models_are_refused_by_kind(tmp_path, config, sentence):
     config.save_pretrained(tmp_path)
     with pytest.raises(BadModel, match=sentence):
         read_config(str(tmp_path))
 
 
-def test_a_class_without_a_forward_is_refused_and_its_part_named(tmp_path):
+def test_a_class_without_a_forward_is_refused_naming_its_usable_part(tmp_path):
     # Once, all 60 GB of Qwen3-Omni were loaded, and `plan` ended in a traceback.
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_omni_moe"}))
     with pytest.raises(BadModel, match=r"no forward(.|\n)*Its part Qwen3OmniMoeThinkerForConditionalGeneration can"):
         read_config(str(tmp_path))
 
 
-def test_a_model_that_hears_and_is_no_encoder_decoder_is_not_called_one(tmp_path):
+def test_an_audio_language_model_is_not_refused_as_encoder_decoder(tmp_path):
     # transformers lists Voxtral, Qwen2-Audio and eight others next to T5, but their prompts contain the sound.
     VoxtralConfig().save_pretrained(tmp_path)
     assert read_config(str(tmp_path)).model_type == "voxtral"
 
 
-def test_a_model_that_needs_an_image_says_so(tmp_path, models):
+def test_a_model_that_needs_an_image_is_refused_with_that_reason(tmp_path, models):
     parts = {name: {**SMALL, "vocab_size": 100, "projection_dim": 32} for name in ("text_config", "vision_config")}
     model = AutoModelForImageTextToText.from_config(BlipConfig(**parts))
     with pytest.raises(BadModel, match=r"BlipFor\w+ cannot compute a text alone.*\n.*missing.*'pixel_values'"):
         refuse_not_causal(str(models("llama")), model)
 
 
-def test_a_fault_of_the_library_is_called_one(models, monkeypatch):
+def test_a_failure_inside_transformers_is_reported_as_such(models, monkeypatch):
     # Llama 4's whole class asks its text part's output for images; neither its files nor the text are wrong.
     model = load_base(BaseSpec(path=str(models("llama")), dtype=torch.float32, device=CPU))
     forward = model.model.forward
@@ -124,7 +124,7 @@ def test_a_fault_of_the_library_is_called_one(models, monkeypatch):
         refuse_not_causal(str(models("llama")), model)
 
 
-def test_a_model_whose_embeddings_are_no_table_says_so(models, monkeypatch):
+def test_a_model_without_an_embedding_table_is_refused_with_the_reason(models, monkeypatch):
     # Kyutai's models take 33 numbers per token; for a hub name, the message did not say what failed.
     model = load_base(BaseSpec(path=str(models("llama")), dtype=torch.float32, device=CPU))
     monkeypatch.setattr(model, "get_input_embeddings", torch.nn.Identity)
@@ -133,7 +133,7 @@ def test_a_model_whose_embeddings_are_no_table_says_so(models, monkeypatch):
             refuse_not_causal(path, model)
 
 
-def test_a_head_of_no_width_beside_latent_keys_is_read(models, tmp_path):
+def test_a_head_dim_of_zero_is_accepted_and_a_negative_one_refused(models, tmp_path):
     # GLM-5 Next's config has head_dim 0.
     config = json.loads((models("llama") / "config.json").read_text())
     for width in (0, -1):
@@ -145,7 +145,7 @@ def test_a_head_of_no_width_beside_latent_keys_is_read(models, tmp_path):
             check_base_folder(tmp_path)
 
 
-def test_positions_without_a_limit_are_not_too_few(tmp_path):
+def test_unlimited_positions_are_not_taken_for_too_few(tmp_path):
     config = XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=64)
     assert config.max_position_embeddings == -1
     config.save_pretrained(tmp_path)
@@ -153,7 +153,7 @@ def test_positions_without_a_limit_are_not_too_few(tmp_path):
     assert positions_of(config) is None
 
 
-def test_an_adapter_and_a_checkpoint_are_no_base(models, by_heart, dialogues, tmp_path, capsys):
+def test_an_adapter_or_a_checkpoint_as_the_base_model_is_refused(models, by_heart, dialogues, tmp_path, capsys):
     checkpoint = next(by_heart.glob("checkpoint-*"))
     for folder, kind in ((by_heart, "is an adapter, not a base model"), (checkpoint, "is a checkpoint of a run")):
         assert main(train(folder, dialogues, tmp_path / "out")) == 2
@@ -163,7 +163,7 @@ def test_an_adapter_and_a_checkpoint_are_no_base(models, by_heart, dialogues, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_gguf_and_a_git_lfs_pointer_have_their_own_sentences(models, tmp_path):
+def test_a_gguf_and_a_git_lfs_pointer_are_refused_by_kind(models, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(BadModel, match="a GGUF file"):
         read_config(str(tmp_path))
@@ -182,7 +182,7 @@ def test_a_model_whose_numbers_are_not_finite_is_refused(models):
         refuse_not_causal("x", model)
 
 
-def test_a_deep_model_whose_first_word_is_zero_is_causal():
+def test_a_deep_model_with_a_zero_embedding_row_passes_as_causal():
     # As in rows of padding: each norm multiplied the gradient by a thousand, and NaN counted as a look ahead.
     deep = {**SMALL, "num_hidden_layers": 24, "initializer_range": 0.3}
     config = LlamaConfig(vocab_size=100, rms_norm_eps=1e-6, **deep)
@@ -195,7 +195,7 @@ def test_a_deep_model_whose_first_word_is_zero_is_causal():
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "model.safetensors", "generation_config.json", "vocab.json"])
 @pytest.mark.parametrize("kind", ["a pipe", "a link to nothing"])
-def test_what_has_the_name_of_a_file_and_is_none_is_refused(models, tmp_path, name, kind):
+def test_a_pipe_or_broken_link_in_place_of_a_model_file_is_refused(models, tmp_path, name, kind):
     # A pipe in place of weights was read forever; for a template that is a broken link, another was used silently.
     folder = tmp_path / "base"
     shutil.copytree(models("llama"), folder)
@@ -209,7 +209,7 @@ def test_what_has_the_name_of_a_file_and_is_none_is_refused(models, tmp_path, na
             read(str(folder))
 
 
-def test_a_config_of_a_thousand_million_labels_is_not_made(models, tmp_path):
+def test_a_config_with_a_huge_count_is_refused_before_it_is_built(models, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(models("llama"), folder)
     for name in ("num_labels", "num_mtp_layers"):

@@ -68,7 +68,7 @@ def test_experts_are_found_with_their_share_of_the_weights(family):
     assert experts.share == in_experts / sum(weight.numel() for weight in base.parameters())
 
 
-def test_three_dimensions_alone_make_no_expert():
+def test_other_three_dimensional_weights_are_not_taken_for_experts():
     # RecurrentGemma's gates are one matrix per head, and LFM2 has one kernel per channel.
     gates = tiny(
         "recurrent_gemma", lru_width=32, num_hidden_layers=3, block_types=["recurrent", "recurrent", "attention"]
@@ -92,7 +92,7 @@ def test_experts_that_are_layers_in_a_list_are_found():
     assert experts_of(base).layers == tuple(f"model.layers.0.mlp.experts.{i}" for i in range(3))
 
 
-def test_forty_thousand_layers_of_experts_are_found_in_a_moment():
+def test_tens_of_thousands_of_expert_layers_are_found_quickly():
     # DeepSeek-V3's own code has as many; searching them in a list took minutes.
     base = tiny("llama")
     with torch.device("meta"):
@@ -102,7 +102,7 @@ def test_forty_thousand_layers_of_experts_are_found_in_a_moment():
     assert time.process_time() - began < 2  # 0.2 s; before the fix 5 s and more
 
 
-def test_without_experts_the_setting_is_refused():
+def test_lora_on_experts_is_refused_for_a_model_without_experts():
     with pytest.raises(BadSettings, match="has no experts"):
         new_adapter(tiny("llama"), LoraSpec(rank=2, alpha=4, dropout=0.0, targets=["all-linear"], experts=True))
 
@@ -119,11 +119,11 @@ def test_the_router_stays_frozen_and_every_weight_gets_a_gradient(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_are_equal_to_records_alone(family):
+def test_rows_with_adapted_experts_give_the_results_of_single_records(family):
     assert why_padded(adapted(family)) is None
 
 
-def test_other_layers_keep_their_dropout_and_the_config_has_none(tmp_path):
+def test_layers_beside_experts_keep_their_dropout_and_the_config_has_none(tmp_path):
     model = adapted("glm4_moe", dropout=0.1)
     assert model.peft_config["default"].lora_dropout == 0  # PEFT refuses any other value together with adapted tensors
     of_layers, of_tensors = set(), set()
@@ -145,7 +145,7 @@ def test_other_layers_keep_their_dropout_and_the_config_has_none(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_alone_loads_what_was_saved(family, tmp_path):
+def test_plain_peft_loads_a_saved_expert_adapter(family, tmp_path):
     model = adapted(family)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny(family), str(tmp_path)).eval()

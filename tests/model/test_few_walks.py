@@ -45,7 +45,7 @@ def no_walk() -> Iterator[None]:
         yield
 
 
-def test_a_step_walks_through_no_module(model):
+def test_a_training_step_does_not_traverse_the_modules(model):
     model(torch.ones(1, 3)).sum().backward()
     with no_walk():
         assert model.train() is model
@@ -54,7 +54,7 @@ def test_a_step_walks_through_no_module(model):
 
 
 @pytest.mark.parametrize("part", ["frozen", "dropout"])
-def test_a_part_that_somebody_set_to_eval_is_trained_again(model, part):
+def test_train_reaches_a_submodule_that_was_set_to_eval(model, part):
     getattr(model, part).eval()
     model.train()
     assert modes(model) == [True] * 4
@@ -76,12 +76,12 @@ def test_gradients_can_be_set_to_zero_instead_of_none(model):
     assert model.learned.weight.grad is not None and not model.learned.weight.grad.any()
 
 
-def test_name_class_and_state_are_those_of_the_model(model):
+def test_class_and_state_dict_of_the_model_are_unchanged(model):
     assert isinstance(model, Model) and type(model).__name__ == "Model"
     assert list(model.state_dict()) == list(Model().state_dict())
 
 
-def test_a_copy_looks_at_its_own_modules(model):
+def test_a_deep_copy_tracks_its_own_modules(model):
     twin = copy.deepcopy(model)
     twin.dropout.eval()
     twin.train()

@@ -36,7 +36,7 @@ def assert_equal(ours: Any, theirs: Any, **tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "granite"])
-def test_it_is_pefts_own_result(family):
+def test_fused_layers_give_pefts_outputs_and_gradients(family):
     plain = with_adapter(build(family))
     assert_equal(together(copy.deepcopy(plain)), plain, rtol=1e-6, atol=1e-9)  # RMSNorm computes in float32
 
@@ -48,12 +48,12 @@ def test_layers_that_read_one_tensor_are_a_group():
     assert groups == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
 
 
-def test_layers_that_are_not_plain_stay_pefts():
+def test_conv1d_layers_are_left_to_peft():
     # GPT-2 has transposed Conv1D layers, whose adapters must stay PEFT's.
     assert groups_of(with_adapter(build("gpt2")), input_ids=IDS) == []
 
 
-def test_layers_whose_bias_is_trained_stay_pefts():
+def test_layers_with_a_trained_bias_are_left_to_peft():
     # An adapter with bias "all" or "lora_only", in further training: a group passes no gradient to biases.
     model = with_adapter(build("llama", attention_bias=True))
     for name, weight in model.named_parameters():
@@ -69,7 +69,7 @@ def test_a_model_without_adapters_has_no_groups():
     assert groups_of(build("llama"), input_ids=IDS) == []
 
 
-def test_a_layer_that_is_called_twice_stays_pefts():
+def test_layers_that_are_called_twice_are_left_to_peft():
     class Twice(nn.Module):
         def __init__(self, inner: Any) -> None:
             super().__init__()
@@ -82,7 +82,7 @@ def test_a_layer_that_is_called_twice_stays_pefts():
     assert groups_of(Twice(with_adapter(build("llama"))), input_ids=IDS) == []
 
 
-def test_measured_models_compute_bit_for_bit_as_served():
+def test_logits_without_gradients_equal_pefts_bit_for_bit():
     # Evaluation, verify and the demo's samples must equal what any program with PEFT computes.
     plain = with_adapter(build("llama")).to(torch.bfloat16)
     model = together(copy.deepcopy(plain))
@@ -90,7 +90,7 @@ def test_measured_models_compute_bit_for_bit_as_served():
         assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
 
 
-def test_disabled_and_merged_adapters_go_pefts_way():
+def test_disabled_and_merged_adapters_behave_as_in_peft():
     plain = with_adapter(build("llama"))
     model = together(copy.deepcopy(plain))
     with model.disable_adapter(), plain.disable_adapter():
@@ -102,7 +102,7 @@ def test_disabled_and_merged_adapters_go_pefts_way():
     torch.testing.assert_close(model(input_ids=IDS).logits, with_it, rtol=1e-6, atol=1e-9)
 
 
-def test_what_is_saved_and_loaded_is_pefts(tmp_path):
+def test_a_saved_fused_model_is_loaded_by_peft_with_the_same_logits(tmp_path):
     model = together(with_adapter(build("llama")))
     model.save_pretrained(tmp_path)
     from peft import PeftModel
@@ -124,7 +124,7 @@ def test_an_output_nobody_uses_gets_no_gradient():
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5])
-def test_dropout_keeps_each_element_as_often_as_it_should(p):
+def test_dropout_keeps_elements_with_the_right_probability(p):
     torch.manual_seed(1)
     keep = keep_mask(torch.empty(997, 1_003), p)
     assert keep.dtype == torch.bool
@@ -134,7 +134,7 @@ def test_dropout_keeps_each_element_as_often_as_it_should(p):
     assert neighbours == pytest.approx(1 - 2 * p * (1 - p), abs=3e-3)
 
 
-def test_dropout_draws_anew_and_as_the_seed_says():
+def test_dropout_masks_differ_per_call_and_follow_the_seed():
     torch.manual_seed(1)
     first, second = keep_mask(torch.empty(64, 64), 0.5), keep_mask(torch.empty(64, 64), 0.5)
     torch.manual_seed(1)
@@ -142,7 +142,7 @@ def test_dropout_draws_anew_and_as_the_seed_says():
     assert torch.equal(keep_mask(torch.empty(64, 64), 0.5), first)
 
 
-def test_dropout_in_backward_is_the_one_of_forward():
+def test_backward_uses_the_dropout_mask_of_forward():
     # Compared with plain autograd with the same mask; catches a mask drawn twice, or not scaled by 1 / (1 - p).
     model = with_adapter(build("llama")).train()
     layer = next(m for m in groups_of(model, input_ids=IDS) if len(m) == 1)[0]
@@ -174,7 +174,7 @@ def step(model: Any) -> None:
 
 
 @pytest.mark.parametrize("scales", ["equal", "unlike"])
-def test_weights_are_cast_anew_in_every_step(scales):
+def test_weights_are_cast_again_in_every_step(scales):
     # Weights are cast once, before the layers run. Catches a copy that outlives its step: training on old weights.
     plain = with_adapter(build("llama"))
     if scales == "unlike":
@@ -189,7 +189,7 @@ def test_weights_are_cast_anew_in_every_step(scales):
         plain.zero_grad()
 
 
-def test_a_layer_called_alone_sees_its_weights_as_they_are():
+def test_a_layer_called_alone_uses_its_current_weights():
     # Another trainer may call a layer without a forward of the whole model before.
     model = together(with_adapter(build("llama")).to(torch.bfloat16))
     layer = next(module for module in model.modules() if hasattr(module, "lora_A"))

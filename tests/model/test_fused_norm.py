@@ -31,7 +31,7 @@ def filled(norm: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @pytest.mark.parametrize("scale", [1e-4, 1e-3, 30.0])  # below, near and above sqrt(eps)
 @pytest.mark.parametrize("strided", [False, True])
-def test_it_is_the_formula_and_its_gradient(scale, strided):
+def test_the_fused_norm_matches_the_formula_and_its_gradient(scale, strided):
     torch.manual_seed(0)
     wide = torch.randn(3, 5, 2 * WIDTH, dtype=torch.float64) * scale
     x = (wide[..., :WIDTH] if strided else wide[..., :WIDTH].clone()).requires_grad_()
@@ -42,7 +42,7 @@ def test_it_is_the_formula_and_its_gradient(scale, strided):
     torch.testing.assert_close(torch.autograd.grad(ours, x, grad)[0], expected, rtol=1e-10, atol=1e-10 / scale)
 
 
-def test_what_it_returns_may_be_changed_in_place():
+def test_the_output_can_be_modified_in_place():
     # Autograd forbids that for a view created inside a function: a model that scales its norm's output failed.
     x, factors = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True), torch.randn(WIDTH, dtype=torch.float64)
     ours, theirs = RmsNorm.apply(x, factors, EPS).mul_(3), 3 * formula(x, factors)
@@ -52,7 +52,7 @@ def test_what_it_returns_may_be_changed_in_place():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("norm_class", "offset"), [(LlamaRMSNorm, 0.0), (Gemma3RMSNorm, 1.0)])
-def test_a_models_norm_is_no_further_from_the_truth_than_it_was(norm_class, offset, dtype):
+def test_a_fused_norm_is_about_as_accurate_as_the_original(norm_class, offset, dtype):
     torch.manual_seed(0)
     plain = filled(norm_class(WIDTH, eps=EPS), dtype)
     fused = copy.deepcopy(plain)
@@ -73,7 +73,7 @@ def test_a_models_norm_is_no_further_from_the_truth_than_it_was(norm_class, offs
         assert 0 < ours < 1.5 * theirs
 
 
-def test_a_norm_that_is_served_is_bit_for_bit_its_own():
+def test_a_fused_norm_without_gradients_equals_the_original_bit_for_bit():
     plain = filled(LlamaRMSNorm(WIDTH), torch.bfloat16)
     fused, x = copy.deepcopy(plain), torch.randn(50, WIDTH).bfloat16()
     fuse_norms(fused)
@@ -96,7 +96,7 @@ class NeedsItsGate(LlamaRMSNorm):
         return super().forward(x) * gate.sigmoid()
 
 
-def test_a_norm_that_needs_its_gate_is_left_alone():
+def test_a_norm_with_a_required_gate_is_not_fused():
     assert fuse_norms(filled(NeedsItsGate(WIDTH), torch.float32)) == 0
 
 
@@ -117,7 +117,7 @@ def gated(norm_class: type[nn.Module], group_size: int) -> nn.Module:
     ],
     ids=lambda module: type(module).__name__,
 )
-def test_what_computes_something_else_is_left_alone(other):
+def test_modules_that_compute_another_formula_keep_their_results(other):
     module = filled(other, torch.bfloat16)
     x, gate = torch.randn(5, WIDTH).bfloat16(), torch.randn(5, WIDTH).bfloat16()
     is_gated = "Gated" in type(module).__name__
@@ -126,7 +126,7 @@ def test_what_computes_something_else_is_left_alone(other):
     assert torch.equal(module(x, gate) if is_gated else module(x), before)
 
 
-def test_a_norm_that_is_trained_is_left_alone():
+def test_a_trainable_norm_is_not_fused():
     assert offset_of(LlamaRMSNorm(WIDTH)) is None
 
 

@@ -32,7 +32,7 @@ def loaded(models, config):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_keeps_an_answer_from_stopping_is_dropped_and_said(models, name):
+def test_settings_that_prevent_stopping_are_dropped_with_a_notice(models, name):
     model, template = loaded(models, CONFIGS[name])
     notices: list[str] = []
     ready_to_answer(model, template, notice=notices.append)
@@ -44,7 +44,7 @@ def test_what_keeps_an_answer_from_stopping_is_dropped_and_said(models, name):
     config.validate(strict=True)  # otherwise transformers would not save it
 
 
-def test_what_shapes_a_draw_stays_where_there_is_one(models):
+def test_sampling_settings_are_kept_if_the_base_samples(models):
     model, template = loaded(models, {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "eos_token_id": 2})
     notices: list[str] = []
     ready_to_answer(model, template, notice=notices.append)
@@ -52,7 +52,7 @@ def test_what_shapes_a_draw_stays_where_there_is_one(models):
     assert not notices
 
 
-def test_the_base_stops_where_it_did_and_where_it_was_trained_to(models):
+def test_stop_ids_include_the_bases_and_the_trained_stop_token(models):
     # Llama 3.1 has three stop tokens; with only one of them, tool calls would not stop.
     model, template = loaded(models, {"eos_token_id": [7, 8, 9]})
     assert stop_ids(model, template) == [2, 7, 8, 9]
@@ -77,7 +77,7 @@ def test_the_base_stops_where_it_did_and_where_it_was_trained_to(models):
     ],
     ids=str,
 )
-def test_another_way_of_writing_is_not_used_and_said(models, config):
+def test_unsupported_decoding_settings_are_ignored_with_a_notice(models, config):
     # Each of these ended a chat in a traceback, downloaded a program from the hub, or gave another answer.
     model, template = loaded(models, config)
     notices: list[str] = []
@@ -86,7 +86,7 @@ def test_another_way_of_writing_is_not_used_and_said(models, config):
     assert next(iter(config)) in notices[0]
 
 
-def test_a_config_that_an_older_version_wrote_in_full_says_nothing(models):
+def test_a_generation_config_that_lists_defaults_gives_no_notice(models):
     full = {"num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1, "diversity_penalty": 0.0}
     full |= {"length_penalty": 1.0, "early_stopping": False, "output_scores": False, "num_assistant_tokens": 20}
     model, template = loaded(models, full)
@@ -96,7 +96,7 @@ def test_a_config_that_an_older_version_wrote_in_full_says_nothing(models):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_chat_and_merge_work_on_such_a_base(models, tmp_path, capsys, name):
+def test_chat_and_merge_work_with_a_generation_config_that_prevents_stopping(models, tmp_path, capsys, name):
     base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
     shutil.copytree(models("llama"), base)
     (base / "generation_config.json").write_text(json.dumps(CONFIGS[name]))
@@ -114,7 +114,7 @@ def test_chat_and_merge_work_on_such_a_base(models, tmp_path, capsys, name):
     assert "not used from the base's generation config" in capsys.readouterr().err
 
 
-def test_a_tokenizer_without_a_token_for_any_text_is_refused():
+def test_a_tokenizer_that_cannot_encode_any_text_is_refused():
     # Found by ten thousand alterations of tokenizer.json: an empty prompt makes a float tensor.
     backend = Tokenizer(tokenizer_models.BPE(vocab={"</s>": 0}, merges=[]))
     empty = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")

@@ -37,7 +37,7 @@ def prompts_of(beginning: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("beginning", [0, 24], ids=["nothing shared", "24 tokens shared"])
-def test_a_batch_gives_the_answers_of_its_prompts_alone(model, beginning):
+def test_a_batch_gives_the_same_answers_as_its_prompts_alone(model, beginning):
     prompts = prompts_of(beginning)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)  # catches a name that transformers is about to drop
@@ -46,7 +46,7 @@ def test_a_batch_gives_the_answers_of_its_prompts_alone(model, beginning):
 
 
 @pytest.mark.parametrize("family", ["minimax", "lfm2"])
-def test_layers_with_a_state_answer_a_batch_as_its_prompts_alone(family):
+def test_stateful_layers_give_the_same_answers_in_a_batch_as_alone(family):
     # MiniMax's linear attention decays with every position, including padding.
     values = {**SIZE, "head_dim": 8, "vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     if family == "minimax":
@@ -59,7 +59,7 @@ def test_layers_with_a_state_answer_a_batch_as_its_prompts_alone(family):
     assert [(list(answer.ids), answer.stopped) for answer in together] == [alone(model, prompt) for prompt in prompts]
 
 
-def test_a_stop_token_ends_an_answer_and_is_no_part_of_it(model):
+def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(model):
     (prompt,) = prompts_of(0)[:1]
     (free,) = generate_answers(model, [prompt], stop_ids=[10_000], pad_id=PAD, max_new_tokens=LIMIT)
     assert len(free.ids) == LIMIT and not free.stopped
@@ -68,7 +68,7 @@ def test_a_stop_token_ends_an_answer_and_is_no_part_of_it(model):
     assert ended.stopped and ended.ids == free.ids[: free.ids.index(stop)]
 
 
-def test_a_models_own_generation_settings_do_not_mix_in(model):
+def test_the_models_own_generation_config_is_ignored(model):
     prompts = prompts_of(0)
     before = generate_answers(model, prompts, stop_ids=[STOP], pad_id=PAD, max_new_tokens=LIMIT)
     own = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=LIMIT, forced_eos_token_id=7)
@@ -77,7 +77,7 @@ def test_a_models_own_generation_settings_do_not_mix_in(model):
     assert model.generation_config is own
 
 
-def test_answers_end_where_the_models_positions_do(models):
+def test_answers_end_at_the_models_position_limit(models):
     """gpt2's positions are rows of a matrix: the answer to a long prompt ended the evaluation with an index error."""
     model = AutoModelForCausalLM.from_pretrained(models("gpt2"), dtype=torch.float64).eval()
     ids = torch.randint(10, 300, (512,), generator=torch.Generator().manual_seed(2)).tolist()

@@ -224,14 +224,14 @@ def test_a_layout_gives_the_loss_and_gradients_of_one_record_at_a_time(family, l
 
 @every_family
 @pytest.mark.parametrize("layout", ["padded", "packed", "tree"])
-def test_recomputed_activations_change_nothing(family, layout):
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(family, layout):
     # Catches a plan that does not reach the recomputed layers, and LoRA layers that return stale results.
     assert_equal(family, layout, at_once(copy.deepcopy(adapted(family)), layout, checkpointing=True))
 
 
 @every_family
 @pytest.mark.parametrize("layout", ["packed", "tree"])
-def test_the_dense_mask_of_a_gpu_gives_the_same(monkeypatch, family, layout):
+def test_the_dense_gpu_mask_gives_the_same_loss_and_gradients(monkeypatch, family, layout):
     if family not in BESIDE_A_MASK:
         monkeypatch.setattr(row_attention, "way_of", lambda *_, **__: "mask")
         assert_equal(family, layout, at_once(copy.deepcopy(adapted(family)), layout))
@@ -239,13 +239,13 @@ def test_the_dense_mask_of_a_gpu_gives_the_same(monkeypatch, family, layout):
 
 @every_family
 @pytest.mark.parametrize("layout", ["packed", "tree"])
-def test_the_spans_of_a_gpu_give_the_same(monkeypatch, family, layout):
+def test_gpu_attention_by_spans_gives_the_same_loss_and_gradients(monkeypatch, family, layout):
     monkeypatch.setattr(row_attention, "way_of", lambda *_, **__: "spans")
     monkeypatch.setattr(layout_support, "cut_of", lambda model: "spans")
     assert_equal(family, layout, at_once(copy.deepcopy(adapted(family)), layout))
 
 
-def test_the_examples_share_what_they_should():
+def test_the_test_examples_contain_forks_and_shared_targets():
     # Without forks, windows and shared targets in the row, the comparisons above would say little.
     row = graft(EXAMPLES)
     assert not row.is_chain
@@ -298,7 +298,7 @@ PLANTED = {
 
 @every_family
 @pytest.mark.parametrize("bug", PLANTED)
-def test_a_planted_bug_shows(monkeypatch, family, bug):
+def test_a_planted_bug_changes_loss_and_gradients(monkeypatch, family, bug):
     model = copy.deepcopy(adapted(family))
     assert why_padded(model) is None
     with monkeypatch.context() as planted:
@@ -334,7 +334,7 @@ def test_a_planted_bug_shows(monkeypatch, family, bug):
         ),
     ],
 )
-def test_a_model_that_a_tree_would_change_is_refused_with_the_reason(family, values, reason):
+def test_the_tree_layout_is_refused_for_models_whose_results_it_changes(family, values, reason):
     # RG-LRU resets its state only at position 0 and accepts no initial state. Bloom takes positions from its mask.
     base = build(family, **{**SIZE, **values})
     before = base.config._attn_implementation
@@ -344,7 +344,7 @@ def test_a_model_that_a_tree_would_change_is_refused_with_the_reason(family, val
     assert base.config._attn_implementation == before, "a refused model keeps its own attention"
 
 
-def test_padded_rows_are_at_the_positions_that_the_model_counts_itself():
+def test_padded_rows_use_the_models_own_position_numbering():
     # RoBERTa's first position is its padding id + 1.
     model = build("roberta", **SIZE, is_decoder=True, pad_token_id=1)
     model.requires_grad_(False).lm_head.dense.requires_grad_(True)
@@ -354,14 +354,14 @@ def test_padded_rows_are_at_the_positions_that_the_model_counts_itself():
     assert nats.item() == pytest.approx(expected.nats, rel=1e-6)
 
 
-def test_a_model_that_counts_padding_in_is_refused():
+def test_a_model_whose_results_depend_on_padding_is_refused():
     # CPM-Ant counts positions from the end of the row, with padding.
     model = build("cpmant", dim_model=32, num_attention_heads=4, dim_head=8, dim_ff=48, num_hidden_layers=2)
     with pytest.raises(BadModel, match="results depend on padding"):
         layout_support.collator_for(model, "padded", pad_id=0, as_examples=lambda row: ())
 
 
-def test_a_model_that_cannot_compute_padded_rows_is_refused_and_not_a_crash():
+def test_a_model_that_cannot_compute_padded_rows_is_refused_with_the_reason():
     # XLNet's causal mask cannot be combined with a padding mask.
     config = AutoConfig.for_model("xlnet", d_model=32, n_layer=1, n_head=4, d_inner=48, attn_type="uni")
     model = AutoModelForCausalLM.from_config(config)
@@ -369,17 +369,17 @@ def test_a_model_that_cannot_compute_padded_rows_is_refused_and_not_a_crash():
         layout_support.collator_for(model, "padded", pad_id=0, as_examples=lambda row: ())
 
 
-def test_remote_code_is_refused_with_the_reason(models):
+def test_the_tree_layout_is_refused_for_remote_code_without_position_ids(models):
     base = AutoModelForCausalLM.from_pretrained(models("baichuan_like"), trust_remote_code=True)
     assert why_padded(base) == "its forward takes no position_ids"
 
 
-def test_a_model_whose_forward_fails_on_rows_is_refused_and_not_a_crash():
+def test_the_tree_layout_is_refused_if_the_forward_fails_on_rows():
     assert "its forward fails" in why_padded(build("falcon", **SIZE, alibi=True))
 
 
 @pytest.mark.parametrize("family", ["nemotron", "stablelm"])
-def test_a_model_that_takes_a_mask_but_no_plan_is_computed_by_the_mask(family):
+def test_a_model_whose_attention_cannot_be_replaced_uses_the_attention_mask(family):
     # Their attention cannot be replaced: keywords do not reach it.
     plain = with_adapter(build(family))
     model = copy.deepcopy(plain)
@@ -394,20 +394,20 @@ def test_a_model_that_takes_a_mask_but_no_plan_is_computed_by_the_mask(family):
 LONG_WINDOW = {**SIZE, "sliding_window": 200}
 
 
-def test_a_window_in_an_attention_that_cannot_be_exchanged_is_no_tree(monkeypatch):
+def test_the_tree_layout_is_refused_for_a_window_in_irreplaceable_attention(monkeypatch):
     # As in a model with its own code: transformers only warns, and the plans by path ignored the model's own mask.
     base = build("mistral", **LONG_WINDOW)
     monkeypatch.setattr(PreTrainedModel, "_can_set_attn_implementation", classmethod(lambda _cls: False))
     assert why_padded(base) == "its attention cannot be replaced"
 
 
-def test_a_window_that_layers_leave_to_the_mask_is_no_tree():
+def test_the_tree_layout_is_refused_for_a_window_that_only_the_mask_has():
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     base = build("qwen2_moe", **LONG_WINDOW, **experts, use_sliding_window=True, shared_expert_intermediate_size=16)
     assert "a window of 200 tokens that the layer does not pass on" in why_padded(base.float())
 
 
-def test_a_window_that_the_config_names_in_words_of_its_own_is_no_tree(monkeypatch):
+def test_the_tree_layout_is_refused_for_a_window_missing_from_the_config(monkeypatch):
     # With our own mask, which has no window, a trial on records shorter than the window found no fault.
     base = build("mistral", **LONG_WINDOW)
     monkeypatch.setattr(layout_support, "windows_of", lambda _model: (None,))
@@ -415,7 +415,7 @@ def test_a_window_that_the_config_names_in_words_of_its_own_is_no_tree(monkeypat
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
-def test_layers_that_carry_a_state_are_padded_where_weights_are_spread_over_processes(family):
+def test_stateful_layers_use_the_padded_layout_with_sharded_weights(family):
     model = hybrid(family)
     plain = innermost(model).config._attn_implementation
     assert "FSDP and DeepSpeed" in why_padded(model, sharded=True)
@@ -424,7 +424,7 @@ def test_layers_that_carry_a_state_are_padded_where_weights_are_spread_over_proc
     assert why_padded(model) is None
 
 
-def test_attention_alone_shares_beginnings_where_weights_are_spread_over_processes():
+def test_attention_only_models_share_prefixes_with_sharded_weights():
     assert why_padded(with_adapter(build("llama")), sharded=True) is None
 
 
@@ -451,7 +451,7 @@ def test_gemma_3n_has_finite_and_right_gradients_in_every_layout():
 
 # nf4 has blocks of 64 weights, so rows must be at least that long.
 @pytest.mark.parametrize(("quantize", "width"), [("nf4", 64), ("int8", 32)])
-def test_a_tree_is_right_on_a_quantized_base(tmp_path, quantize, width):
+def test_the_tree_layout_is_correct_on_a_quantized_base(tmp_path, quantize, width):
     # Weights in 4 or 8 bits have other values, but the same ones in every layout.
     pytest.importorskip("bitsandbytes")
     folder = tiny.build("llama", tmp_path, hidden_size=width)

@@ -60,7 +60,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
-def test_a_right_row_is_accepted(family):
+def test_correctly_computed_rows_are_accepted(family):
     assert tried(by_forks(family)) is None
 
 
@@ -74,7 +74,7 @@ def test_a_planted_fault_is_refused(monkeypatch, family, fault, dtype):
 
 
 @pytest.mark.parametrize(("apart", "is_right"), [(0.8, True), (5.0, False)])
-def test_in_16_bits_a_tree_may_lie_no_further_from_its_records_than_verify_allows(apart, is_right):
+def test_in_16_bits_a_tree_may_deviate_only_as_far_as_verify_allows(apart, is_right):
     # 5 times the noise is what a RecurrentGemma in bfloat16 had whose branches continued from their siblings.
     noise = torch.tensor([0.01], dtype=torch.float64)
     plain, rows, without = (layout_trial._Side(scores, {}) for scores in (0 * noise, apart * noise, 100 * noise))
@@ -95,7 +95,7 @@ class _Poisoned(torch.autograd.Function):
         return grad * torch.nan
 
 
-def test_a_gradient_that_is_nan_in_rows_alone_is_refused():
+def test_a_model_with_nan_gradients_only_in_rows_is_refused():
     # As Gemma 3n's was, which normalizes the pad id's zero row.
     model = by_forks("lfm2")
     longest = 105
@@ -113,7 +113,7 @@ def test_a_model_that_looks_ahead_is_refused():
     assert "not causal" in reason
 
 
-def test_a_layer_that_never_gets_a_gradient_is_an_error_that_names_it():
+def test_a_lora_layer_that_never_gets_a_gradient_is_named_in_the_error():
     model = hybrid("lfm2")
     for layer in innermost(model).model.layers:
         if hasattr(layer, "conv"):

@@ -31,19 +31,17 @@ from tests.hybrids import hybrid
         (False, "cuda", True, False, False),
     ],
 )
-def test_they_are_tried_on_cuda_where_the_package_is_and_nobody_says_no(
-    wanted, device, is_installed, is_sharded, tries
-):
+def test_kernels_are_tried_on_cuda_if_installed_and_not_disabled(wanted, device, is_installed, is_sharded, tries):
     assert Circumstances(wanted, device, is_installed, is_sharded).tries is tries
 
 
-def test_the_package_is_named_where_it_would_help_and_nowhere_else():
+def test_installing_liger_is_suggested_only_where_it_would_help():
     assert "pip install liger-kernel" in str(Circumstances(None, "cuda", False).hint)
     for elsewhere in (Circumstances(None, "cpu", False), Circumstances(False, "cuda", False)):
         assert elsewhere.hint is None
 
 
-def test_what_cannot_be_is_refused():
+def test_impossible_liger_settings_are_refused():
     assert list(problems(Circumstances(None, "cuda", True), None)) == []
     assert "this run uses a CPU" in next(problems(Circumstances(True, "cpu", True), None))
     assert "pip install" in next(problems(Circumstances(True, "cuda", False), None))
@@ -51,13 +49,13 @@ def test_what_cannot_be_is_refused():
     assert "fused_linear_cross_entropy" in next(problems(Circumstances(True, "cuda", True), fused))
 
 
-def test_its_losses_stay_off_and_the_rest_is_the_users():
+def test_ligers_losses_stay_off_and_other_kernels_follow_the_user():
     off = {"fused_linear_cross_entropy": False, "cross_entropy": False}
     assert kernel_config(None) == off
     assert kernel_config({"rope": False}) == {"rope": False, **off}
 
 
-def test_on_a_cpu_it_is_refused_before_anything_is_read(models, dialogues, tmp_path, capsys):
+def test_liger_on_a_cpu_is_refused_before_anything_is_read(models, dialogues, tmp_path, capsys):
     words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues)]
     assert main([*words, "--output_dir", str(tmp_path / "out"), "--use_liger_kernel", "true"]) == 2
     assert "Liger's kernels run on a GPU" in capsys.readouterr().err
@@ -84,7 +82,7 @@ def norms_of(factor):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("factor", "holds"), [(1.0, True), (1.3, False)])
-def test_kernels_that_compute_something_else_are_seen_and_taken_out(monkeypatch, dtype, factor, holds):
+def test_kernels_that_change_the_results_are_detected_and_removed(monkeypatch, dtype, factor, holds):
     monkeypatch.setattr(liger, "apply_liger_kernel", norms_of(factor))
     model = hybrid("lfm2").to(dtype)
     file = sys.modules[type(innermost(model)).__module__]
@@ -102,7 +100,7 @@ def test_kernels_that_compute_something_else_are_seen_and_taken_out(monkeypatch,
     assert torch.equal(model(input_ids=ids).logits, before)
 
 
-def test_a_kernel_that_fails_is_a_reason_and_no_crash(monkeypatch):
+def test_a_failing_kernel_is_rejected_with_a_reason_and_no_crash(monkeypatch):
     def fails(_inner, _config):
         raise RuntimeError("no compiler here")
 
@@ -112,7 +110,9 @@ def test_a_kernel_that_fails_is_a_reason_and_no_crash(monkeypatch):
 
 
 @pytest.mark.parametrize(("factor", "used"), [(1.0, True), (1.3, False)])
-def test_a_run_says_whether_they_are_used_and_trains(models, dialogues, tmp_path, monkeypatch, capsys, factor, used):  # noqa: PLR0917  # pytest passes fixtures
+def test_a_run_trains_and_reports_whether_liger_kernels_are_used(
+    models, dialogues, tmp_path, monkeypatch, capsys, factor, used
+):  # noqa: PLR0917  # pytest passes fixtures
     monkeypatch.setattr(liger, "apply_liger_kernel", norms_of(factor))
     monkeypatch.setattr(train_model, "liger_circumstances", lambda *_: Circumstances(None, "cuda", True))
     words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "2"]

@@ -31,7 +31,7 @@ from tests.tiny import CAPPED, texts
 CPU = torch.device("cpu")
 
 
-def test_a_lone_tokenizer_model_reads_as_sentencepiece_does(models):
+def test_a_lone_tokenizer_model_file_tokenizes_like_sentencepiece(models):
     """Atom is published as tokenizer.model; transformers' own conversion of such a lone file drops the leading ▁."""
     folder = models("lone")
     assert sorted(path.name for path in folder.glob("tokenizer*")) == ["tokenizer.model"]
@@ -43,7 +43,7 @@ def test_a_lone_tokenizer_model_reads_as_sentencepiece_does(models):
         assert tokenizer.decode(ids) == truth.decode(ids), text
 
 
-def test_a_text_is_read_back_with_the_spaces_that_its_tokens_have(tmp_path):
+def test_decoding_keeps_the_spaces_of_the_tokens(tmp_path):
     # A streamed answer lost characters too: the text so far changed with the next token.
     backend = Tokenizer(models.Unigram())
     backend.normalizer = normalizers.Replace(" ", "▁")
@@ -67,7 +67,7 @@ def test_the_lone_tokenizer_survives_saving(models, tmp_path):
         assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
-def test_control_tokens_of_the_lone_tokenizer_are_one_id(models):
+def test_control_tokens_of_the_lone_tokenizer_are_single_ids(models):
     tokenizer = load_tokenizer(str(models("lone")))
     ids = tokenizer("<s>Human: 你\n</s><s>Assistant:", add_special_tokens=False)["input_ids"]
     assert [i for i in ids if i in (1, 2)] == [1, 2, 1]
@@ -81,7 +81,7 @@ def test_nf4_weights_are_four_bits(models):
     assert layer.weight.numel() * 2 == 32 * 64, "two weights lie in each byte"
 
 
-def test_a_base_attends_with_the_soft_caps_that_its_config_names(tmp_path):
+def test_a_base_applies_the_attention_soft_caps_of_its_config(tmp_path):
     # transformers 5.17 uses sdpa for Gemma 2 without the caps, unlike every program that serves it.
     torch.manual_seed(0)
     config = AutoConfig.for_model("gemma2", **CAPPED)
@@ -98,7 +98,7 @@ def test_a_base_attends_with_the_soft_caps_that_its_config_names(tmp_path):
     assert not torch.allclose(uncapped, expected, atol=0.1)
 
 
-def test_fp16_on_a_cpu_takes_the_nearest_and_says_so():
+def test_fp16_on_a_cpu_falls_back_to_another_dtype_with_a_notice():
     notices: list[str] = []
     dtype = resolve_dtype("auto", CPU, fp16=True, bf16=False, notice=notices.append)
     assert dtype in (torch.bfloat16, torch.float32)
@@ -117,7 +117,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         device_in_use()
 
 
-def test_a_run_on_the_cpu_asks_nothing_of_a_gpu(models, monkeypatch):
+def test_a_cpu_run_does_not_query_the_gpu(models, monkeypatch):
     def refuses(*_arguments):
         raise AssertionError("the GPU was asked")
 
@@ -128,7 +128,7 @@ def test_a_run_on_the_cpu_asks_nothing_of_a_gpu(models, monkeypatch):
         base_shape(str(models("llama")))
 
 
-def test_a_dtype_that_is_asked_for_is_given():
+def test_a_requested_dtype_is_used():
     for name in ("float64", "float32", "bfloat16", "float16"):
         assert resolve_dtype(name, CPU, fp16=False, bf16=False, notice=print) == getattr(torch, name)
 
@@ -144,13 +144,13 @@ def rewritten(base, folder, change):
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
-def test_a_weight_that_the_file_lacks_is_named_and_not_made_up(models, tmp_path):
+def test_a_missing_weight_is_named_and_not_randomly_initialized(models, tmp_path):
     spec = rewritten(models("llama"), tmp_path / "m", lambda w: {n: t for n, t in w.items() if n != DOWN})
     with pytest.raises(BadModel, match=rf"{DOWN}: not in the weight files"):
         load_base(spec)
 
 
-def test_a_weight_under_another_name_is_named_twice(models, tmp_path):
+def test_a_renamed_weight_is_reported_as_missing_and_unexpected(models, tmp_path):
     spec = rewritten(models("llama"), tmp_path / "m", lambda w: {n.replace("down_proj", "w2"): t for n, t in w.items()})
     with pytest.raises(BadModel) as raised:
         load_base(spec)
@@ -158,14 +158,14 @@ def test_a_weight_under_another_name_is_named_twice(models, tmp_path):
     assert f"{DOWN.replace('down_proj', 'w2')}: in the weight files, but the model has no place" in str(raised.value)
 
 
-def test_a_weight_of_another_shape_is_named_with_both(models, tmp_path):
+def test_a_weight_of_the_wrong_shape_is_reported_with_both_shapes(models, tmp_path):
     # Once this was a traceback that asked for a bug report.
     spec = rewritten(models("llama"), tmp_path / "m", lambda w: {**w, DOWN: w[DOWN][:5].contiguous()})
     with pytest.raises(BadModel, match=rf"{DOWN}: \(5, 64\) in the weight files, \(32, 64\) in the model"):
         load_base(spec)
 
 
-def test_buffers_of_older_versions_are_no_weights(models, tmp_path):
+def test_buffers_of_older_versions_are_not_refused_as_unknown_weights(models, tmp_path):
     buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "x.attn.masked_bias": torch.ones(1)}
     load_base(rewritten(models("llama"), tmp_path / "m", lambda w: {**w, **buffers}))
 
@@ -179,7 +179,7 @@ def test_tied_weights_are_stored_once(tmp_path):
     assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
 
 
-def test_a_git_lfs_pointer_is_said_to_be_one(models, tmp_path):
+def test_a_git_lfs_pointer_in_place_of_weights_is_reported(models, tmp_path):
     folder = tmp_path / "m"
     shutil.copytree(models("llama"), folder)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123456789abcdef\nsize 269060552\n"
@@ -189,7 +189,7 @@ def test_a_git_lfs_pointer_is_said_to_be_one(models, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["nowhere/", "./nowhere", "a/b/c", Path("/nowhere")], ids=str)
-def test_what_can_only_be_a_folder_is_not_looked_for_on_the_hub(path, tmp_path, monkeypatch):
+def test_a_path_that_can_only_be_a_folder_is_not_looked_up_on_the_hub(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadModel, match="no such folder"):
         load_tokenizer(path)
@@ -197,7 +197,7 @@ def test_what_can_only_be_a_folder_is_not_looked_for_on_the_hub(path, tmp_path, 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
 @pytest.mark.parametrize("key", ["continuing_subword_prefix", r"continuin\u0067_subword_prefix"])
-def test_a_tokenizer_that_ends_its_reader_is_refused(models, tmp_path, key):
+def test_a_tokenizer_that_crashes_the_process_loading_it_is_refused(models, tmp_path, key):
     # Found by ten thousand alterations: Rust panics in a destructor, so no exception can be caught.
     folder = tmp_path / "base"
     shutil.copytree(models("llama"), folder)
@@ -209,7 +209,7 @@ def test_a_tokenizer_that_ends_its_reader_is_refused(models, tmp_path, key):
         load_tokenizer(str(folder))
 
 
-def test_evaluating_a_base_in_4_bits_leaves_its_gradients_as_they_were(tmp_path, monkeypatch):
+def test_evaluating_a_4_bit_base_leaves_its_gradients_unchanged(tmp_path, monkeypatch):
     # A CPU with AVX-512's bfloat16 packs such layers at their first evaluation, and packed layers pass no gradient.
     bitsandbytes = pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
@@ -229,7 +229,7 @@ def test_evaluating_a_base_in_4_bits_leaves_its_gradients_as_they_were(tmp_path,
     assert torch.equal(gradient(), before)
 
 
-def test_a_base_that_cannot_be_dequantized_is_named_by_how_it_is_stored(monkeypatch):
+def test_a_base_that_cannot_be_dequantized_is_refused_naming_its_format(monkeypatch):
     def dequantize(dtype):
         raise NotImplementedError
 

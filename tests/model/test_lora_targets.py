@@ -131,7 +131,7 @@ def tiny(family: str) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_linear_is_what_an_adapter_reaches(family):
+def test_all_linear_selects_the_layers_that_an_adapter_can_reach(family):
     base = tiny(family)
     _, adapted, left_out = FAMILIES[family]
     assert set(match_targets(base, ["all-linear"])) == adapted
@@ -149,21 +149,21 @@ def test_every_layer_of_all_linear_gets_a_gradient_with_the_default_dropout(fami
     assert [name for name, weight in trained.items() if weight.grad is None] == []
 
 
-def test_layers_of_a_list_are_called_as_the_list():
+def test_layers_in_a_module_list_are_named_after_the_list():
     base = tiny("llama")
     base.model.layers[0].mlp.gate_proj = torch.nn.Sequential(torch.nn.Linear(32, 48))
     counts = match_targets(base, ["all-linear"])
     assert counts["gate_proj"] == 2 and "0" not in counts
 
 
-def test_a_layer_that_multiplies_parts_of_its_matrix_is_left_out_with_the_reason():
+def test_a_grouped_linear_layer_is_left_out_with_the_reason():
     grouped = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4").DeepseekV4GroupedLinear
     base = tiny("llama")
     base.model.layers[0].self_attn.o_proj = grouped(8, 32, 4)
     assert all_linear(base).left_out["o_proj"] == "not computed like a linear layer"
 
 
-def test_a_router_of_a_model_that_brings_its_own_code_gets_no_adapter():
+def test_a_router_of_a_remote_code_model_gets_no_adapter():
     base = tiny("llama")
     base.config.num_experts = 6
     for layer, outputs in zip(base.model.layers, (6, 32), strict=True):  # six experts; the second gate is no router
@@ -174,14 +174,14 @@ def test_a_router_of_a_model_that_brings_its_own_code_gets_no_adapter():
     assert [name for name in found.adapted if name.endswith("gate")] == ["model.layers.1.mlp.gate"]
 
 
-def test_a_router_or_a_gate_that_is_named_is_refused():
+def test_a_router_or_gate_named_in_lora_targets_is_refused():
     # The guide says that they stay frozen: a trained router sends tokens to experts that were not trained on them.
     for family, target in (("phimoe", "router"), ("hunyuan_v1_moe", "wg"), ("qwen2_moe", "shared_expert_gate")):
         with pytest.raises(BadSettings, match=rf"--lora_targets {target}: model\.layers\.0.* stay frozen here"):
             match_targets(tiny(family), ["q_proj", target])
 
 
-def test_a_name_that_a_router_has_too_means_the_other_layers():
+def test_a_target_name_shared_with_a_router_selects_only_other_layers():
     base = tiny("llama")
     base.model.layers[0].mlp.router = torch.nn.ModuleDict({"down_proj": torch.nn.Linear(32, 6)})  # as in Zaya
     assert match_targets(base, ["down_proj"]) == {"down_proj": 2}
@@ -190,7 +190,7 @@ def test_a_name_that_a_router_has_too_means_the_other_layers():
 
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern", "layers_pattern"])
-def test_a_regex_of_an_adapter_that_never_ends_is_refused_by_name(models, key, monkeypatch):
+def test_an_adapter_regex_that_never_finishes_is_refused_naming_the_file(models, key, monkeypatch):
     monkeypatch.setattr(lora_targets, "try_apart", partial(try_apart, seconds=1))
     base = AutoModelForCausalLM.from_pretrained(models("llama"))
     regex = r"((\w|\w\w|\.)+)+!"
@@ -200,7 +200,7 @@ def test_a_regex_of_an_adapter_that_never_ends_is_refused_by_name(models, key, m
         refuse_endless_patterns(config, base, Path("adapter_config.json"))
 
 
-def test_a_regex_that_is_none_is_refused_and_a_good_one_passes(models):
+def test_an_invalid_adapter_regex_is_refused_and_a_valid_one_passes(models):
     base = AutoModelForCausalLM.from_pretrained(models("llama"))
     with pytest.raises(BadModel, match="is not a regex"):
         refuse_endless_patterns(LoraConfig(target_modules="("), base, Path("adapter_config.json"))

@@ -76,7 +76,7 @@ def all_logits(model: Any, batch: Batch, label_smoothing: float = 0.0) -> Result
 @every_head
 @pytest.mark.parametrize("targets", [1, 7, 10_000])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_any_chunk_gives_the_loss_and_gradients_of_all_logits(monkeypatch, family, targets, label_smoothing):
+def test_any_chunk_size_gives_the_loss_and_gradients_of_full_logits(monkeypatch, family, targets, label_smoothing):
     # Catches a last chunk that is dropped or counted as a whole one, and a head without its scaling or cap.
     chunks_of(monkeypatch, targets)
     batch, model = batch_of(EXAMPLES), adapted(family)
@@ -96,7 +96,7 @@ def test_any_chunk_gives_the_loss_and_gradients_of_all_logits(monkeypatch, famil
         ("cohere", "logit_scale", 1.0),
     ],
 )
-def test_the_heads_own_arithmetic_makes_a_difference_here(family, field, value):
+def test_the_heads_scaling_or_soft_cap_affects_the_loss_in_these_tests(family, field, value):
     # Otherwise the comparison above could not detect its absence.
     without = with_adapter(build(family, **{**HEADS[family], field: value}))
     nats, _ = differs(in_chunks(adapted(family), batch_of(EXAMPLES)), in_chunks(without, batch_of(EXAMPLES)))
@@ -132,13 +132,13 @@ def test_the_logits_of_all_targets_never_exist_at_once(monkeypatch, seen_by_the_
 
 
 @pytest.mark.parametrize(("words", "most"), [(100, 2**20 // 100), (64_000, 128), (2**21, 128)])
-def test_a_chunk_is_as_large_as_the_vocabulary_allows(words, most):
+def test_the_chunk_size_follows_the_vocabulary_size(words, most):
     # 2^20 logits are 4 MiB in float32. At least 128 targets, because each chunk reads the matrix once.
     assert loss.targets_at_once(words, torch.device("cpu")) == most
 
 
 @every_head
-def test_the_gradient_is_multiplied_by_what_comes_after_the_loss(family):
+def test_scaling_the_loss_scales_the_gradients(family):
     # The gradient is computed in the forward pass; backward multiplies it (mean over the global batch, scaler).
     plain, scaled = adapted(family), adapted(family)
     target_nats(plain, batch_of(EXAMPLES))[0].backward()
@@ -158,7 +158,7 @@ def test_a_trained_output_matrix_gets_its_gradient(monkeypatch):
 
 
 @every_head
-def test_the_log_probabilities_are_those_of_all_logits(family):
+def test_the_log_probabilities_equal_those_of_full_logits(family):
     model, batch = adapted(family), batch_of(EXAMPLES)
     with torch.no_grad():
         logits = model(**model_inputs(model, batch), use_cache=False).logits[batch["row"], batch["predicted_from"]]
@@ -167,7 +167,7 @@ def test_the_log_probabilities_are_those_of_all_logits(family):
 
 
 @every_head
-def test_evaluation_needs_no_gradients_and_gives_the_same(family):
+def test_evaluation_without_gradients_gives_the_same_loss(family):
     model, batch = adapted(family), batch_of(EXAMPLES)
     with torch.no_grad():
         nats, count = target_nats(model, batch)
@@ -176,7 +176,7 @@ def test_evaluation_needs_no_gradients_and_gives_the_same(family):
     assert nats.item() == pytest.approx(all_logits(adapted(family), batch).nats, rel=EXACT)
 
 
-def test_a_trained_output_layer_is_evaluated_with_the_weights_that_are_saved():
+def test_a_trained_output_layer_is_evaluated_with_its_latest_weights():
     # A fused optimizer does not raise the weights' version, so copies from the step before were taken for the new ones.
     base = build("llama").requires_grad_(False)
     spec = LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["all-linear", "lm_head"])
@@ -192,7 +192,7 @@ def test_a_trained_output_layer_is_evaluated_with_the_weights_that_are_saved():
 
 
 @every_head
-def test_a_batch_without_targets_is_a_zero_that_every_weight_hangs_on(seen_by_the_head, family):
+def test_a_batch_without_targets_gives_zero_loss_and_zero_gradients(seen_by_the_head, family):
     # Under DDP every rank needs a gradient for every weight, or all ranks wait forever.
     model = adapted(family)
     silent = [Example(example.ids, (0,) * len(example.ids), example.origin) for example in EXAMPLES]
@@ -212,7 +212,7 @@ def test_a_batch_without_targets_is_a_zero_that_every_weight_hangs_on(seen_by_th
         ("gemma4_text", {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 0}),
     ],
 )
-def test_a_model_that_reads_more_of_its_body_than_hidden_states(family, values):
+def test_a_model_that_uses_more_than_hidden_states_gets_the_same_loss(family, values):
     model = with_adapter(build(family, **{**SIZE, **values})).float()  # grouped experts do not support float64
     theirs = all_logits(copy.deepcopy(model), batch_of(EXAMPLES))
     assert in_chunks(model, batch_of(EXAMPLES)).nats == pytest.approx(theirs.nats, rel=1e-5)
@@ -234,7 +234,7 @@ class _CallsItsBodysForward(LlamaForCausalLM):
         return CausalLMOutput(logits=self.lm_head(output[0][:, keep]))
 
 
-def test_a_model_whose_body_is_never_called_is_called_as_a_whole():
+def test_a_model_that_never_calls_its_body_module_is_run_as_a_whole():
     model = with_adapter(build("llama"))
     innermost(model).__class__ = _CallsItsBodysForward
     ours, batch = in_chunks(model, batch_of(EXAMPLES)), batch_of(EXAMPLES)
@@ -257,7 +257,7 @@ EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4, "router_aux_loss_co
     ("family", "experts"),
     [("mixtral", EXPERTS), ("jetmoe", {"num_experts_per_tok": 2, "num_local_experts": 4, "aux_loss_coef": 0.5})],
 )
-def test_an_auxiliary_loss_that_the_config_switches_on_is_transformers_own(family, experts):
+def test_a_config_enabled_auxiliary_loss_equals_transformers_own(family, experts):
     model = with_auxiliary_loss(family, **experts)
     batch = batch_of(EXAMPLES)
     labels = torch.full_like(batch["input_ids"], -100)
@@ -275,12 +275,12 @@ def test_an_auxiliary_loss_that_the_config_switches_on_is_transformers_own(famil
     )
 
 
-def test_with_an_auxiliary_loss_rows_of_many_are_refused_with_the_reason():
+def test_an_auxiliary_loss_forces_the_padded_layout_with_the_reason():
     assert why_padded(with_adapter(build("mixtral", **EXPERTS)).float()) is None
     assert "auxiliary loss" in str(why_padded(with_auxiliary_loss("mixtral", **EXPERTS)))
 
 
-def test_an_auxiliary_loss_that_counts_nothing_is_switched_off():
+def test_an_auxiliary_loss_with_coefficient_zero_is_switched_off():
     model = with_auxiliary_loss("mixtral", **{**EXPERTS, "router_aux_loss_coef": 0.0})
     assert why_padded(model) is None
     assert not innermost(model).config.output_router_logits

@@ -38,13 +38,13 @@ def test_the_estimate_is_near_what_was_measured():
     assert 6.3e6 < activation_bytes(qwen, tokens=1, element_bytes=2) < 6.8e6
 
 
-def test_dropout_keeps_its_masks():
+def test_dropout_adds_one_mask_byte_per_lora_input_element():
     one = activation_bytes(ATOM_7B, tokens=1, element_bytes=2)
     masks = activation_bytes(ATOM_7B, tokens=1, element_bytes=2, dropout=True) - one
     assert masks == 32 * (3 * 4096 + 11008)  # one byte per element of a LoRA input, for its dropout mask
 
 
-def test_a_width_for_each_layer_is_no_error():
+def test_a_list_of_intermediate_sizes_per_layer_is_accepted():
     # Gemma 3n's config has a list.
     config = SimpleNamespace(hidden_size=32, num_hidden_layers=2, intermediate_size=[64, 128])
     assert activation_bytes(config, tokens=1, element_bytes=4) == 2 * (11 * 32 + 4 * 96) * 4
@@ -60,7 +60,7 @@ def test_a_tiny_step_keeps_its_activations_and_a_huge_one_does_not():
     assert not memory(ATOM_7B, 10_000_000).fits
 
 
-def test_the_choice_is_said_with_its_figures():
+def test_the_memory_decision_is_described_with_its_figures():
     memory = ActivationMemory(
         tokens=1_100, needed=7_150_000_000, inputs=200_000_000, layers=28, free=61_000_000_000, usable=0.85
     )
@@ -68,11 +68,11 @@ def test_the_choice_is_said_with_its_figures():
     assert said == "a step of 1,100 tokens keeps 7.2 GB, 61.0 GB is free"
 
 
-def test_the_peak_of_this_process_is_more_than_nothing():
+def test_the_peak_memory_of_this_process_is_measured():
     assert peak_bytes(CPU) > 50 * 2**20
 
 
-def test_an_error_of_memory_is_told_from_others():
+def test_an_out_of_memory_error_is_distinguished_from_others():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
@@ -84,14 +84,14 @@ def shape(**changed) -> StepShape:
     return StepShape(**{**values, **changed})
 
 
-def test_what_is_already_done_is_not_advised():
+def test_settings_already_in_use_are_not_suggested_as_remedies():
     said = remedies(shape(checkpointing=True, quantize="nf4", batch=1))
     assert "--gradient_checkpointing" not in said
     assert "--quantize" not in said
     assert "--per_device_train_batch_size" not in said
 
 
-def test_smaller_pieces_keep_the_global_batch():
+def test_the_suggested_smaller_batch_keeps_the_global_batch_size():
     assert "--per_device_train_batch_size 8 --gradient_accumulation_steps 2" in remedies(shape())
     assert "23.0 GB" in remedies(shape())
 
@@ -99,7 +99,7 @@ def test_smaller_pieces_keep_the_global_batch():
 @pytest.mark.parametrize(
     "error", [FileNotFoundError(2, "No such file", "/proc/meminfo"), psutil.NoSuchProcess(1)], ids=str
 )
-def test_a_system_that_does_not_tell_its_memory_is_believed_to_have_none_to_spare(models, monkeypatch, error):
+def test_unknown_system_memory_counts_as_no_free_memory(models, monkeypatch, error):
     """In a container without /proc, psutil raised an error and the run ended with a traceback."""
 
     def refuse(*arguments: object) -> None:

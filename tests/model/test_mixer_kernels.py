@@ -21,7 +21,7 @@ from tests.tiny import FAMILIES, SIZE
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_without_packages_the_librarys_own_code_is_named_and_what_would_be_faster():
+def test_without_kernel_packages_each_family_lists_the_missing_ones():
     pip_names = {family: set(kernels_of(hybrid(family)).missing) for family in HYBRIDS}
     assert pip_names == {
         "qwen3_next": {"causal-conv1d", "flash-linear-attention"},
@@ -33,7 +33,7 @@ def test_without_packages_the_librarys_own_code_is_named_and_what_would_be_faste
     assert not any(kernels_of(hybrid(family)).used for family in HYBRIDS)
 
 
-def test_a_package_that_is_installed_is_named_as_what_computes(monkeypatch):
+def test_an_installed_kernel_package_is_reported_as_used(monkeypatch):
     # The library looks for packages when it imports a model's file, so the file is imported again here.
     package = ModuleType("causal_conv1d")
     package.causal_conv1d_fn = lambda x, weight, bias=None, activation=None: x
@@ -48,7 +48,7 @@ def test_a_package_that_is_installed_is_named_as_what_computes(monkeypatch):
     sys.modules["transformers.models.lfm2"].modeling_lfm2 = file
 
 
-def test_an_error_that_a_package_raised_is_told_in_its_words(tmp_path):
+def test_an_error_raised_by_a_kernel_package_is_reported_in_its_own_words(tmp_path):
     """On Hopper, fla 0.6 refuses Triton 3.6 in its backward, and the run ended with a traceback."""
     refused = "Triton >= 3.4.0 and < 3.7.1 on Hopper GPUs produces incorrect results. Please upgrade Triton."
     module = {"__name__": "fla.ops.common.chunk_o"}
@@ -67,7 +67,7 @@ def test_an_error_that_a_package_raised_is_told_in_its_words(tmp_path):
     assert told_to_user(elsewhere.value, TrainingArguments(str(tmp_path)), again="") is elsewhere.value
 
 
-def test_what_bitsandbytes_refuses_is_told_with_what_to_change():
+def test_a_bitsandbytes_error_is_reported_with_the_setting_to_change():
     """Its CPU kernels need widths that are multiples of 32: a chat in nf4 ended in a traceback."""
     module = {"__name__": "bitsandbytes.functional"}
     exec("def convert():\n    raise AssertionError('N must be divisible by block_n')", module)
@@ -79,7 +79,7 @@ def test_what_bitsandbytes_refuses_is_told_with_what_to_change():
 
 
 @pytest.mark.parametrize("command", ["verify", "evaluate", "chat", "certify", "merge"])
-def test_every_command_tells_what_a_package_refuses(by_heart, tmp_path, monkeypatch, capsys, command):
+def test_every_command_reports_an_error_raised_by_a_kernel_package(by_heart, tmp_path, monkeypatch, capsys, command):
     """Once this was a traceback with "a bug in atomtune", or the model's files were called broken."""
     if command == "certify":
         pytest.importorskip("fastapi", reason="transformers serve is not installed")
@@ -104,12 +104,12 @@ def test_every_command_tells_what_a_package_refuses(by_heart, tmp_path, monkeypa
     assert "Traceback" not in said
 
 
-def test_a_model_without_such_layers_has_nothing_to_say():
+def test_a_model_without_mixer_layers_has_no_kernel_notice():
     config = AutoConfig.for_model("llama", **{**SIZE, **FAMILIES["llama"][2]}, vocab_size=50)
     assert not kernels_of(AutoModelForCausalLM.from_config(config))
 
 
-def test_what_to_install_is_said_for_a_gpu_as_a_command():
+def test_the_gpu_notice_gives_the_pip_install_command():
     both = MixerKernels(used=("causal-conv1d",), missing=("flash-linear-attention",))
     assert both.described(CUDA) == (
         "linear attention, Mamba, convolutions: kernels of causal-conv1d, the rest by transformers' own torch code. "

@@ -9,7 +9,7 @@ from atomtune.model.load import BaseSpec, load_base, load_tokenizer
 from atomtune.model.modes import without_dropout
 
 
-def test_each_module_trains_again_that_did_and_no_other():
+def test_without_dropout_restores_the_training_mode_of_each_module():
     model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout(), torch.nn.Linear(2, 2)).train()
     model[1].eval()
     with pytest.raises(RuntimeError, match="inside"), without_dropout(model):
@@ -19,7 +19,7 @@ def test_each_module_trains_again_that_did_and_no_other():
     assert model.training
 
 
-def test_an_answer_that_is_broken_off_leaves_the_model_in_training(models):
+def test_an_interrupted_generation_leaves_the_model_in_training_mode(models):
     path = str(models("llama"))
     model = load_base(BaseSpec(path=path, dtype=torch.float32, device=torch.device("cpu"))).train()
 

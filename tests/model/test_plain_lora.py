@@ -68,7 +68,7 @@ LAYERS = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
     ],
     ids=["pissa", "olora", "rslora", "patterns", "dora", "embedding", "gpt2"],
 )
-def test_it_answers_as_peft_loads_it_and_switched_off_as_the_base(models, tmp_path, family, settings):
+def test_a_loaded_adapter_matches_peft_and_when_disabled_the_plain_base(models, tmp_path, family, settings):
     saved_by_peft(models, tmp_path, family, **settings)
     by_peft = PeftModel.from_pretrained(by_transformers(models, family), tmp_path)
     plain = logits(by_transformers(models, family))
@@ -82,7 +82,7 @@ def test_it_answers_as_peft_loads_it_and_switched_off_as_the_base(models, tmp_pa
 
 
 @pytest.mark.parametrize("order", [("pissa", "olora", "plain"), ("plain", "olora", "pissa"), ("olora", "pissa")])
-def test_beside_others_each_answers_as_it_does_alone(models, tmp_path, order):
+def test_each_of_several_adapters_answers_as_when_loaded_alone(models, tmp_path, order):
     for name in order:
         saved_by_peft(models, tmp_path / name, init_lora_weights={"plain": True}.get(name, name), **LAYERS)
     model = load_trained(base(models), tmp_path / order[0])
@@ -96,7 +96,7 @@ def test_beside_others_each_answers_as_it_does_alone(models, tmp_path, order):
         assert torch.equal(logits(model), logits(by_transformers(models)))
 
 
-def test_training_goes_on_from_the_same_answers_and_saves_plain_lora(models, tmp_path):
+def test_training_continues_from_the_same_logits_and_saves_plain_lora(models, tmp_path):
     saved_by_peft(models, tmp_path / "before", init_lora_weights="pissa", **LAYERS)
     lora = LoraSpec(rank=4, alpha=6, dropout=0.0, targets=LAYERS["target_modules"])
     notices: list[str] = []
@@ -132,7 +132,7 @@ def test_training_goes_on_from_the_same_answers_and_saves_plain_lora(models, tmp
     ids=lambda value: next(iter(value.values()), "") if isinstance(value, dict) else "",
 )
 @pytest.mark.parametrize("use", ["to answer", "beside another", "to train on"])
-def test_a_base_that_cannot_be_had_again_is_refused_by_name(models, tmp_path, change, words, use):
+def test_an_adapter_whose_base_cannot_be_reconstructed_is_refused_with_reason(models, tmp_path, change, words, use):
     saved_by_peft(models, tmp_path / "plain", **LAYERS)
     folder = tmp_path / "changed"
     shutil.copytree(tmp_path / "plain", folder)
@@ -156,14 +156,14 @@ def test_a_quantized_base_is_refused(models, tmp_path):
         load_trained(base(models, quantize="nf4"), tmp_path)
 
 
-def test_a_matrix_of_two_layers_is_refused(models, tmp_path):
+def test_a_target_matrix_shared_by_two_layers_is_refused(models, tmp_path):
     # PEFT would also take that part out of the embedding.
     saved_by_peft(models, tmp_path, "gpt2", init_lora_weights="pissa", target_modules=["lm_head"])
     with pytest.raises(BadModel, match="lm_head, and another layer uses the same matrix"):
         load_trained(base(models, "gpt2"), tmp_path)
 
 
-def test_what_does_not_fit_is_still_named(models, tmp_path):
+def test_a_tensor_with_the_wrong_shape_is_still_named(models, tmp_path):
     saved_by_peft(models, tmp_path, init_lora_weights="pissa", **LAYERS)
     file = tmp_path / "adapter_model.safetensors"
     weights = load_file(file)

@@ -57,7 +57,7 @@ def recomputing(model: Any, share: float) -> Any:
 
 
 @pytest.mark.parametrize(("share", "first"), [(1.0, 4), (0.75, 3), (0.5, 2), (0.3, 2), (0.25, 1)])
-def test_the_first_layers_are_computed_twice_and_the_gradients_are_those_of_one_that_keeps_them_all(share, first):
+def test_recomputing_the_first_layers_leaves_the_gradients_unchanged(share, first):
     once, most, expected = step(llama())
     assert once == dict.fromkeys(range(LAYERS), 1)
     times, kept, gradients = step(recomputing(llama(), share))
@@ -70,7 +70,7 @@ def test_the_first_layers_are_computed_twice_and_the_gradients_are_those_of_one_
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "lfm2", "mamba2", "zamba2"])
-def test_layers_of_every_kind_are_told_apart(family):
+def test_recomputable_layers_are_found_in_every_hybrid_family(family):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**HYBRIDS, **WALKED}[family]))
     layers = recomputable_layers(model)
     assert len(layers) == model.config.num_hidden_layers
@@ -82,7 +82,7 @@ def test_layers_of_every_kind_are_told_apart(family):
     assert not inside, "a layer within a kept one would be recomputed still"
 
 
-def test_no_more_layers_than_memory_asks_for():
+def test_no_more_layers_are_recomputed_than_memory_requires():
     a_layer, inputs = 100, 40  # ten layers; a recomputed one keeps only its input, 4
 
     def number(room: float) -> int:

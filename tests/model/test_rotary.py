@@ -43,13 +43,13 @@ def test_the_limit_is_the_one_of_the_config():
     assert rotary_limit(AutoConfig.for_model("gemma3_text", **SIZE)) is None  # it has one rope per kind of layer
 
 
-def test_records_of_both_sides_are_kept_apart():
+def test_records_below_and_above_the_limit_are_grouped_separately():
     assert apart([3, 41, 40, 90], LIMIT) == [[0, 2], [1, 3]]
     assert apart([41], LIMIT) == [[0]]
     assert apart([3, 41], None) == [[0, 1]]
 
 
-def test_a_record_beside_a_longer_one_is_scored_as_alone(model):
+def test_a_record_batched_with_a_longer_one_is_scored_as_alone(model):
     records = [(Example(ids_of(n), (0,) * (n - 4) + (1,) * 4, f"a:{n}"),) for n in (12, 50, 30)]
     collator = Collator(layout="padded", pad_id=0, as_examples=lambda row: ())
     scores = score_targets(model, records, collator)
@@ -60,7 +60,7 @@ def test_a_record_beside_a_longer_one_is_scored_as_alone(model):
         assert score.nats == pytest.approx(nats, rel=1e-5)  # the library's RMSNorm is float32
 
 
-def test_a_prompt_beside_a_longer_one_is_answered_as_alone(model):
+def test_a_prompt_batched_with_a_longer_one_is_answered_as_alone(model):
     def answers(prompts):
         return generate_answers(model, prompts, stop_ids=[2], pad_id=0, max_new_tokens=8)
 
@@ -68,7 +68,7 @@ def test_a_prompt_beside_a_longer_one_is_answered_as_alone(model):
     assert answers(prompts) == [answer for prompt in prompts for answer in answers([prompt])]
 
 
-def test_it_is_refused_only_where_both_kinds_may_meet():
+def test_mixing_is_refused_only_where_short_and_long_records_may_meet():
     batches = {"per_device_train_batch_size": 8}
     refuse_mixed(None, 90, batches=batches)
     refuse_mixed(LIMIT, LIMIT, batches=batches)
@@ -78,7 +78,7 @@ def test_it_is_refused_only_where_both_kinds_may_meet():
 
 
 @pytest.mark.parametrize("command", ["train", "verify"])
-def test_a_run_with_long_records_says_how_to_make_them_right(models, tmp_path, capsys, command):
+def test_records_beyond_the_rotary_limit_are_refused_with_the_flags_to_change(models, tmp_path, capsys, command):
     base, data = tmp_path / "base", tmp_path / "d.jsonl"
     shutil.copytree(models("llama"), base)
     config = longrope(vocab_size=AutoConfig.from_pretrained(base).vocab_size)

@@ -100,7 +100,7 @@ def assert_equal(ours: list, theirs: list) -> None:
 
 @pytest.mark.parametrize("most_kept", [0, 1_000], ids=["computed again", "kept"])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_blocks_give_what_the_mask_gives(monkeypatch, window, most_kept):
+def test_block_attention_matches_masked_attention(monkeypatch, window, most_kept):
     # Catches any error of a plan or of the hand-written backward, padding included.
     monkeypatch.setattr(block_attention, "MOST_KEPT", most_kept)
     for seed, row in enumerate(some_rows(90)):
@@ -111,7 +111,7 @@ def test_blocks_give_what_the_mask_gives(monkeypatch, window, most_kept):
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(3, 3), (6, 2), (4, 1)])
 @pytest.mark.parametrize("window", [None, 4])
-def test_many_chunks_give_the_same(monkeypatch, window, heads, key_heads):
+def test_block_attention_in_many_chunks_matches_masked_attention(monkeypatch, window, heads, key_heads):
     # Catches a shared key whose gradient misses a chunk or a head that reads it.
     monkeypatch.setattr(blocks, "CHUNK_SIZES", (3,))
     for seed, row in enumerate(some_rows(40)):
@@ -121,7 +121,7 @@ def test_many_chunks_give_the_same(monkeypatch, window, heads, key_heads):
 
 
 @pytest.mark.parametrize("window", [None, 500])
-def test_a_record_longer_than_a_block_gives_the_same(window):
+def test_a_record_longer_than_a_block_matches_masked_attention(window):
     row = single(Example((1,) * 900, (0,) * 900, "train.jsonl:1"))
     plan = plan_attention(row, windows=(window,), width=padded_length(900))
     one = asked(len(plan.until), heads=2)
@@ -140,7 +140,7 @@ KINDS = {
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("value_width", [6, 3, 10])
 @pytest.mark.parametrize("kind", KINDS)
-def test_caps_sinks_and_values_of_any_width_in_blocks_and_spans(monkeypatch, kind, value_width, window, way):
+def test_softcap_sinks_and_any_value_width_match_dense_attention(monkeypatch, kind, value_width, window, way):
     # Catches a cap without its derivative in the backward, a sink missing in forward or backward, its missing gradient,
     # an output as wide as a query, and every error of the spans.
     monkeypatch.setattr(block_attention, "MOST_KEPT", 1_000 if "kept" in way else 0)
@@ -170,7 +170,7 @@ def test_caps_sinks_and_values_of_any_width_in_blocks_and_spans(monkeypatch, kin
 
 
 @pytest.mark.parametrize("mask", ["none", "bool", "additive"])
-def test_without_a_plan_caps_and_sinks_are_not_dropped(mask):
+def test_without_a_plan_softcap_and_sinks_are_still_applied(mask):
     # In chat and in padded rows of such models, the library's fused attention would silently ignore both.
     one, sinks = asked(9), torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
     seen = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
@@ -180,7 +180,7 @@ def test_without_a_plan_caps_and_sinks_are_not_dropped(mask):
     torch.testing.assert_close(out, written_out(plan, one, None, 0.8, sinks)[0], **EXACT)
 
 
-def test_what_a_token_adds_of_its_own_is_kept_without_a_plan_and_refused_with_one():
+def test_per_token_sinks_and_position_bias_are_refused_only_with_a_plan():
     # Inkling 2. Without its bias, the trial found it not causal, or with a layer without a gradient.
     one, draw = asked(9), torch.Generator().manual_seed(0)
     heads = one.inputs[0].shape[1]
@@ -218,7 +218,7 @@ def test_spans_keep_the_dtype_and_the_accuracy(monkeypatch, kind, dtype):
         assert (mine.double() - theirs).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * theirs.norm()
 
 
-def test_torch_still_has_the_kernels_that_a_gpu_is_given():
+def test_torch_still_has_the_private_flash_attention_arguments():
     # These names are private: a torch that changes them must fail here and not on a user's GPU.
     forward = {one.name for one in torch.ops.aten._flash_attention_forward.default._schema.arguments}
     backward = {one.name for one in torch.ops.aten._flash_attention_backward.default._schema.arguments}
@@ -228,7 +228,7 @@ def test_torch_still_has_the_kernels_that_a_gpu_is_given():
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (4, 4), (4, 1), (6, 3)])
-def test_heads_that_share_keys(heads, key_heads):
+def test_grouped_query_heads_match_masked_attention(heads, key_heads):
     # Catches key head h % H' in place of h // groups.
     for seed, row in enumerate(some_rows(12)):
         plan = plan_attention(row)
@@ -237,7 +237,7 @@ def test_heads_that_share_keys(heads, key_heads):
 
 
 @pytest.mark.parametrize("scaling", [None, 0.05, 1.0, 3.0])
-def test_every_scaling(scaling):
+def test_every_scaling_matches_masked_attention(scaling):
     # None is D^-0.5; Granite and Gemma have their own scalings.
     for seed, row in enumerate(some_rows(12)):
         plan = plan_attention(row)
@@ -260,7 +260,7 @@ def test_under_autocast_it_computes_in_the_lower_precision(value_dtype, softcap)
     assert torch.equal(under, outside)
 
 
-def test_inputs_that_lie_contiguous_by_head():
+def test_head_contiguous_inputs_give_the_same_result():
     # The other memory order; Blocks.places expects rows of [T * H, D].
     row = some_rows(6)[5]
     plan = plan_attention(row)
@@ -270,7 +270,7 @@ def test_inputs_that_lie_contiguous_by_head():
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_padding_says_nothing_whatever_it_holds(window):
+def test_padding_contents_never_affect_outputs_or_gradients(window):
     # Paths that are filled up read padded keys and values; 1e30 would show even with the smallest weight.
     padded = 0
     for seed, row in enumerate(some_rows(60)):
@@ -289,7 +289,7 @@ def test_padding_says_nothing_whatever_it_holds(window):
     assert padded > 100
 
 
-def test_a_plan_serves_every_layer():
+def test_one_plan_serves_layers_with_different_windows_and_head_counts():
     # Indices are computed once and cached; layers with other windows or head counts must get their own.
     row = some_rows(6)[5]
     plan = plan_attention(row, windows=(None, 5), width=padded_length(len(row)))
@@ -299,7 +299,7 @@ def test_a_plan_serves_every_layer():
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_a_base_that_drops_attention_weights_draws_them_once_by_the_dense_mask(monkeypatch, window):
+def test_attention_dropout_uses_the_dense_mask_with_one_random_draw(monkeypatch, window):
     # The blocks compute weights twice and cannot repeat a random draw.
     monkeypatch.setattr(row_attention, "BlockAttention", None)
     row = some_rows(6)[5]
@@ -315,7 +315,7 @@ def test_a_base_that_drops_attention_weights_draws_them_once_by_the_dense_mask(m
 
 @pytest.mark.parametrize("kind", ["soft cap", "sinks", "both"])
 @pytest.mark.parametrize("with_plan", [True, False])
-def test_attention_weights_are_dropped_beside_caps_and_sinks_too(kind, with_plan):
+def test_attention_dropout_is_applied_with_softcap_and_sinks(kind, with_plan):
     # A run on a base with attention_dropout started, because the trial has no dropout, and failed at its first step.
     row = single(Example((1,) * 9, (0,) * 9, "train.jsonl:1"))
     plan, one = plan_attention(row), asked(9, heads=2, key_heads=2)
@@ -383,7 +383,7 @@ def tensors_in(value: object) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("cut", ["blocks", "spans"])
 @pytest.mark.parametrize("window", [None, 5])
-def test_a_plan_goes_to_another_device_whole(window, cut):
+def test_moving_a_plan_to_another_device_moves_every_tensor(window, cut):
     # Catches a part that stays behind: on a GPU, a row by blocks would fail with an error about two devices.
     row = some_rows(6)[3]  # a tree
     here = plan_attention(row, windows=(None, 5), width=padded_length(len(row)), cut=cut)
@@ -397,7 +397,7 @@ def test_a_plan_goes_to_another_device_whole(window, cut):
     assert all(tensor.is_meta for tensor in found)
 
 
-def test_without_a_plan_it_is_the_librarys_own():
+def test_without_a_plan_attention_equals_torch_sdpa():
     # Chat and padded batches use the same function.
     one = asked(9)
     module = nn.Module()
@@ -411,7 +411,7 @@ def test_without_a_plan_it_is_the_librarys_own():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_dtype_stays_and_so_does_the_accuracy(dtype):
+def test_block_attention_keeps_dtype_and_accuracy(dtype):
     # bfloat16 keeps 8 bits, and every sum of up to sixty values loses a few.
     row = some_rows(6)[5]
     plan = plan_attention(row, width=padded_length(len(row)))
@@ -423,7 +423,7 @@ def test_the_dtype_stays_and_so_does_the_accuracy(dtype):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["blocks", "dense"])
-def test_a_window_that_the_plan_does_not_know_is_not_passed_by(dropout):
+def test_a_window_missing_from_the_plan_is_refused(dropout):
     # A layer with a window that the model's config does not name would otherwise see everything.
     row = some_rows(6)[5]
     plan = plan_attention(row, windows=(None, 5))

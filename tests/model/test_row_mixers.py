@@ -92,7 +92,7 @@ def assert_equal(ours: Result, theirs: Result) -> None:
         assert (ours.gradients[name] - gradient).norm() < 1e-4 * gradient.norm(), name
 
 
-def test_the_examples_branch_as_they_should():
+def test_the_example_records_form_a_tree_with_long_shared_prefixes():
     row = graft(EXAMPLES, least_saved=1)
     assert len(row) < sum(len(example.ids) for example in EXAMPLES) - 300
     assert max(row.positions()) > 64
@@ -106,7 +106,7 @@ def test_mixers_are_found_by_what_they_do(family):
     assert windows == (set() if family in {"mamba", "mamba2"} else {None}), "of the attention beside them"
 
 
-def test_a_mixer_is_found_where_rounding_is_larger_than_what_it_does():
+def test_a_mixer_whose_effect_is_smaller_than_bfloat16_rounding_is_detected():
     """A new delta rule forgets within a token: in bfloat16 later outputs change by only 2 % of the changed one."""
     sizes = {"vocab_size": WORDS, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2}
     config = AutoConfig.for_model("qwen3_5_text", **workloads.KINDS["qwen3_5_text"], **sizes)
@@ -122,7 +122,7 @@ def test_a_row_gives_the_loss_and_gradients_of_one_record_at_a_time(family, layo
     assert_equal(in_rows(copy.deepcopy(adapted(family)), layout, way), alone(family))
 
 
-def test_layers_that_read_the_same_compute_once_together_by_paths(monkeypatch):
+def test_lora_layers_sharing_an_input_compute_once_in_paths_mode(monkeypatch):
     # Once, each layer got its own copy of the input, so the first computed the whole group and the others repeated it.
     model = copy.deepcopy(adapted("qwen3_5_text"))
     groups = compute_together(model, input_ids=torch.tensor([[5, 9, 3]]))
@@ -141,7 +141,7 @@ def test_layers_that_read_the_same_compute_once_together_by_paths(monkeypatch):
     assert sorted(map(id, computed)) == sorted(map(id, set(of_layers)))
 
 
-def test_a_linear_layer_that_stands_in_a_mixer_twice_keeps_its_forward():
+def test_a_linear_layer_used_twice_in_a_mixer_keeps_its_forward():
     layer = torch.nn.Linear(4, 4, dtype=torch.float64)
     mixer = torch.nn.ModuleDict({"first": torch.nn.Sequential(layer), "second": torch.nn.Sequential(layer)})
     paths, first_on = torch.tensor([[0, 1], [0, 2]]), torch.tensor([0, 1, 3])
@@ -162,7 +162,7 @@ def test_recomputed_activations_change_nothing(family):
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
-def test_a_call_without_a_row_is_the_models_own_before_and_after(family):
+def test_a_call_without_a_row_matches_the_original_model(family):
     model = copy.deepcopy(adapted(family))
     ids = torch.tensor([EXAMPLES[0].ids])
     expected = model(input_ids=ids, use_cache=False).logits

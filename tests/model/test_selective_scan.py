@@ -44,7 +44,7 @@ def gradients(results: tuple[torch.Tensor, torch.Tensor], inputs: dict[str, torc
     return list(torch.autograd.grad(nats, list(inputs.values())))
 
 
-def test_from_zero_it_is_transformers_own():
+def test_from_a_zero_state_the_scan_equals_transformers_own():
     inputs = some_inputs()
     theirs = modeling_mamba.mamba_selective_scan(**inputs, delta_softplus=True, return_last_state=True)
     ours = scanned(inputs)
@@ -55,7 +55,7 @@ def test_from_zero_it_is_transformers_own():
 
 
 @pytest.mark.parametrize("cut", [1, 4, TOKENS - 1])
-def test_a_sequence_that_goes_on_from_a_state_is_the_second_part_of_the_whole(cut):
+def test_scanning_in_two_parts_equals_scanning_the_whole_sequence(cut):
     inputs = some_inputs()
     along = {"hidden_states", "dt", "B", "C", "z"}
     first = {name: value[..., :cut] if name in along else value for name, value in inputs.items()}
@@ -78,7 +78,7 @@ def test_sixteen_bits_scan_in_float32():
     assert (ours[0] - exact[0]).norm() < 0.02 * exact[0].norm()  # dt is rounded to 8 bits, as in transformers
 
 
-def test_transformers_function_is_in_its_place_before_and_after():
+def test_transformers_scan_function_is_restored_after_the_context():
     own = modeling_mamba.mamba_selective_scan
     mixer = modeling_mamba.MambaMixer.__new__(modeling_mamba.MambaMixer)
     with pytest.raises(ZeroDivisionError), scans_from(mixer, None):
@@ -97,7 +97,7 @@ def test_a_layer_of_several_scans_takes_the_state_of_each_in_turn():
         assert torch.equal(turn, scanned(inputs, initial_state=state)[0])
 
 
-def test_a_scan_more_than_there_are_states_begins_at_zero():
+def test_a_scan_beyond_the_given_states_starts_at_zero():
     # The trial then finds the difference and chooses another way; StopIteration would end the run.
     mixer = modeling_mamba.MambaMixer.__new__(modeling_mamba.MambaMixer)
     inputs = {name: value.detach() for name, value in some_inputs().items()}

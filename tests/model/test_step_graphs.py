@@ -87,7 +87,7 @@ def result(model: Any, nats: torch.Tensor) -> tuple[float, dict[str, torch.Tenso
 
 @pytest.mark.parametrize("layout", ["tree", "packed"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_played_has_the_loss_and_gradients_of_the_model(family, layout):
+def test_replayed_steps_match_the_models_loss_and_gradients(family, layout):
     model = copy.deepcopy(adapted(family)).train()
     compute_together(model, input_ids=torch.zeros(1, 2, dtype=torch.long))
     tape = Tape()
@@ -102,7 +102,7 @@ def test_what_is_played_has_the_loss_and_gradients_of_the_model(family, layout):
     assert tape.recorded < tape.played, "each shape is recorded once"
 
 
-def test_a_shape_is_recorded_when_it_comes_again():
+def test_a_shape_is_recorded_only_after_it_repeats():
     model = copy.deepcopy(adapted("llama")).train()
     tape = Tape()
     graphs = graphs_of(model, tape)
@@ -114,7 +114,7 @@ def test_a_shape_is_recorded_when_it_comes_again():
     assert recorded == [0] * SEEN_BEFORE + [1, 1, 1]
 
 
-def test_weights_that_changed_are_read_anew():
+def test_a_replay_reads_the_current_weights():
     # A recording that keeps copies of the weights from the first replay would train on old weights.
     model = copy.deepcopy(adapted("llama")).train()
     compute_together(model, input_ids=torch.zeros(1, 2, dtype=torch.long))
@@ -130,7 +130,7 @@ def test_weights_that_changed_are_read_anew():
     assert after == pytest.approx(target_nats(model, batch, label_smoothing=0.1)[0].item(), rel=EXACT)
 
 
-def test_a_first_play_that_differs_ends_it(monkeypatch):
+def test_a_first_replay_that_differs_disables_replaying(monkeypatch):
     # The planted bug: another batch is replayed than the one passed in.
     model = copy.deepcopy(adapted("llama")).train()
     first, second = batches(model, "tree", count=2)
@@ -149,7 +149,7 @@ class Refusing(Tape):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more lines")
 
 
-def test_a_model_that_cannot_be_recorded_is_computed_as_ever():
+def test_a_model_that_cannot_be_recorded_runs_without_graphs():
     model = copy.deepcopy(adapted("llama")).train()
     notices: list[str] = []
     graphs = graphs_of(model, Refusing(), notices)
@@ -163,7 +163,7 @@ def test_a_model_that_cannot_be_recorded_is_computed_as_ever():
     ]
 
 
-def test_long_rows_and_padded_rows_are_computed_as_ever(monkeypatch):
+def test_long_rows_and_padded_rows_are_never_recorded(monkeypatch):
     model = copy.deepcopy(adapted("llama")).train()
     monkeypatch.setattr(step_graphs, "MOST_WORK", 32 * sum(weight.numel() for weight in model.parameters()))
     tape = Tape()
@@ -177,7 +177,7 @@ def test_long_rows_and_padded_rows_are_computed_as_ever(monkeypatch):
     assert tape.recorded == 0
 
 
-def test_nothing_is_recorded_without_memory_for_the_longest_step_beside_it():
+def test_nothing_is_recorded_unless_the_longest_step_still_fits_in_memory():
     # A step of 64 tokens took 1 MiB, so its recording plus another such step needs 2 MiB.
     model = copy.deepcopy(adapted("llama")).train()
     batch = batches(model, "tree", count=1)[0]
@@ -192,7 +192,7 @@ def test_nothing_is_recorded_without_memory_for_the_longest_step_beside_it():
     assert recorded == [0, 1]
 
 
-def test_a_step_that_does_not_fit_beside_the_recordings_is_computed_without_them(monkeypatch):
+def test_a_step_out_of_memory_releases_the_recordings_and_is_computed_directly(monkeypatch):
     model = copy.deepcopy(adapted("llama")).train()
     first, second = batches(model, "tree", count=2)
     tape, notices = Tape(), []
@@ -222,7 +222,7 @@ def test_a_step_that_does_not_fit_beside_the_recordings_is_computed_without_them
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_rounded_spans_let_every_query_see_what_it_saw(window):
+def test_rounded_spans_keep_what_each_query_attends_to(window):
     for row in rows(60, longest=30):
         tokens = len(row) + 3
         spans = plan_attention(row, windows=(window,), width=tokens, cut="spans").spans[window]
@@ -242,7 +242,7 @@ def test_rounded_spans_let_every_query_see_what_it_saw(window):
         assert filled.longest_keys >= int(filled.key_starts.diff().max())
 
 
-def test_new_leaves_are_the_weights_in_the_same_memory_and_are_gone_behind_it():
+def test_new_leaves_share_the_weights_memory_and_are_removed_afterwards():
     # Found on a GPU: weights that an earlier step's graph still referenced could not get a recording's gradients.
     model = copy.deepcopy(adapted("llama"))
     before = {name: (weight, weight.requires_grad) for name, weight in model.named_parameters()}
@@ -256,7 +256,7 @@ def test_new_leaves_are_the_weights_in_the_same_memory_and_are_gone_behind_it():
     assert all(after[name] is weight and weight.requires_grad == trains for name, (weight, trains) in before.items())
 
 
-def test_what_failed_inside_a_capture_is_said_and_the_device_is_freed(monkeypatch):
+def test_a_failure_during_capture_is_reported_and_the_device_is_freed(monkeypatch):
     # The end of a capture hides the cause, and the random generator keeps waiting until another capture ends.
     captures: list[bool] = []
 

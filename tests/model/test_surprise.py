@@ -54,7 +54,7 @@ def test_without_a_gradient_the_sum_is_the_same(dtype):
 
 
 @pytest.mark.parametrize("height", [0, 30, 1000])
-def test_the_small_surprise_of_a_likely_target_is_exact_wherever_the_logits_lie(height):
+def test_small_losses_of_likely_targets_are_exact_at_any_logit_offset(height):
     # A run that has learned its records ends with a mean of such targets.
     logits = torch.zeros(20, 50) + height
     logits[:, 7] += 12
@@ -63,7 +63,7 @@ def test_the_small_surprise_of_a_likely_target_is_exact_wherever_the_logits_lie(
     assert surprise(logits, target, learn).item() == pytest.approx(expected.item(), abs=20 * 1.2e-7)
 
 
-def test_a_target_too_unlikely_for_float32_has_its_full_surprise():
+def test_a_target_with_probability_below_float32_gets_its_full_loss():
     logits = torch.tensor([[0.0, -400.0, -math.inf]], requires_grad=True)  # exp(-400) is below float32
     nats = surprise(logits, torch.tensor([1]), torch.ones(1))
     (gradient,) = torch.autograd.grad(nats, logits)
@@ -71,7 +71,7 @@ def test_a_target_too_unlikely_for_float32_has_its_full_surprise():
     assert gradient.tolist() == [[1, -1, 0]]
 
 
-def test_what_is_not_a_number_stays_so():
+def test_nan_logits_give_nan_loss_and_gradient():
     logits = torch.tensor([[0.0, math.nan]], requires_grad=True)
     nats = surprise(logits, torch.tensor([0]), torch.ones(1))
     (gradient,) = torch.autograd.grad(nats, logits)
@@ -79,7 +79,7 @@ def test_what_is_not_a_number_stays_so():
     assert gradient.isnan().all()
 
 
-def test_smoothed_labels_are_torchs_own():
+def test_label_smoothing_equals_torch_cross_entropy():
     logits, target, learn = case(torch.float32)
     expected = functional.cross_entropy(logits, target, reduction="none", label_smoothing=0.1)
     assert surprise(logits, target, learn, 0.1).item() == pytest.approx((expected * learn).sum().item())

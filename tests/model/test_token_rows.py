@@ -30,7 +30,7 @@ def base(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("flags", [[], ["--verify", "true"], ["--streaming", "true"]])
-def test_a_record_with_such_a_token_is_refused_by_name(base, tmp_path, capsys, flags):
+def test_a_record_with_a_token_without_embedding_is_refused_by_name(base, tmp_path, capsys, flags):
     data = write_jsonl(tmp_path / "train.jsonl", RECORDS)
     command = ["train", "--dataset_path", str(data), "--model_path", str(base), "--output_dir", str(tmp_path / "out")]
     assert main([*command, "--max_steps", "1", *flags]) == 2
@@ -40,14 +40,14 @@ def test_a_record_with_such_a_token_is_refused_by_name(base, tmp_path, capsys, f
     assert "resize_token_embeddings" in message
 
 
-def test_verify_and_evaluate_refuse_it_too(base, tmp_path, capsys):
+def test_verify_and_evaluate_refuse_a_token_without_embedding(base, tmp_path, capsys):
     data = write_jsonl(tmp_path / "train.jsonl", RECORDS)
     for command in (["verify"], ["evaluate", "--output_dir", str(tmp_path / "report")]):
         assert main([*command, "--dataset_path", str(data), "--model_path", str(base)]) == 2
         assert "the token lumen, for which the model has no embedding" in capsys.readouterr().err
 
 
-def test_where_no_text_has_such_a_token_the_base_works_and_it_is_said(base, tmp_path, capsys):
+def test_an_unused_token_without_embedding_is_reported_but_not_refused(base, tmp_path, capsys):
     data, out = write_jsonl(tmp_path / "train.jsonl", RECORDS[:1]), tmp_path / "out"
     command = ["train", "--dataset_path", str(data), "--model_path", str(base), "--output_dir", str(out)]
     assert main([*command, "--max_steps", "1"]) == 0
@@ -60,7 +60,7 @@ def test_where_no_text_has_such_a_token_the_base_works_and_it_is_said(base, tmp_
     assert "The text has the token lumen" in capsys.readouterr().err
 
 
-def test_a_pad_token_that_only_the_tokenizer_got_fills_no_row(tmp_path, capsys):
+def test_a_pad_token_without_an_embedding_row_does_not_break_padding(tmp_path, capsys):
     # The most frequent token without a row. Padding is masked by position, so the model never reads it.
     folder = build("llama", tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -88,9 +88,7 @@ def with_equal_rows(folder: Path, *, tied: bool = False) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("targets", "stops"), [("all-linear", False), ("all-linear,lm_head", True)])
-def test_a_base_whose_stop_token_was_never_trained_learns_to_stop_with_its_output_matrix(
-    tmp_path, capsys, targets, stops
-):
+def test_an_untrained_stop_token_is_learned_only_with_lora_on_lm_head(tmp_path, capsys, targets, stops):
     # The remedy in the notice. Two equal rows have equal logits, whatever LoRA changes in the layers before.
     stop, other = with_equal_rows(tmp_path / "base")
     out = train_by_heart(tmp_path / "base", tmp_path, RECORDS[:1], "--lora_targets", targets)
@@ -108,7 +106,7 @@ def test_a_base_whose_stop_token_was_never_trained_learns_to_stop_with_its_outpu
     assert main(["merge", "--adapter_path", str(out), "--output_dir", str(tmp_path / "merged")]) == 0
 
 
-def test_where_output_matrix_and_embedding_are_one_the_notice_names_no_way_that_is_refused(tmp_path, capsys):
+def test_the_untrained_stop_token_notice_omits_lm_head_for_tied_embeddings(tmp_path, capsys):
     with_equal_rows(tmp_path / "base", tied=True)
     train_by_heart(tmp_path / "base", tmp_path, RECORDS[:1], steps=1)
     streams = capsys.readouterr()
@@ -117,7 +115,7 @@ def test_where_output_matrix_and_embedding_are_one_the_notice_names_no_way_that_
 
 
 @pytest.mark.parametrize("rows", ["those of others", "zero", "trained"])
-def test_a_stop_token_that_was_never_trained_is_said_before_training(tmp_path, capsys, rows):
+def test_an_untrained_stop_token_is_reported_before_training(tmp_path, capsys, rows):
     # Catches a base whose stop token has one of many equal rows: it never learned to stop, and no message said so.
     folder = build("qwen3", tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -137,7 +135,7 @@ def test_a_stop_token_that_was_never_trained_is_said_before_training(tmp_path, c
 
 
 @pytest.mark.parametrize(("token", "expected"), [("<|im_end|>", False), ("<|endoftext|>", False), ("<gh_stars>", True)])
-def test_rows_of_a_real_model_are_told_apart(real, token, expected):
+def test_trained_and_untrained_rows_of_a_real_model_are_distinguished(real, token, expected):
     folder = real("smollm2")
     token_id = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(token)
     model = AutoModelForCausalLM.from_pretrained(folder)

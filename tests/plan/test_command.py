@@ -29,7 +29,7 @@ def planned(capsys, *flags: str) -> dict:
     ],
     ids=" ".join,
 )
-def test_the_plan_is_the_run(models, dialogues, tmp_path, capsys, flags):
+def test_the_plan_matches_the_run(models, dialogues, tmp_path, capsys, flags):
     run = ("--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--eval_size", "0", *flags)
     plan = planned(capsys, *run)
     assert main(["train", *run, "--output_dir", str(tmp_path / "out")]) == 0
@@ -40,7 +40,7 @@ def test_the_plan_is_the_run(models, dialogues, tmp_path, capsys, flags):
     assert plan["tokens_padded"] == pytest.approx(record["tokens_padded"], rel=0.2)
 
 
-def test_a_base_whose_config_allows_no_shared_rows_is_planned_padded_with_the_reason(dialogues, tmp_path, capsys):
+def test_a_base_without_shared_row_support_is_planned_padded_with_the_reason(dialogues, tmp_path, capsys):
     # Llama 4's chunked attention: the plan once promised a tree that its run did not use.
     tokenizer = tokenizer_of("bytes", CHATML)
     tokenizer.save_pretrained(tmp_path / "base")
@@ -55,7 +55,7 @@ def test_a_base_whose_config_allows_no_shared_rows_is_planned_padded_with_the_re
     assert main(["plan", *run, "--layout", "tree"]) == 2
 
 
-def test_the_json_has_its_keys_and_the_parts_make_the_peak(models, dialogues, capsys):
+def test_the_json_has_all_parts_and_they_sum_to_the_peak(models, dialogues, capsys):
     plan = planned(capsys, "--model_path", str(models("llama")), "--dataset_path", str(dialogues))
     assert plan["peak_bytes"] == sum(plan["parts"].values())
     assert set(plan["parts"]) == {
@@ -65,7 +65,7 @@ def test_the_json_has_its_keys_and_the_parts_make_the_peak(models, dialogues, ca
     assert plan["seconds"] > 0
 
 
-def test_a_cpu_keeps_kernels_for_each_length_once_and_weights_of_attention_for_rows(models, tmp_path, capsys):
+def test_a_cpu_plan_counts_kernels_per_length_and_attention_weights_of_rows(models, tmp_path, capsys):
     """A CPU keeps kernels per length, so sixteen records of one length need less than sixteen different lengths."""
     alike, unlike = tmp_path / "alike.jsonl", tmp_path / "unlike.jsonl"
     write_jsonl(alike, [{"instruction": "Say it.", "output": "晚安。"}] * 16)
@@ -98,7 +98,7 @@ def test_the_memory_of_a_run_on_a_cpu_is_about_what_was_planned(tmp_path):
     assert plan["peak_bytes"] == pytest.approx(measured, rel=0.3)
 
 
-def test_it_takes_the_settings_of_train_and_its_mistakes_are_the_same(models, dialogues, tmp_path, capsys):
+def test_plan_takes_the_settings_of_train_and_reports_the_same_errors(models, dialogues, tmp_path, capsys):
     run = tmp_path / "run.yaml"
     run.write_text(f"model_path: {models('llama')}\ndataset_path: {dialogues}\nmax_steps: 7\nlearning_rate: 1e-3\n")
     assert planned(capsys, str(run))["steps"] == 7
@@ -106,7 +106,7 @@ def test_it_takes_the_settings_of_train_and_its_mistakes_are_the_same(models, di
     assert "Did you mean --lora_rank?" in capsys.readouterr().err
 
 
-def test_what_a_person_reads_names_the_memory_the_devices_and_the_time(models, dialogues, capsys):
+def test_the_text_output_shows_memory_devices_and_time(models, dialogues, capsys):
     assert main(["plan", "--model_path", str(models("llama")), "--dataset_path", str(dialogues)]) == 0
     text = capsys.readouterr().out
     for words in ("steps; layout", "Memory of a heavy step", "8 GB GPU", "Time: about"):
@@ -114,14 +114,14 @@ def test_what_a_person_reads_names_the_memory_the_devices_and_the_time(models, d
     assert text.splitlines()[-1].endswith(f" train --model_path {models('llama')} --dataset_path {dialogues}")
 
 
-def test_the_command_that_comes_next_keeps_no_secret(models, dialogues, capsys):
+def test_the_suggested_train_command_contains_no_secret(models, dialogues, capsys):
     named = ["--model_path", str(models("llama")), "--dataset_path", str(dialogues)]
     assert main(["plan", *named, "--hub_token", "hf_secret", "--lora_rank", "4"]) == 0
     text = capsys.readouterr().out
     assert text.splitlines()[-1].endswith(" --lora_rank 4") and "hf_secret" not in text
 
 
-def test_a_plan_writes_no_run(models, dialogues, tmp_path, capsys):
+def test_plan_creates_no_output_folder(models, dialogues, tmp_path, capsys):
     planned(
         capsys, "--model_path", str(models("llama")), "--dataset_path", str(dialogues),
         "--output_dir", str(tmp_path / "out"),
@@ -129,7 +129,7 @@ def test_a_plan_writes_no_run(models, dialogues, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_where_the_system_tells_no_memory_nobody_knows_whether_the_run_fits(models, dialogues, capsys, monkeypatch):
+def test_fit_is_unknown_when_the_system_reports_no_memory(models, dialogues, capsys, monkeypatch):
     """In a container without /proc, psutil raises an error."""
 
     def unmounted(*arguments: object) -> None:

@@ -69,7 +69,7 @@ def test_the_memory_of_a_step_is_what_a_gpu_measured(qwen_7b, tokens, measured):
     assert step_memory(qwen_7b, step, recomputed=False).peak == pytest.approx(measured, rel=0.1)
 
 
-def test_a_7b_in_nf4_fits_where_people_say_it_fits(qwen_7b):
+def test_a_7b_model_fits_the_usual_gpu_sizes_in_nf4_and_16_bit(qwen_7b):
     """QLoRA of a 7B runs on cards of 8 to 12 GB; in 16 bits it fits into 24 GB but not into 16."""
     in_4_bits = StepSpec(tokens=1000, element_bytes=2, quantize="nf4", dropout=True, libraries=600 * 2**20)
     in_16_bits = StepSpec(tokens=1000, element_bytes=2, quantize=None, dropout=True, libraries=600 * 2**20)
@@ -78,7 +78,7 @@ def test_a_7b_in_nf4_fits_where_people_say_it_fits(qwen_7b):
     assert not fits_on_gpu(step_memory(qwen_7b, in_16_bits, recomputed=True), 16)
 
 
-def test_a_cpu_keeps_kernels_for_each_new_length_of_a_row_until_it_forgets_the_oldest(size):
+def test_the_cpu_kernel_cache_grows_with_row_lengths_up_to_its_limit(size):
     def kernels(lengths: int) -> int:
         step = StepSpec(tokens=1000, element_bytes=2, quantize=None, dropout=False, libraries=0, row_tokens=100,
                         lengths=lengths)  # fmt: skip
@@ -89,14 +89,14 @@ def test_a_cpu_keeps_kernels_for_each_new_length_of_a_row_until_it_forgets_the_o
     assert kernels(10_000) == kernels(1_000) < 1_000 * kernels(1)
 
 
-def test_the_peak_is_the_sum_of_the_parts_and_recomputing_takes_only_activations_away(size):
+def test_the_peak_is_the_sum_of_parts_and_recomputing_saves_only_activations(size):
     kept, recomputed = (step_memory(size, STEP, recomputed=flag) for flag in (False, True))
     assert kept.peak == sum(kept.parts.values())
     assert recomputed.parts["activations"] < kept.parts["activations"]
     assert {**kept.parts, "activations": 0} == {**recomputed.parts, "activations": 0}
 
 
-def test_half_of_the_layers_recomputed_lie_halfway(qwen_7b):
+def test_recomputing_half_of_the_layers_lies_halfway_in_memory_and_work(qwen_7b):
     kept, half, all_of_them = (step_memory(qwen_7b, STEP, recomputed=share).peak for share in (0, 0.5, 1))
     assert half == pytest.approx((kept + all_of_them) / 2, rel=0.02)
     work = Work(steps=1, tokens=1000, targets=1000, mean_context=500)
@@ -120,7 +120,7 @@ def test_the_plan_recomputes_the_layers_that_the_run_recomputes(monkeypatch, qwe
     assert len(numbers) > 10
 
 
-def test_the_logits_are_those_of_the_targets_that_are_computed_at_once(qwen_7b):
+def test_logit_memory_covers_only_the_targets_computed_at_once(qwen_7b):
     words = qwen_7b.config.vocab_size
     assert words > 2**20 / 128  # with fewer words, more targets would be computed at once
     assert step_memory(qwen_7b, STEP, recomputed=0).parts["logits"] == 128 * words * 8

@@ -26,7 +26,7 @@ def test_the_shape_has_as_many_weights_as_the_model(models, family):
     assert size.trained == parameter_counts(new_adapter(base, ALL_LINEAR))[0]
 
 
-def test_a_published_size_is_what_its_run_said(tmp_path):
+def test_the_counts_of_a_published_7b_match_its_run(tmp_path):
     """A Qwen2.5-7B shape on a GPU trained 20,185,088 of 7,635,801,600 parameters (benchmarks/README.md)."""
     config = {
         "architectures": ["Qwen2ForCausalLM"],
@@ -44,7 +44,7 @@ def test_a_published_size_is_what_its_run_said(tmp_path):
     assert (size.trained, size.weights + size.trained) == (20_185_088, 7_635_801_600)
 
 
-def test_a_token_meets_only_the_experts_it_chooses(tmp_path):
+def test_only_the_experts_chosen_per_token_count_as_work(tmp_path):
     """A token uses 2 of 8 experts; the other 6 cost no work."""
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -67,7 +67,7 @@ def test_a_token_meets_only_the_experts_it_chooses(tmp_path):
     assert size.body == size.weights - 2 * 100 * 32 - unchosen  # without embedding and output matrix
 
 
-def test_what_is_no_model_and_a_target_that_matches_nothing_are_the_users_to_mend(models, tmp_path):
+def test_a_missing_model_and_an_unmatched_target_are_user_errors(models, tmp_path):
     with pytest.raises(BadModel):
         measure(str(tmp_path), ALL_LINEAR)
     with pytest.raises(BadSettings, match="W_pack"):

@@ -7,7 +7,7 @@ from atomtune.serve.answer_text import AnswerText
 from tests.tiny import CHATML, tokenizer_of
 
 
-def test_a_character_is_shown_once_it_is_whole_and_one_that_the_limit_cut_in_two_is_not():
+def test_a_character_is_streamed_only_once_it_is_complete():
     template = load_template("auto", tokenizer_of("bytes", CHATML))
     ids = template.tokenizer("灯亮", add_special_tokens=False)["input_ids"]
     assert len(ids) > 2, "a character has several tokens"
@@ -21,7 +21,7 @@ def test_a_character_is_shown_once_it_is_whole_and_one_that_the_limit_cut_in_two
         assert "".join(pieces) == template.tokenizer.decode(ids[:count]).replace("\ufffd", "")
 
 
-def test_half_a_character_behind_which_the_model_stops_is_shown():
+def test_an_incomplete_character_before_the_stop_token_is_shown():
     template = load_template("auto", tokenizer_of("bytes", CHATML))
     ids = template.tokenizer("灯亮", add_special_tokens=False)["input_ids"][:-1]
     pieces: list[str] = []

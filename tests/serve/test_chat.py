@@ -40,7 +40,7 @@ def ask(trained, capsys, *flags: str) -> str:
     return capsys.readouterr().out.strip()
 
 
-def test_what_was_learned_is_answered_and_ends_at_the_stop_token(trained, capsys):
+def test_memorized_records_are_answered_up_to_the_stop_token(trained, capsys):
     assert ask(trained, capsys, "--prompt", "晚安") == "晚安，愿你好梦。"
     assert ask(trained, capsys, "--prompt", "Who are you?") == "I keep the light."
 
@@ -57,13 +57,13 @@ def test_the_shared_instruction_is_the_default(trained, capsys, tmp_path):
     assert ask(folder, capsys, "--prompt", "早上好") == "Good morning."
 
 
-def test_a_conversation_reads_lines_and_an_empty_one_begins_anew(trained, capsys, monkeypatch):
+def test_piped_lines_form_a_conversation_and_an_empty_line_restarts_it(trained, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("晚安\n\nWho are you?\n"))
     said = ask(trained, capsys)
     assert said.splitlines() == ["晚安，愿你好梦。", "I keep the light."]
 
 
-def test_an_empty_system_text_is_a_system_text():
+def test_an_empty_system_text_replaces_the_templates_default():
     # It switches off a default persona, as in a server.
     from atomtune.data.encoding.choose_template import load_template
     from atomtune.serve.tuned_model import Wording
@@ -88,7 +88,7 @@ def test_control_strings_that_are_typed_stay_text(trained, capsys):
     assert typed.count(stop) == plain.count(stop)
 
 
-def test_the_base_is_held_as_in_training(trained_in_nf4):
+def test_the_base_is_quantized_as_in_training_unless_stored_base_is_set(trained_in_nf4):
     _, run = trained_in_nf4
     as_trained, as_stored = load(run, dtype="float32"), load(run, dtype="float32", stored_base=True)
     assert as_trained.model.get_base_model().is_quantized
@@ -120,7 +120,7 @@ def test_the_base_is_held_as_in_training(trained_in_nf4):
     ],
     ids=" ".join,
 )
-def test_a_folder_without_an_adapter_says_so(tmp_path, capsys, command, files, said):
+def test_a_folder_without_an_adapter_is_reported_with_the_cause(tmp_path, capsys, command, files, said):
     """For three of these, the message was transformers' own: that a tokenizer could not be converted."""
     folder = tmp_path / "run"
     for file in files or ():
@@ -132,12 +132,12 @@ def test_a_folder_without_an_adapter_says_so(tmp_path, capsys, command, files, s
     assert said in capsys.readouterr().err
 
 
-def test_a_prompt_longer_than_the_model_is_refused(trained, capsys):
+def test_a_prompt_longer_than_the_models_context_is_refused(trained, capsys):
     assert main(["chat", "--adapter_path", str(trained), "--prompt", "长" * 600]) == 2
     assert "positions" in capsys.readouterr().err
 
 
-def test_a_pipe_is_read_line_by_line_with_the_commands_of_the_chat(trained, capsys, monkeypatch, tmp_path):
+def test_piped_input_is_read_line_by_line_and_supports_chat_commands(trained, capsys, monkeypatch, tmp_path):
     saved = tmp_path / "talk.jsonl"
     lines = [
         f"/save {saved}",
@@ -163,7 +163,7 @@ def test_a_pipe_is_read_line_by_line_with_the_commands_of_the_chat(trained, caps
     assert len(records[1]) == 3 and records[1][0] == {"role": "system", "content": "把这句话翻译成英文"}
 
 
-def test_what_was_saved_is_read_by_train(trained, tmp_path):
+def test_a_saved_conversation_is_readable_as_training_data(trained, tmp_path):
     from atomtune import inspect, load
     from atomtune.serve.conversation import Conversation
 
@@ -205,7 +205,7 @@ def test_compare_needs_an_adapter(trained, capsys, tmp_path):
     assert "has no base to compare with" in capsys.readouterr().err
 
 
-def test_sampling_flags_draw_and_the_seed_repeats(trained, capsys):
+def test_sampling_flags_take_effect_and_equal_seeds_repeat_answers(trained, capsys):
     flags = ["--temperature", "3", "--top_k", "0", "--max_new_tokens", "12", "--prompt", "something else"]
     drawn = [ask(trained, capsys, *flags, "--seed", seed) for seed in ("1", "1", "2")]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -256,7 +256,7 @@ class Terminal:
         return code
 
 
-def test_in_a_terminal_lines_are_edited_answers_stopped_and_the_chat_goes_on(trained, tmp_path):
+def test_a_terminal_chat_supports_line_editing_and_continues_after_a_stop(trained, tmp_path):
     # With an adapter of zeros, the untrained base writes up to its last position, which takes seconds.
     folder = Path(shutil.copytree(trained, tmp_path / "out"))
     file = folder / "adapter_model.safetensors"
@@ -286,7 +286,7 @@ def test_in_a_terminal_lines_are_edited_answers_stopped_and_the_chat_goes_on(tra
     assert terminal.close() == 0
 
 
-def test_a_new_line_is_no_end_of_the_message(trained, tmp_path):
+def test_alt_enter_adds_a_newline_without_sending_the_message(trained, tmp_path):
     saved = tmp_path / "talk.jsonl"
     terminal = Terminal("--adapter_path", str(trained), "--dtype", "float32", "--max_new_tokens", "4")
     terminal.wait_for("commands.\n>")
@@ -300,7 +300,7 @@ def test_a_new_line_is_no_end_of_the_message(trained, tmp_path):
     assert json.loads(saved.read_text(encoding="utf-8"))["messages"][0]["content"] == "one\ntwo"
 
 
-def test_answers_beside_each_other_are_whole_though_chinese_has_no_spaces(capsys, monkeypatch):
+def test_side_by_side_answers_wrap_chinese_text_without_loss(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     answers = (
         "我是语言模型，会说一点中文和英文，不知道自己叫什么。",
@@ -311,7 +311,7 @@ def test_answers_beside_each_other_are_whole_though_chinese_has_no_spaces(capsys
     assert ["".join(line[side].strip() for line in lines) for side in (1, 2)] == list(answers)
 
 
-def test_a_line_of_a_pipe_that_is_too_long_is_named(trained, capsys, monkeypatch):
+def test_a_piped_line_that_is_too_long_is_reported_by_number(trained, capsys, monkeypatch):
     """One of a thousand questions was too long, and the message did not say which."""
     lines = ["晚安", "/help", "很" * 5000, "早上好"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
@@ -319,13 +319,13 @@ def test_a_line_of_a_pipe_that_is_too_long_is_named(trained, capsys, monkeypatch
     assert "line 3 of standard input: The prompt alone fills the model's " in capsys.readouterr().err
 
 
-def test_a_pipe_that_is_no_text_is_one_sentence(trained, capsys, monkeypatch):
+def test_piped_input_that_is_not_utf_8_is_reported(trained, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
     assert main(["chat", "--adapter_path", str(trained), "--dtype", "float32"]) == 2
     assert "standard input is not UTF-8" in capsys.readouterr().err
 
 
-def test_a_torn_adapter_is_told_before_the_base_is_loaded(trained, tmp_path, capsys, monkeypatch):
+def test_a_truncated_adapter_is_reported_before_the_base_is_loaded(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("atomtune.serve.tuned_model.load_base", lambda spec: pytest.fail("the base was loaded"))
     torn = Path(shutil.copytree(trained, tmp_path / "torn"))
     weights = torn / "adapter_model.safetensors"

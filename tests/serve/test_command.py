@@ -129,7 +129,7 @@ def view_folders(temporary: Path) -> list[Path]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="children are listed as Linux lists them")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_whatever_signal_ends_a_server_no_process_and_no_folder_stays(by_heart, tmp_path, name):
+def test_no_process_or_folder_remains_after_any_signal_ends_the_server(by_heart, tmp_path, name):
     """Signals of Ctrl-C, of a service manager and of a closed terminal."""
     pytest.importorskip("uvicorn", reason="needs the extra serve")
     words = ["--adapter_path", str(by_heart), "--no_certify"]
@@ -143,7 +143,7 @@ def test_whatever_signal_ends_a_server_no_process_and_no_folder_stays(by_heart, 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-def test_a_model_on_a_disk_that_takes_no_certificate_is_served(adapter):
+def test_a_model_on_a_read_only_disk_is_served_without_saving_a_certificate(adapter):
     """Models are often on a read-only mount: the server was certified and then did not start."""
     pytest.importorskip("uvicorn", reason="needs the extra serve")
     if subprocess.run(["mount", "--bind", adapter, adapter], check=False).returncode:
@@ -216,13 +216,13 @@ def test_a_gguf_is_served_by_llama_cpp_with_a_key_that_it_enforces(by_heart, tmp
         (["--served", "nowhere"], "--served nowhere: no such file or folder"),
     ],
 )
-def test_what_cannot_be_served_so_is_said_before_anything_is_loaded(by_heart, capsys, words, said):
+def test_unsupported_serve_options_are_reported_before_loading(by_heart, capsys, words, said):
     assert main(["serve", "--adapter_path", str(by_heart), *words]) == 2
     assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("has_weights", "is_certified"), [(True, False), (False, False), (False, True)])
-def test_a_base_that_nothing_compares_is_told(by_heart, tmp_path, has_weights, is_certified):
+def test_a_base_that_is_never_verified_is_reported(by_heart, tmp_path, has_weights, is_certified):
     """Certifying loads and compares a base; without it, one that the engine first downloads passed silently."""
     there = base_apart(by_heart, tmp_path / "base", has_weights=has_weights)
     console = Console()
@@ -250,7 +250,7 @@ def test_an_engine_that_cannot_serve_several_adapters_by_name_is_refused(two_ada
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_without_vllm_several_adapters_are_refused_with_the_two_ways_there_are(two_adapters, capsys):
+def test_without_vllm_several_adapters_are_refused_with_the_alternatives(two_adapters, capsys):
     if importlib.util.find_spec("vllm"):
         pytest.skip("vLLM is installed here: tests/engines/test_vllm_serve.py")
     assert main(["serve", "--adapter_path", *map(str, two_adapters)]) == 2
@@ -258,7 +258,7 @@ def test_without_vllm_several_adapters_are_refused_with_the_two_ways_there_are(t
     assert "only vLLM serves several adapters by name" in error and "on a --port of its own" in error
 
 
-def test_a_folder_that_is_named_twice_or_is_no_adapter_is_refused(by_heart, tmp_path, capsys):
+def test_a_duplicate_folder_or_one_without_an_adapter_is_refused(by_heart, tmp_path, capsys):
     words = ["--adapter_path", str(by_heart), str(by_heart / "."), str(tmp_path), "--engine", "vllm"]
     assert main(["serve", *words]) == 2
     error = capsys.readouterr().err
@@ -291,7 +291,7 @@ def add_token(adapter: Path) -> None:
         (add_token, "tokenizer"),
     ],
 )
-def test_adapters_that_cannot_share_a_server_are_refused_by_what_they_do_not_share(two_adapters, capsys, change, what):
+def test_adapters_that_cannot_share_a_server_are_refused_with_the_difference(two_adapters, capsys, change, what):
     first, second = two_adapters
     change(second)
     assert main(["serve", "--adapter_path", str(first), str(second), "--engine", "vllm"]) == 2
@@ -305,7 +305,7 @@ def test_adapters_have_short_names_that_differ_from_each_other_and_from_the_base
     assert short_names([tmp_path / "a" / "base", tmp_path / "out"]) == ["a/base", f"{tmp_path.name}/out"]
 
 
-def test_a_host_for_others_needs_a_key(by_heart, tmp_path, capsys, monkeypatch):
+def test_a_host_open_to_other_machines_requires_an_api_key(by_heart, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("ATOMTUNE_API_KEY", raising=False)
     gguf = tmp_path / "m.gguf"
     gguf.write_bytes(b"GGUF")
@@ -314,7 +314,7 @@ def test_a_host_for_others_needs_a_key(by_heart, tmp_path, capsys, monkeypatch):
     assert "Pass --api_key, or set ATOMTUNE_API_KEY" in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_is_said_before_anything_is_loaded(by_heart, capsys):
+def test_a_port_in_use_is_reported_before_loading(by_heart, capsys):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -323,7 +323,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(by_heart, capsys
     assert "another program is listening there" in capsys.readouterr().err
 
 
-def test_vllm_is_told_template_stops_and_every_adapter_by_name(tmp_path):
+def test_the_vllm_command_passes_tokenizer_template_variables_and_adapters(tmp_path):
     from atomtune.engines.vllm_serve import ServedAdapter, command
 
     adapters = []
@@ -352,7 +352,7 @@ def test_vllm_is_told_template_stops_and_every_adapter_by_name(tmp_path):
         assert part in line
 
 
-def test_a_server_that_serves_another_model_is_not_started(by_heart, tmp_path, capsys):
+def test_a_server_that_fails_certification_is_not_started(by_heart, tmp_path, capsys):
     """With another stop token the certificate does not hold, so nothing listens."""
     merged = tmp_path / "merged"
     assert main(["merge", "--adapter_path", str(by_heart), "--output_dir", str(merged), "--dtype", "float32"]) == 0

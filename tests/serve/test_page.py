@@ -149,7 +149,7 @@ def opened(browser, web) -> Iterator[Callable[..., Tab]]:
 
 
 @needs_browser
-def test_a_question_is_answered_as_in_chat_and_no_other_machine_is_asked(opened, by_heart):
+def test_the_page_answers_as_chat_and_contacts_no_other_host(opened, by_heart):
     tuned = load(by_heart, dtype="float32")
     tab = opened(locale="zh-CN")
     assert "微调后" in tab.page.inner_text("#tuned")
@@ -165,7 +165,7 @@ def test_a_question_is_answered_as_in_chat_and_no_other_machine_is_asked(opened,
 
 
 @needs_browser
-def test_the_base_answers_beside_it(opened):
+def test_the_base_answers_beside_the_tuned_model_when_comparing(opened):
     tab = opened()
     assert not tab.page.is_visible("#base")
     tab.settings()
@@ -178,7 +178,7 @@ def test_the_base_answers_beside_it(opened):
 
 
 @needs_browser
-def test_an_answer_is_asked_again_and_a_question_is_changed(opened):
+def test_an_answer_can_be_retried_and_a_question_edited(opened):
     tab = opened()
     tab.ask("晚安")
     tab.shows("tuned", "晚安，愿你好梦。")
@@ -263,7 +263,7 @@ def saved_by(page: "playwright.Page") -> list[dict]:
 
 
 @needs_browser
-def test_an_empty_system_text_is_sent_where_another_than_the_trainings_is_wanted(browser, models, tmp_path):
+def test_an_empty_system_text_is_sent_when_a_custom_one_is_enabled(browser, models, tmp_path):
     """Without a system text, the template qwen2.5 writes its own persona; an empty text switches it off."""
     trained = train_by_heart(models("qwen3"), tmp_path, DIALOGUES, "--template", "qwen2.5", steps=1)
     with Web("--adapter_path", str(trained), "--max_new_tokens", "4") as web, new_page(browser) as page:

@@ -21,7 +21,7 @@ def last(tuned, question: str, *, before: Sequence[Exchange] = (), stop=lambda: 
     return exchange
 
 
-def test_the_answer_grows_and_ends_as_chats(tuned):
+def test_the_answer_streams_in_pieces_and_ends_as_in_chat(tuned):
     exchanges = list(answers_of_sides(tuned, [], "晚安", Asking(), stop=lambda: False))
     texts = [exchange.tuned.text for exchange in exchanges]
     assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
@@ -30,7 +30,7 @@ def test_the_answer_grows_and_ends_as_chats(tuned):
     assert exchanges[-1].base is None
 
 
-def test_beside_it_the_base_answers_as_it_would_alone(tuned):
+def test_the_base_answers_beside_the_tuned_model_as_when_alone(tuned):
     exchange = last(tuned, "晚安", compare=True, max_new_tokens=12)
     alone = tuned.reply(tuned.messages_of("晚安"), base=True, max_new_tokens=12)
     assert exchange.base.reply.ids == alone.ids != exchange.tuned.reply.ids
@@ -49,7 +49,7 @@ def test_each_side_is_sent_its_own_earlier_answers_and_only_those(tuned):
     assert [message["content"] for message in sides["base"]] == ["晚安", first.base.reply.turn.text]
 
 
-def test_a_stop_keeps_what_is_written_and_does_not_ask_the_base(tuned):
+def test_stopping_keeps_the_partial_answer_and_skips_the_base(tuned):
     whole = last(tuned, "讲一个很短的故事").tuned.text
     written: list[str] = []
     for exchange in answers_of_sides(
@@ -65,7 +65,7 @@ def test_a_question_longer_than_the_model_has_positions_for_is_refused(tuned):
         last(tuned, "长" * (tuned.positions + 1))
 
 
-def test_a_template_with_two_modes_is_asked_in_both(tuned):
+def test_a_template_with_thinking_modes_is_rendered_in_both(tuned):
     assert modes_of(tuned) == {}
     source = tuned.template.source + "{% if enable_thinking is defined and not enable_thinking %}!{% endif %}"
     switched = tuned.with_template(replace(tuned.template, name="switched.jinja", source=source))

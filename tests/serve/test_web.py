@@ -13,7 +13,7 @@ from atomtune.settings.read import read
 
 
 @pytest.mark.extra
-def test_another_host_needs_a_password_and_a_taken_port_is_said(monkeypatch):
+def test_an_open_host_without_a_password_and_a_port_in_use_are_reported(monkeypatch):
     pytest.importorskip("gradio", reason="needs the extra web")
     from atomtune.serve.web import web
 
@@ -27,7 +27,7 @@ def test_another_host_needs_a_password_and_a_taken_port_is_said(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_port_that_is_taken_while_the_model_is_loaded_is_said(by_heart, monkeypatch, tmp_path):
+def test_a_port_taken_during_model_loading_is_reported(by_heart, monkeypatch, tmp_path):
     """Gradio raised its own error, which looked like a bug, and the page's folder stayed."""
     pytest.importorskip("gradio", reason="needs the extra web")
     from atomtune.serve import web as module
@@ -58,7 +58,7 @@ def test_without_gradio_the_command_that_installs_it_is_named(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_proxy_of_the_environment_is_not_asked_for_the_page(by_heart, tmp_path):
+def test_a_proxy_environment_variable_does_not_stop_the_page_from_starting(by_heart, tmp_path):
     """Gradio requests its own page to check it. With http_proxy set, the command ended as if by a bug."""
     pytest.importorskip("gradio", reason="needs the extra web")
     environment = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}

@@ -35,5 +35,5 @@ def offered(line: str, tmp_path) -> set[str]:
         ("atomtune merge --lora", set()),
     ],
 )
-def test_the_tab_key_offers(tmp_path, line, words):
+def test_tab_completion_offers_commands_settings_and_choices(tmp_path, line, words):
     assert {word.strip() for word in offered(line, tmp_path)} - {""} == words

@@ -27,7 +27,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_what_was_set_is_taken_but_not_what_is_said_each_time(folder):
+def test_resume_takes_explicit_settings_of_the_run_except_per_command_ones(folder):
     told: list[str] = []
     settings = read_train(["--resume", "--output_dir", str(folder)], notice=told.append)
     assert settings.model.model_path == "base" and settings.data.dataset_paths == ["a.jsonl"]
@@ -46,25 +46,25 @@ def test_the_command_wins_and_may_name_a_base_that_was_moved(folder):
     assert settings.lora.lora_rank == 4
 
 
-def test_a_function_takes_them_too(folder):
+def test_train_called_from_python_takes_the_runs_settings_too(folder):
     assert read_train({"resume": True, "output_dir": str(folder)}).lora.lora_rank == 16
 
 
-def test_its_plan_is_that_of_the_run(folder):
+def test_plan_with_resume_takes_the_runs_settings(folder):
     assert read_plan(["--resume", "--output_dir", str(folder)]).train.lora.lora_rank == 16
 
 
-def test_no_resume_takes_nothing(folder):
+def test_resume_false_takes_no_settings_of_the_run(folder):
     assert read_train({"resume": False, "output_dir": str(folder)}).demo
 
 
 @pytest.mark.parametrize("words", [["--model_path", "b", "--dataset_path", "d.jsonl", "--resume"], []])
-def test_a_whole_command_and_a_new_run_take_nothing(folder, words):
+def test_a_complete_command_or_a_new_run_takes_no_earlier_settings(folder, words):
     assert str(folder / "run.json") not in read_train([*words, "--output_dir", str(folder)]).origins.values()
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"settings": []}'])
-def test_a_record_that_is_not_there_or_damaged_is_refused(tmp_path, text):
+def test_a_missing_or_damaged_run_json_is_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "run.json").write_text(text, encoding="utf-8")
     words = ["--resume", "--output_dir", str(tmp_path)]
@@ -74,6 +74,6 @@ def test_a_record_that_is_not_there_or_damaged_is_refused(tmp_path, text):
         read_train([*words, "--model_path", "base"])
 
 
-def test_a_record_of_odd_settings_leaves_the_run_to_the_demo(tmp_path):
+def test_a_run_json_with_malformed_settings_falls_back_to_the_demo(tmp_path):
     (tmp_path / "run.json").write_text('{"settings": {"lora_rank": 3, "lora_alpha": {"value": 2}}}', encoding="utf-8")
     assert read_train(["--resume", "--output_dir", str(tmp_path)]).demo

@@ -29,7 +29,7 @@ FOUR = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT
         {"ACCELERATE_USE_FSDP": "False", "ACCELERATE_MIXED_PRECISION": "no"},
     ],
 )
-def test_what_a_launcher_sets_passes(environment):
+def test_variables_set_by_a_launcher_are_accepted(environment):
     assert list(environment_problems(environment)) == []
 
 
@@ -50,12 +50,12 @@ def test_what_a_launcher_sets_passes(environment):
         ({"OMPI_COMM_WORLD_SIZE": "many"}, ("OMPI_COMM_WORLD_SIZE is 'many'", "a whole number")),
     ],
 )
-def test_what_is_left_over_is_said_with_the_remedy(environment, named):
+def test_leftover_launcher_variables_are_reported_with_the_remedy(environment, named):
     (said,) = environment_problems(environment)
     assert all(part in said for part in (*named, "torchrun"))
 
 
-def test_a_job_that_torchrun_did_not_start_is_told_that_it_waits():
+def test_a_multi_process_job_without_torchrun_gets_a_waiting_notice():
     assert "process 0 of 4" in str(waiting_notice(FOUR))
     assert waiting_notice(FOUR | {"TORCHELASTIC_RUN_ID": "none"}) is None
     assert waiting_notice(FOUR | {"WORLD_SIZE": "1"}) is None
@@ -70,12 +70,12 @@ def test_a_job_that_torchrun_did_not_start_is_told_that_it_waits():
         ({"ACCELERATE_USE_FSDP": ""}, ("ACCELERATE_USE_FSDP is ''",)),
     ],
 )
-def test_what_accelerate_would_take_from_the_environment_is_said(environment, named):
+def test_harmful_accelerate_variables_are_reported(environment, named):
     (problem,) = environment_problems(environment)
     assert all(part in problem for part in named)
 
 
-def test_a_variable_that_would_end_an_import_is_one_sentence(monkeypatch, capsys):
+def test_a_variable_that_breaks_a_library_import_is_reported(monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "soon")
     assert main(["inspect", "--dataset_path", "x.jsonl"]) == 2
     assert "HF_HUB_DOWNLOAD_TIMEOUT is 'soon'; expected a number of seconds" in capsys.readouterr().err
@@ -88,7 +88,7 @@ def test_half_precision_from_the_environment_is_refused_on_a_cpu(models, dialogu
     assert "ACCELERATE_MIXED_PRECISION=bf16" in capsys.readouterr().err
 
 
-def test_a_cache_whose_place_depends_on_the_working_folder_is_said():
+def test_a_cache_path_relative_to_the_working_directory_is_reported():
     relative = {
         "HF_HOME": "cache",
         "HF_DATASETS_CACHE": "./cache/data",
@@ -112,7 +112,7 @@ def test_a_folder_of_another_job_in_the_environment_is_not_written_to(models, di
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "HOME"])
-def test_a_cache_that_cannot_be_made_is_one_sentence(name, models, dialogues, tmp_path):
+def test_a_cache_folder_that_cannot_be_created_is_reported_without_traceback(name, models, dialogues, tmp_path):
     # Inside a file, where not even root can create a folder.
     (tmp_path / "file").write_text("x")
     left_out = ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME")
@@ -149,7 +149,7 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(own, spins, tmp_pa
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr, done.stderr
 
 
-def test_a_command_in_a_folder_that_is_gone_is_one_sentence(models, dialogues, tmp_path):
+def test_a_deleted_working_directory_is_reported_once(models, dialogues, tmp_path):
     # Regression: one of torch's libraries ended the process: "Intel oneMKL FATAL ERROR: Cannot load libtorch_cpu.so".
     words = ["inspect", str(dialogues), "--model_path", str(models("llama"))]
     command = f'mkdir gone; cd gone; rmdir ../gone; exec "{sys.executable}" -m atomtune "$@"'
@@ -159,14 +159,14 @@ def test_a_command_in_a_folder_that_is_gone_is_one_sentence(models, dialogues, t
     assert (done.returncode, done.stderr.count("no longer exists, or cannot be read")) == (2, 1), done.stderr
 
 
-def test_python_without_docstrings_is_one_sentence(tmp_path):
+def test_python_started_without_docstrings_is_reported(tmp_path):
     # transformers builds classes from its docstrings. Regression: every command ended in a traceback.
     words = [sys.executable, "-OO", "-m", "atomtune", "runs", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr.count("PYTHONOPTIMIZE")) == (2, 2), done.stderr
 
 
-def test_a_size_for_datasets_that_is_no_number_is_said():
+def test_a_non_numeric_datasets_memory_size_is_reported():
     name = "HF_DATASETS_IN_MEMORY_MAX_SIZE"
     (told,) = number_problems({name: "abc"})
     assert told == f"the environment variable {name} is 'abc'; expected a number of bytes. `unset {name}`."

@@ -59,12 +59,12 @@ def problem(*flags: str) -> str:
         ("hub_strategy", "never", "one of end, every_save, checkpoint, all_checkpoints"),
     ],
 )
-def test_a_value_that_does_not_fit_is_told_what_was_expected(name, value, expectation):
+def test_an_invalid_value_is_reported_with_what_was_expected(name, value, expectation):
     assert problem(f"--{name}", value) == f"--{name} '{value}': expected {expectation}."
 
 
 @pytest.mark.parametrize("name", ["lr_scheduler_type", "optim"])
-def test_a_long_list_of_choices_is_named_whole(name):
+def test_a_long_list_of_choices_is_shown_in_full(name):
     assert re.match(rf"--{name} 'cosin': expected one of (\w+, )+\w+\.( |$)", problem(f"--{name}", "cosin"))
 
 
@@ -72,7 +72,7 @@ def test_a_long_list_of_choices_is_named_whole(name):
     ("name", "value", "meant"),
     [("lr_scheduler_type", "cosin", "cosine"), ("layout", "pack", "packed"), ("dtype", "Float_32", "float32")],
 )
-def test_a_choice_that_is_nearly_right_is_named(name, value, meant):
+def test_the_closest_choice_is_suggested_for_a_misspelled_value(name, value, meant):
     assert problem(f"--{name}", value).endswith(f". Did you mean {meant}?")
 
 
@@ -82,7 +82,7 @@ def test_a_setting_that_is_missing_is_explained():
     assert str(caught.value) == "--output_dir is missing: folder for the merged model."
 
 
-def test_a_value_of_a_page_is_not_printed_whole():
+def test_a_very_long_value_is_truncated_in_the_message():
     # For example a whole file pasted as a number, or a YAML alias that expands to millions of values.
     line = problem("--lora_rank", "9" * 5000)
     assert len(line) < 200 and "…" in line

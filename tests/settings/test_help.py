@@ -26,7 +26,7 @@ def names(text: str) -> list[str]:
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 @pytest.mark.parametrize("columns", ["1", "40", "80", "200"])
-def test_lines_end_at_word_ends_at_any_width(command, columns, monkeypatch):
+def test_help_wraps_only_between_words_at_any_width(command, columns, monkeypatch):
     unwrapped = page(command, everything=True).split()
     monkeypatch.setenv("COLUMNS", columns)
     wrapped = page(command, everything=True)
@@ -36,7 +36,7 @@ def test_lines_end_at_word_ends_at_any_width(command, columns, monkeypatch):
         assert len(line) <= min(max(int(columns), 40), 110) or len(line.split()) == 1
 
 
-def test_the_first_page_of_train_shows_what_people_change():
+def test_train_help_shows_the_most_used_settings():
     shown = names(page("train"))
     assert 20 <= len(shown) <= 26
     assert set(USUAL.split()) <= set(shown)
@@ -59,7 +59,7 @@ def test_every_page_has_examples_and_the_exit_codes(command):
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_every_setting_says_what_goes_in_and_what_it_does(command):
+def test_every_setting_in_help_has_a_value_and_a_description(command):
     lines = page(command, everything=True).splitlines()
     for number, line in enumerate(lines):
         if line.startswith("  --"):
@@ -67,7 +67,7 @@ def test_every_setting_says_what_goes_in_and_what_it_does(command):
             assert lines[number + 1].strip(), f"{line} does what?"
 
 
-def test_a_sweep_says_what_its_folder_and_its_resume_are():
+def test_sweep_help_describes_output_dir_and_resume_for_a_sweep():
     """Both are also settings of `train`, where they refer to one run."""
     words = " ".join(page("sweep", everything=True).split())
     assert "--output_dir FOLDER folder for the trials" in words

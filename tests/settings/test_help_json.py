@@ -28,7 +28,7 @@ WITH_RANGE = [
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_it_holds_the_settings_of_the_whole_page_and_no_others(command):
+def test_help_json_has_exactly_the_settings_of_the_full_help_page(command):
     page = help_text(command, COMMANDS[command].summary, GROUPS[command], everything=True)
     shown = [line.split()[0] for line in page.splitlines() if line.startswith("  --")]
     values = command_values(command, COMMANDS[command].summary, GROUPS[command])
@@ -37,7 +37,7 @@ def test_it_holds_the_settings_of_the_whole_page_and_no_others(command):
 
 
 @pytest.mark.parametrize(("command", "name"), WITH_RANGE)
-def test_a_number_beyond_the_range_is_refused_with_the_words_that_it_expects(command, name):
+def test_a_number_out_of_range_is_refused_with_the_documented_expectation(command, name):
     setting = next(s for s in EVERYTHING["commands"][command]["settings"] if s["name"] == name)
     limits = setting["range"]
     beyond = [limits[word] - 1 for word in ("at_least",) if word in limits]
@@ -49,7 +49,7 @@ def test_a_number_beyond_the_range_is_refused_with_the_words_that_it_expects(com
         assert setting["expected"] in str(refused.value)
 
 
-def test_every_default_is_a_value_of_its_setting():
+def test_every_default_is_a_valid_value_of_its_setting():
     for command, values in EVERYTHING["commands"].items():
         for setting in values["settings"]:
             if setting["section"] == "transformers.Trainer" or setting["default"] in (None, []):
@@ -69,7 +69,7 @@ def test_the_command_prints_one_object_and_nothing_else(capsys):
     assert merge["exit_codes"].keys() == {str(int(code)) for code in ExitCode}
 
 
-def test_numbers_that_count_something_say_what():
+def test_settings_that_count_something_name_their_unit():
     settings = {s["name"]: s["unit"] for values in EVERYTHING["commands"].values() for s in values["settings"]}
     assert settings["max_seq_length"] == "tokens" and settings["max_minutes"] == "minutes"
     assert settings["per_device_train_batch_size"] == "records" and settings["max_steps"] == "steps"

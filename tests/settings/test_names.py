@@ -96,14 +96,14 @@ def problems(*words: str) -> list[str]:
         (("--optimizer", "sgd"), "optim", "sgd"),
     ],
 )
-def test_a_flag_that_everybody_types_is_read_as_ours_and_said(flags, name, value):
+def test_a_common_flag_of_other_tools_is_accepted_with_a_notice(flags, name, value):
     notices = []
     settings = read_train([*BOTH, *flags], notice=notices.append)
     assert settings.resolved()[name]["value"] == value
     assert name in notices[0]
 
 
-def test_model_and_data_have_their_usual_names_too():
+def test_model_data_and_output_are_accepted_under_their_usual_names():
     settings = read_train(["--model", "base", "--data", "train.jsonl", "--output", "out"])
     assert (settings.model.model_path, settings.data.dataset_path) == ("base", "train.jsonl")
     assert settings.trainer["output_dir"] == "out" and not settings.demo
@@ -131,7 +131,7 @@ def test_a_synonym_means_a_setting_that_exists_and_hides_none(name):
 
 
 @pytest.mark.parametrize("name", sorted(ELSEWHERE | RENAMED))
-def test_what_is_advised_exists(name):
+def test_every_setting_named_in_advice_exists(name):
     assert name not in TRAIN_NAMES, "then the advice is never said"
     advice = (ELSEWHERE | RENAMED)[name]
     advised = {word.strip(".,;:") for word in advice.split() if word.startswith("--")}
@@ -139,7 +139,7 @@ def test_what_is_advised_exists(name):
 
 
 @pytest.mark.parametrize("text", [LLAMA_FACTORY, AXOLOTL], ids=["LLaMA-Factory", "Axolotl"])
-def test_every_key_of_another_tools_file_is_understood_or_answered(tmp_path, text):
+def test_every_key_of_another_tools_file_is_accepted_or_explained(tmp_path, text):
     path = tmp_path / "other.yaml"
     path.write_text(text, encoding="utf-8")
     notices = []
@@ -153,7 +153,7 @@ def test_every_key_of_another_tools_file_is_understood_or_answered(tmp_path, tex
             assert f"other.yaml:{number}" in said, f"nothing is said of {name}"
 
 
-def test_the_right_setting_stands_beside_the_others_tools_name(tmp_path):
+def test_the_matching_setting_is_given_for_another_tools_key(tmp_path):
     path = tmp_path / "axo.yaml"
     path.write_text(AXOLOTL, encoding="utf-8")
     said = "\n".join(problems(str(path)))
@@ -167,7 +167,7 @@ def test_the_right_setting_stands_beside_the_others_tools_name(tmp_path):
         assert line in said
 
 
-def test_a_files_own_name_and_a_synonym_for_it_are_set_twice(tmp_path):
+def test_a_setting_and_its_synonym_in_one_file_count_as_set_twice(tmp_path):
     (tmp_path / "run.yaml").write_text("learning_rate: 1\nlr: 2\n", encoding="utf-8")
     (said,) = problems(str(tmp_path / "run.yaml"), *BOTH)
     assert said == "run.yaml:2: learning_rate is set twice, here and at run.yaml:1. Remove one of them."
@@ -181,7 +181,7 @@ def test_the_notice_is_one_line_for_all_names(tmp_path):
     assert notices == [f"names of other tools, read as atomtune's: {expected}."]
 
 
-def test_what_was_read_under_another_name_is_in_the_record_of_the_run_under_ours():
+def test_a_synonym_is_recorded_under_the_real_setting_name():
     resolved = read_train([*BOTH, "--lr", "5e-4"]).resolved()
     assert json.loads(json.dumps(resolved))["learning_rate"] == {"value": 5e-4, "source": "--learning_rate"}
     assert "lr" not in resolved
@@ -189,7 +189,7 @@ def test_what_was_read_under_another_name_is_in_the_record_of_the_run_under_ours
 
 @pytest.mark.parametrize("in_yaml", [False, True], ids=["flag", "file"])
 @pytest.mark.parametrize("name", [*ELSEWHERE, *RENAMED])
-def test_what_is_advised_is_chinese_to_its_end(name, in_yaml):
+def test_advice_is_fully_translated_to_chinese(name, in_yaml):
     english = advice(name, TRAIN_TYPES, in_yaml=in_yaml)
     place = f"run.yaml:3: {name}" if in_yaml else f"--{name}"
     chinese = in_chinese(f"{place}: {english}")

@@ -46,13 +46,13 @@ def yaml_problems(run_yaml, text: str, *flags: str) -> list[str]:
 # --- default < YAML < flag ------------------------------------------------------------------------------------------
 
 
-def test_a_flag_goes_before_yaml_and_yaml_before_the_default(run_yaml):
+def test_flags_override_yaml_and_yaml_overrides_defaults(run_yaml):
     settings = run_yaml("lora_rank: 4\nlora_alpha: 16\nseed: 1\nmax_steps: 5\n", "--lora_rank", "2", "--seed", "3")
     assert (settings.lora.lora_rank, settings.lora.lora_alpha, settings.lora.lora_dropout) == (2, 16.0, 0.1)
     assert (settings.trainer["seed"], settings.trainer["max_steps"]) == (3, 5)
 
 
-def test_a_flag_that_stands_twice_is_told_and_the_last_one_counts():
+def test_a_repeated_flag_is_reported_and_the_last_value_is_used():
     said: list[str] = []
     settings = read_train([*BOTH, "--lora_rank", "4", "--seed=1", "--lora-rank", "2"], notice=said.append)
     assert settings.lora.lora_rank == 2
@@ -71,7 +71,7 @@ def test_every_value_says_where_it_came_from(run_yaml):
     assert told["save_total_limit"] == {"value": 3, "source": "atomtune's default"}
 
 
-def test_a_default_of_ours_for_the_trainer_gives_way_to_what_was_said(run_yaml):
+def test_our_trainer_defaults_yield_to_explicit_settings(run_yaml):
     settings = run_yaml("logging_steps: 3\n", "--learning_rate", "5e-5")
     assert settings.trainer == {**LIBRARY_DEFAULTS, "logging_steps": 3, "learning_rate": 5e-5}
     assert settings.origins["logging_steps"] == "run.yaml:1"
@@ -89,7 +89,7 @@ def test_every_setting_of_the_installed_trainer_is_known_and_no_other():
     assert set(library_types()) == {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
 
 
-def test_every_default_of_the_trainer_may_also_be_said(run_yaml):
+def test_every_trainer_default_is_accepted_as_an_explicit_value(run_yaml):
     # Catches types that were read wrongly from the library's source text, for all of its settings.
     said = {}
     for field in dataclasses.fields(TrainingArguments):
@@ -120,7 +120,7 @@ def test_a_renamed_setting_is_renamed_to_one_that_exists():
         ("check_point", "--checkpoint"),
     ],
 )
-def test_a_name_of_older_versions_is_told_its_new_one(run_yaml, old, new):
+def test_a_removed_setting_is_reported_with_its_replacement(run_yaml, old, new):
     (flag,) = problems(f"--{old}", "1")
     (line,) = yaml_problems(run_yaml, f"seed: 1\n{old}: 1\n")
     assert flag.startswith(f"--{old}: removed") and new in flag
@@ -131,26 +131,26 @@ def test_a_name_of_older_versions_is_told_its_new_one(run_yaml, old, new):
     ("wrong", "near"),
     [("learning_rat", "learning_rate"), ("lora-rnak", "lora_rank"), ("max_seq_lenth", "max_seq_length")],
 )
-def test_an_unknown_name_is_told_the_nearest(run_yaml, wrong, near):
+def test_an_unknown_setting_gets_the_closest_name_suggested(run_yaml, wrong, near):
     (flag,) = problems(f"--{wrong}", "3")
     (line,) = yaml_problems(run_yaml, f"seed: 1\n{wrong}: 3\n")
     assert f"Did you mean --{near}?" in flag
     assert line.startswith(f"run.yaml:2: {wrong}: unknown") and near in line
 
 
-def test_a_name_like_no_other_is_not_guessed_at():
+def test_an_unknown_setting_without_a_close_match_gets_no_suggestion():
     (said,) = problems("--xyzzy", "3")
     assert said.startswith("--xyzzy: unknown") and "Did you mean" not in said
 
 
 @pytest.mark.parametrize("short", ["--lora_ra", "--learning", "--per_device_train", "--resume_from"])
-def test_a_name_is_not_abbreviated(short):
+def test_abbreviated_setting_names_are_refused(short):
     # Catches argparse's prefix matching: --learning would set learning_rate today and fail with tomorrow's library.
     (said,) = problems(short, "3")
     assert said.startswith(f"{short}: unknown")
 
 
-def test_a_folder_without_its_flag_is_told_the_flag(tmp_path):
+def test_a_folder_without_its_flag_gets_the_flag_suggested(tmp_path):
     """Many users type `atomtune chat out` first. Regression: the message said only that a flag is missing."""
     adapter = tmp_path / "my out"
     adapter.mkdir()
@@ -175,7 +175,7 @@ def test_only_the_name_has_its_dashes_changed():
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
-def test_a_missing_model_is_told_together_with_other_mistakes(command):
+def test_a_missing_model_is_reported_together_with_other_errors(command):
     with pytest.raises(BadSettings) as caught:
         read(command, ["--bogus", "1", "--dataset_path", "train.jsonl"])
     unknown, missing = str(caught.value).splitlines()
@@ -183,7 +183,7 @@ def test_a_missing_model_is_told_together_with_other_mistakes(command):
     assert missing.startswith("--model_path is missing: the base model")
 
 
-def test_a_sweep_without_a_model_is_told_its_other_mistakes_too():
+def test_a_sweep_without_a_model_reports_its_other_errors_too():
     with pytest.raises(BadSettings) as caught:
         read("sweep", ["--bogus", "1", "--lora_rank", "x", "--try", "seed=1,2"])
     told = sorted(str(caught.value).splitlines())
@@ -273,18 +273,18 @@ def test_a_value_out_of_its_range_is_refused(flags):
         (("--early_stopping_patience", "2", "--eval_strategy", "no"), "needs evaluations"),
     ],
 )
-def test_what_the_library_dies_of_or_passes_by_is_refused(flags, reason):
+def test_values_the_trainer_would_crash_on_or_ignore_are_refused(flags, reason):
     (said,) = problems(*flags)
     assert flags[0] in said and reason in said
 
 
 @pytest.mark.parametrize("number", [".nan", "-.inf"])
-def test_a_number_that_is_none_is_refused_deep_in_a_mapping_too(run_yaml, number):
+def test_nan_and_infinity_inside_a_yaml_mapping_are_refused(run_yaml, number):
     (said,) = yaml_problems(run_yaml, f"lr_scheduler_kwargs: {{a: [{number}]}}\n")
     assert "NaN and infinity are not allowed here" in said
 
 
-def test_json_of_a_flag_holds_no_infinity():
+def test_infinity_in_a_json_flag_is_refused():
     (said,) = problems("--lr_scheduler_kwargs", '{"power": 1e400}')
     assert "NaN and infinity" in said
 
@@ -294,7 +294,7 @@ def test_a_key_that_a_mapping_has_twice_is_refused(run_yaml):
     assert "lr_scheduler_kwargs: a is set twice" in said
 
 
-def test_the_levels_of_the_librarys_log_are_its_own():
+def test_the_log_level_choices_are_those_of_transformers():
     levels = library_settings()["log_level"].choices
     assert set(levels) == set(training_args.trainer_log_levels)
 
@@ -305,7 +305,7 @@ def test_a_flag_without_its_value_is_named():
 
 
 @pytest.mark.parametrize("extra", [("b.yaml",), ("-x",)])
-def test_a_word_that_belongs_to_nothing_is_one_problem_among_the_others(run_yaml, extra):
+def test_a_stray_argument_is_reported_together_with_other_problems(run_yaml, extra):
     # Catches argparse's page of usage, which would hide the other problems.
     said = yaml_problems(run_yaml, "seed: 1\n", *extra, "--lora_rnak", "3")
     assert any(extra[0] in line for line in said)
@@ -315,13 +315,13 @@ def test_a_word_that_belongs_to_nothing_is_one_problem_among_the_others(run_yaml
 # --- YAML -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_key_that_stands_twice_is_refused_with_both_lines(run_yaml):
+def test_a_duplicate_key_is_refused_with_both_lines(run_yaml):
     # PyYAML silently takes the last one.
     (said,) = yaml_problems(run_yaml, "seed: 1\nlora_rank: 4\nseed: 2\n")
     assert said.startswith("run.yaml:3") and "seed" in said and "run.yaml:1" in said
 
 
-def test_a_key_that_stands_twice_in_two_spellings_is_refused_too(run_yaml):
+def test_a_duplicate_key_in_two_spellings_is_refused(run_yaml):
     (said,) = yaml_problems(run_yaml, "lora_rank: 1\nlora-rank: 4\n")
     assert said.startswith("run.yaml:2")
 
@@ -339,7 +339,7 @@ def test_a_number_with_an_exponent_is_a_number_inside_a_mapping_too(run_yaml):
 
 
 @pytest.mark.parametrize("text", ["save_strategy: no\n", "eval_strategy: no\n"])
-def test_no_is_a_word_where_a_word_is_expected(run_yaml, text):
+def test_yaml_no_stays_text_where_text_is_expected(run_yaml, text):
     # In YAML 1.1 it means false. It works as the value of a flag, so it must work here.
     name = text.partition(":")[0]
     assert run_yaml(text).trainer[name] == "no"
@@ -357,7 +357,7 @@ def test_a_leading_zero_does_not_make_a_number_octal(run_yaml):
 
 
 @pytest.mark.parametrize("value", ["true", "yes"])
-def test_a_claim_is_no_number(run_yaml, value):
+def test_a_yaml_boolean_is_refused_where_a_number_is_expected(run_yaml, value):
     # `lora_rank: yes` would silently be rank 1; as the value of a flag it is refused.
     (said,) = yaml_problems(run_yaml, f"lora_rank: {value}\n")
     assert said.startswith("run.yaml:1")
@@ -374,7 +374,7 @@ def test_a_claim_is_no_number(run_yaml, value):
         pytest.param("run_name: !mine x\n", id="an unknown tag"),
     ],
 )
-def test_what_is_no_yaml_of_settings_is_the_users_mistake(run_yaml, text):
+def test_an_invalid_yaml_settings_file_is_a_user_error(run_yaml, text):
     assert "run.yaml" in yaml_problems(run_yaml, text)[0]
 
 
@@ -399,7 +399,7 @@ def test_a_yaml_file_that_cannot_be_read_hides_no_other_problem(tmp_path, conten
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "\ufeffseed: 7\n"])
-def test_an_empty_yaml_says_nothing_and_a_byte_order_mark_does_not_hurt(run_yaml, text):
+def test_an_empty_yaml_file_and_a_byte_order_mark_are_accepted(run_yaml, text):
     assert run_yaml(text).trainer.get("seed") == (7 if "seed" in text else None)
 
 
@@ -417,7 +417,7 @@ def test_an_empty_yaml_says_nothing_and_a_byte_order_mark_does_not_hurt(run_yaml
         (("--fp16", "--seed", "1"), True),
     ],
 )
-def test_a_claim_may_stand_alone_or_with_its_value(flags, value):
+def test_a_boolean_flag_works_with_and_without_a_value(flags, value):
     assert read_train([*BOTH, *flags]).trainer["fp16"] is value
 
 
@@ -431,19 +431,19 @@ def test_a_list_may_be_given_in_one_flag_or_in_several():
         assert read_train([*BOTH, *words]).data.roles == expected
 
 
-def test_the_tutorials_false_is_false():
+def test_the_word_false_is_parsed_as_false():
     # Catches bool("false"), which is True.
     assert read_train([*BOTH, "--remove_unused_columns", "false"]).trainer["remove_unused_columns"] is False
 
 
 @pytest.mark.parametrize(("word", "value"), [("true", True), ("False", False), ("full_shard", "full_shard")])
-def test_a_setting_that_is_a_claim_or_words_takes_both(word, value):
+def test_a_boolean_or_text_setting_accepts_both(word, value):
     # FSDP takes words ("full_shard") in older versions of the library, and is a boolean in newer ones.
     assert read_train([*BOTH, "--fsdp", word]).trainer["fsdp"] in (value, [value])
 
 
 @pytest.mark.parametrize(("flags", "value"), [((), False), (("--skip_bad",), True), (("--skip_bad", "false"), False)])
-def test_our_own_claims_have_the_same_forms(flags, value):
+def test_our_own_boolean_flags_accept_the_same_forms(flags, value):
     assert read_train([*BOTH, *flags]).data.skip_bad is value
 
 
@@ -456,11 +456,11 @@ def test_our_own_claims_have_the_same_forms(flags, value):
         (("--gradient_checkpointing", "auto"), "auto"),
     ],
 )
-def test_checkpointing_is_a_claim_or_auto(flags, value):
+def test_gradient_checkpointing_accepts_a_boolean_or_auto(flags, value):
     assert read_train([*BOTH, *flags]).run.gradient_checkpointing == value
 
 
-def test_checkpointing_in_yaml_is_a_claim_or_auto(run_yaml):
+def test_gradient_checkpointing_in_yaml_accepts_a_boolean_or_auto(run_yaml):
     assert run_yaml("gradient_checkpointing: true\n").run.gradient_checkpointing == "true"
     assert run_yaml("gradient_checkpointing: auto\n").run.gradient_checkpointing == "auto"
 
@@ -487,7 +487,7 @@ def test_a_list_of_the_trainer_may_be_one_word_or_several(flags, value):
     assert read_train([*BOTH, "--report_to", *flags]).trainer["report_to"] == value
 
 
-def test_a_mapping_behind_a_flag_is_json():
+def test_a_mapping_after_a_flag_is_parsed_as_json():
     settings = read_train([*BOTH, "--lr_scheduler_kwargs", '{"min_lr": 1e-5, "num_cycles": 2}'])
     assert settings.trainer["lr_scheduler_kwargs"] == {"min_lr": 1e-5, "num_cycles": 2}
     assert problems("--lr_scheduler_kwargs", "{min_lr")[0].startswith("--lr_scheduler_kwargs '{min_lr': not JSON")
@@ -530,19 +530,19 @@ def test_a_contradiction_names_both_sides(flags, names):
         *(("--fp16", no, "--bf16", "true") for no in ("false", "False", "0", "no", "off", "n", "f")),
     ],
 )
-def test_what_is_switched_off_contradicts_nothing(flags):
+def test_disabled_settings_cause_no_contradiction(flags):
     # Every word that pydantic reads as false.
     read_train([*BOTH, *flags])
 
 
 @pytest.mark.parametrize(("given", "missing"), [("model_path", "dataset_path"), ("dataset_path", "model_path")])
-def test_one_of_model_and_data_alone_is_told_the_other(given, missing):
+def test_a_model_or_a_dataset_alone_is_refused_naming_the_other(given, missing):
     with pytest.raises(BadSettings) as caught:
         read_train([f"--{given}", "x"])
     assert f"--{given} is given without --{missing}" in str(caught.value)
 
 
-def test_neither_model_nor_data_is_the_demo():
+def test_without_model_and_data_the_demo_is_run():
     assert read_train([]).demo
     assert not read_train(BOTH).demo
 
@@ -588,24 +588,24 @@ def test_a_command_refuses_the_settings_of_another():
 
 @pytest.mark.parametrize("written", ['"a\\0b"', '"a\\ud800b"'])
 @pytest.mark.parametrize("name", ["output_dir", "template", "run_name"])
-def test_what_no_file_can_be_called_is_refused_by_its_line(run_yaml, name, written):
+def test_text_that_cannot_be_a_file_name_is_refused_with_its_line(run_yaml, name, written):
     # YAML can express it; the system call would raise a ValueError about null bytes.
     (said,) = yaml_problems(run_yaml, f"{name}: {written}\n")
     assert said.startswith(f"run.yaml:1: {name}") and "it contains a NUL or an incomplete character" in said
 
 
-def test_a_file_whose_name_is_no_utf_8_may_be_named():
+def test_a_data_path_that_is_not_utf_8_is_accepted():
     assert read_train([*BOTH, "--eval_path", "caf\udce9.jsonl"]).data.eval_path == "caf\udce9.jsonl"
 
 
 @pytest.mark.parametrize("name", ["model_path", "output_dir", "resume_from_checkpoint"])
-def test_a_folder_of_a_model_is_named_in_utf_8(name):
+def test_a_model_folder_that_is_not_utf_8_is_refused(name):
     # Regression: safetensors and tokenizers, in Rust, ended a run at its first save, and a merge in a traceback.
     (said,) = problems(f"--{name}", "caf\udce9")
     assert said.startswith(f"--{name} 'caf\\udce9': ") and said.endswith("not in UTF-8 here. Rename it.")
 
 
-def test_a_folder_of_a_model_in_a_locale_of_another_encoding(monkeypatch):
+def test_a_non_ascii_model_folder_in_a_non_utf_8_locale_is_refused(monkeypatch):
     monkeypatch.setattr("os.fsencode", lambda name: name.encode("gb18030"))
     monkeypatch.setattr("sys.getfilesystemencoding", lambda: "gb18030")
     with pytest.raises(BadSettings, match=r"--adapter_path '灯': .*Set PYTHONUTF8=1"):
@@ -613,7 +613,7 @@ def test_a_folder_of_a_model_in_a_locale_of_another_encoding(monkeypatch):
     assert read("chat", ["--adapter_path", "lamp"]).adapter_path == "lamp"
 
 
-def test_a_text_that_is_no_utf_8_is_refused():
+def test_a_prompt_that_is_not_utf_8_is_refused():
     with pytest.raises(BadSettings, match="an incomplete character"):
         read("chat", ["--adapter_path", "caf\udce9", "--prompt", "caf\udce9"])
 
@@ -634,14 +634,14 @@ def test_json_that_cannot_be_read_is_one_problem(value):
         ('{"enable_thinking": "false"}', "true or false, without quotes"),  # a template treats a text as true
     ],
 )
-def test_variables_of_a_template_are_read_before_anything_else(command, value, words):
+def test_chat_template_kwargs_are_validated_before_anything_is_loaded(command, value, words):
     run = ("--adapter_path", "out") if command == "evaluate" else BOTH
     with pytest.raises(BadSettings, match=words):
         read(command, [*run, "--chat_template_kwargs", value])
 
 
 @pytest.mark.parametrize("tokens", ["1", "7"])
-def test_a_length_of_no_record_is_refused_where_0_means_as_trained(tokens):
+def test_a_max_seq_length_below_8_is_refused_except_0(tokens):
     with pytest.raises(BadSettings, match="at least 8"):
         read("evaluate", ["--adapter_path", "out", "--max_seq_length", tokens])
     read("evaluate", ["--adapter_path", "out", "--max_seq_length", "0"])

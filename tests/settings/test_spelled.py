@@ -27,7 +27,7 @@ NAMED = ["--dataset_path", "a b.jsonl", "c.jsonl", "--model_path", "base"]
     ],
     ids=str,
 )
-def test_train_reads_what_inspect_read(words):
+def test_inspect_settings_spelled_as_flags_are_read_back_by_train(words):
     settings = read_settings(InspectSettings, [*NAMED, *words, "--samples", "5", "--seed", "3"], command="inspect")
     spelled = words_of(settings, TokenizerSettings, RecordSettings)
     train = read_train(spelled)
@@ -36,7 +36,7 @@ def test_train_reads_what_inspect_read(words):
     assert len(spelled) == len(NAMED) + len(words), "defaults are left out"
 
 
-def test_train_reads_what_verify_read():
+def test_verify_settings_spelled_as_flags_are_read_back_by_train():
     words = ["--layout", "packed", "--dtype", "float32", "--lora_rank", "4", "--lora_targets", "q_proj", "v_proj"]
     settings = read_settings(VerifySettings, [*NAMED, *words, "--lora_dropout", "0"], command="verify")
     train = read_train(words_of(settings, ModelSettings, RecordSettings, LoraSettings))

@@ -25,7 +25,7 @@ def test_values_are_tried_as_they_are_written():
     assert tried(*flags) == expected
 
 
-def test_a_file_and_a_function_say_it_as_a_mapping(tmp_path):
+def test_try_accepts_a_mapping_in_yaml_and_in_python(tmp_path):
     expected = {"lora_rank": ("8", "32"), "lora_dropout": ("0.1",)}
     file = tmp_path / "run.yaml"
     file.write_text("model_path: base\ndataset_path: train.jsonl\ntry:\n  lora_rank: [8, 32]\n  lora_dropout: 0.1\n")
@@ -38,14 +38,14 @@ def test_names_of_other_tools_are_understood_here_too():
     assert tried("--try", "lr=1e-4,3e-4") == {"learning_rate": ("1e-4", "3e-4")}
 
 
-def test_of_an_unknown_name_with_two_values_the_name_alone_is_wrong():
+def test_an_unknown_name_in_try_is_not_reported_as_a_syntax_error():
     said = problems("--try", "lora_rnk=8,32")
     assert "--lora_rnk: unknown. Did you mean --lora_rank?" in said
     assert "expected NAME=A,B" not in said
     assert "expected NAME=A,B" in problems("--try", "8,32")
 
 
-def test_every_combination_stands_once():
+def test_every_combination_appears_once():
     points = points_of({"a": ("1", "2"), "b": ("x", "y", "z")})
     assert sorted((point["a"], point["b"]) for point in points) == [(a, b) for a in "12" for b in "xyz"]
 
@@ -74,17 +74,17 @@ def test_every_combination_stands_once():
         (("--try", "learning_rate=1e-4", "--lora_rnak", "8"), "--lora_rnak"),
     ],
 )
-def test_what_cannot_be_tried_is_refused(flags, words):
+def test_invalid_sweep_settings_are_refused(flags, words):
     assert words in problems(*flags)
 
 
-def test_all_problems_come_at_once_and_each_once():
+def test_all_problems_are_reported_together_and_only_once():
     text = problems("--try", "lora_rank=0,8", "--try", "learning_rate=-1,1e-4,x", "--lora_alpha", "no")
     assert text.count("--try lora_rank") == 1 and text.count("--try learning_rate") == 2
     assert text.count("--lora_alpha") == 1
 
 
-def test_more_combinations_than_anybody_trains_are_refused_and_not_counted_out():
+def test_too_many_combinations_are_refused_without_enumerating_them():
     hundred = ",".join(map(str, range(1, 101)))
     flags = [word for name in ("lora_rank", "lora_alpha", "weight_decay") for word in ("--try", f"{name}={hundred}")]
     assert "1,000,000 combinations" in problems(*flags)

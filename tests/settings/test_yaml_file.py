@@ -40,7 +40,7 @@ def test_aliases_that_stand_for_very_many_values_are_refused(refused, name):
 
 
 @pytest.mark.parametrize("depth", [50, 2000, 200_000])
-def test_depth_is_refused(refused, depth):
+def test_deep_nesting_is_refused(refused, depth):
     assert "too deeply" in refused("lora_targets: " + "[" * depth + "]" * depth)
 
 
@@ -87,12 +87,12 @@ def test_a_value_that_is_not_what_its_tag_says_is_refused(refused, value):
         ("a" * 2_000_000, "larger than 1 MB"),
     ],
 )
-def test_what_is_no_settings_file_is_refused_by_place_on_one_line(refused, text, said):
+def test_an_invalid_settings_file_is_refused_with_the_place_on_one_line(refused, text, said):
     message = refused(text)
     assert said in message and "\n" not in message
 
 
-def test_records_where_the_settings_file_stands_are_told_their_place(tmp_path):
+def test_a_records_file_passed_as_settings_is_pointed_to_dataset_path(tmp_path):
     """Regression: the message was YAML's own `expected '<document start>', but found '{'`."""
     path = tmp_path / "train.jsonl"
     path.write_text('{"instruction": "Hello", "output": "Hi"}\n' * 2)
@@ -100,6 +100,6 @@ def test_records_where_the_settings_file_stands_are_told_their_place(tmp_path):
         read_train([str(path), "--model_path", "base"])
 
 
-def test_a_folder_is_no_settings_file(tmp_path):
+def test_a_folder_is_not_a_settings_file(tmp_path):
     with pytest.raises(BadSettings, match="a folder; expected a YAML file of settings"):
         read_train([str(tmp_path), *BOTH])

@@ -75,7 +75,7 @@ def test_every_trial_is_a_run_with_its_settings_on_the_same_held_out_records(swe
 
 
 @pytest.mark.slow
-def test_a_trial_that_fails_is_noted_and_ends_no_sweep(swept):
+def test_a_failed_trial_is_recorded_and_the_sweep_continues(swept):
     failed = sweep_record(swept)["trials"][2]
     assert failed["status"] == "failed" and failed["eval_loss"] is None
     assert "not finite" in failed["reason"] or "is nan" in failed["reason"]
@@ -98,7 +98,7 @@ def test_the_page_and_the_picture_show_every_trial(swept):
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_only_when_it_is_told_to_and_with_its_own_settings(swept, run, capsys):
+def test_a_sweep_is_resumed_only_with_resume_and_unchanged_settings(swept, run, capsys):
     flags = (*RATES, "--output_dir", str(swept))
     assert main(["sweep", *run, *flags]) == 2
     assert "already holds a sweep" in capsys.readouterr().err
@@ -125,7 +125,7 @@ def wait_for_trial(number: int, process: subprocess.Popen, folder: Path) -> psut
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
-def test_a_stopped_sweep_goes_on_and_what_is_finished_never_runs_again(swept, run, tmp_path, capsys, number):
+def test_a_stopped_sweep_resumes_without_rerunning_finished_trials(swept, run, tmp_path, capsys, number):
     folder = tmp_path / "out"
     shutil.copytree(swept, folder)
     before = {name: (folder / name / "run.json").stat().st_mtime_ns for name in ("trial-1", "trial-2")}
@@ -145,7 +145,7 @@ def test_a_stopped_sweep_goes_on_and_what_is_finished_never_runs_again(swept, ru
 
 
 @pytest.mark.slow
-def test_mistakes_are_answered_before_a_trial_and_leave_no_folder(run, tmp_path, capsys):
+def test_errors_are_reported_before_any_trial_and_leave_no_folder(run, tmp_path, capsys):
     folder = tmp_path / "out"
     flags = ("--output_dir", str(folder))
     assert main(["sweep", *run, *flags, "--try", "learning_rat=1,2"]) == 2
@@ -184,7 +184,7 @@ def test_a_sweep_does_not_mix_with_other_files(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_without_try_three_learning_rates_around_the_derived_one(run, tmp_path):
+def test_without_try_three_learning_rates_around_the_derived_one_are_tried(run, tmp_path):
     settings = dict(zip([flag[2:] for flag in run[::2]], run[1::2], strict=True))
     paths = {name: settings.pop(name) for name in ("model_path", "dataset_path")}
     result = sweep(**paths, output_dir=tmp_path / "out", **{**settings, "max_steps": 2, "eval_steps": 2})
@@ -197,7 +197,7 @@ def test_without_try_three_learning_rates_around_the_derived_one(run, tmp_path):
         sweep(**paths, output_dir=tmp_path / "out")
 
 
-def test_a_sweep_that_goes_on_needs_its_whole_command(tmp_path, capsys):
+def test_resuming_a_sweep_requires_the_whole_command(tmp_path, capsys):
     # Regression: it was refused for an --eval_size 0 that the user had not passed.
     (tmp_path / "sweep.json").write_text("{}")
     assert main(["sweep", "--output_dir", str(tmp_path), "--resume"]) == 2

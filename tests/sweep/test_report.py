@@ -22,7 +22,7 @@ def test_a_chinese_sentence_holds_no_english_word():
     assert words == {"trial", "learning_rate"}, said  # names of a folder and of a setting
 
 
-def test_each_figure_is_named_where_the_page_is_too_narrow_for_the_heads_of_its_columns():
+def test_each_figure_is_labelled_for_pages_too_narrow_for_column_headings():
     """On a phone the headings are hidden. Regression: a trial was only “0.003, 2.4, 45, 37 s”."""
     sweep = Sweep(status="finished", shared={"max_steps": "45"}, tried={"learning_rate": ("0.001", "0.003")})
     for trial in TRIALS:

@@ -46,7 +46,7 @@ def test_sampled_trials_lie_in_their_ranges_and_the_first_is_the_usual_one():
     assert len({tuple(trial.settings.values()) for trial in trials}) == 12
 
 
-def test_a_sweep_that_goes_on_makes_the_trials_it_would_have_made():
+def test_a_resumed_sweep_samples_the_same_trials():
     whole = trials_of(sampled(8), known=[])
     assert trials_of(sampled(8), known=whole[:5]) == whole
 
@@ -66,5 +66,5 @@ def settings_of(number: int) -> dict[str, str]:
     return {"learning_rate": f"{number}e-5", "lora_rank": "8", "lora_dropout": "0"}
 
 
-def test_the_middle_of_a_wide_range_is_by_factors():
+def test_the_middle_of_a_wide_range_is_geometric():
     assert (middle_of("1e-5:1e-3"), middle_of("0:0.4")) == ("0.0001", "0.2")

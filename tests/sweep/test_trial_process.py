@@ -28,7 +28,7 @@ def test_a_finished_trial_has_the_loss_of_the_adapter_it_kept(folder):
 
 
 @pytest.mark.parametrize(("pruned", "status"), [(True, "pruned"), (False, "stopped")])
-def test_a_stop_is_ours_or_from_outside(folder, pruned, status):
+def test_a_stop_is_recorded_as_pruned_by_us_or_stopped_from_outside(folder, pruned, status):
     result = result_of(TRIAL, folder, code=75, pruned=pruned, said="")
     assert (result.status, result.eval_loss, result.best_step) == (status, 1.5, 5)
 

@@ -51,7 +51,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     ],
     ids=str,
 )
-def test_a_record_that_no_sweep_wrote_so_is_named(tmp_path, values):
+def test_a_malformed_sweep_record_is_refused_naming_the_field(tmp_path, values):
     (tmp_path / "sweep.json").write_text(json.dumps({**SWEEP, **values}))
     with pytest.raises(BadSettings, match=next(iter(values))):
         read_sweep_record(tmp_path)

@@ -20,13 +20,13 @@ def spikes_of(losses: list[float]) -> list[str]:
     return said
 
 
-def test_a_jump_of_the_loss_is_said_with_its_step():
+def test_a_loss_spike_is_reported_with_its_step():
     (said,) = spikes_of([2.0, 1.9, 2.1] * 5 + [6.5, 2.0])
     assert "jumped to 6.500 at step 15; it was 2.000" in said
 
 
 @pytest.mark.parametrize("losses", [[9.0 - 0.3 * n for n in range(25)], [2.0, 2.6, 1.5, 2.4, 1.7] * 6, [2.0, 9.0]])
-def test_a_fall_and_a_noisy_loss_are_no_jump(losses):
+def test_falling_and_noisy_losses_are_not_reported_as_spikes(losses):
     assert spikes_of(losses) == []
 
 
@@ -59,7 +59,7 @@ def with_gradient(value: float) -> torch.nn.Module:
     return one
 
 
-def test_a_step_whose_gradients_are_not_finite_tells_nothing_of_what_is_reached():
+def test_the_gradient_check_ignores_steps_with_non_finite_gradients():
     said: list[str] = []
     check = GradientCheck(said.append)
     check.on_pre_optimizer_step(None, state(0), None, model=with_gradient(float("nan")))

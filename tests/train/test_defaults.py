@@ -34,7 +34,7 @@ def derived(tmp_path, *flags: str, records: int | None = 200, held_out: int = 20
 
 
 @pytest.mark.parametrize("records", [10, 50, 180, 450, 900, 4000, 100_000])
-def test_every_size_of_data_gets_enough_steps_or_all_that_are_sensible(tmp_path, records):
+def test_every_dataset_size_gets_enough_steps_or_the_most_epochs_allowed(tmp_path, records):
     values = derived(tmp_path, records=records)
     batch, epochs = values["per_device_train_batch_size"], values["num_train_epochs"]
     steps = epochs * math.ceil(records / batch)
@@ -65,18 +65,18 @@ def test_auto_is_the_same_as_leaving_it_out(tmp_path):
     assert derived(tmp_path, *words) == derived(tmp_path)
 
 
-def test_a_number_of_steps_keeps_the_usual_batch(tmp_path):
+def test_max_steps_keeps_the_usual_batch_size(tmp_path):
     values = derived(tmp_path, "--max_steps", "30", records=40)
     assert values["per_device_train_batch_size"] == 16
     assert "num_train_epochs" not in values
 
 
-def test_processes_share_the_batch_of_a_number_of_steps(tmp_path, monkeypatch):
+def test_processes_share_the_batch_size_when_max_steps_is_set(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _: 4))
     assert derived(tmp_path, "--max_steps", "30")["per_device_train_batch_size"] == 4
 
 
-def test_accumulated_batches_and_processes_count(tmp_path):
+def test_gradient_accumulation_counts_toward_the_batch_size(tmp_path):
     one, eight = (TrainingArguments(use_cpu=True, gradient_accumulation_steps=batches) for batches in (1, 8))
     assert largest_batch(1000, one, epochs=3) == 8
     assert largest_batch(1000, eight, epochs=3) == 1
@@ -88,14 +88,14 @@ def test_a_wider_base_gets_a_lower_rate(width, rate):
     assert learning_rate(width, 32, steps=1000)[0] == pytest.approx(rate, rel=0.02)
 
 
-def test_the_rate_has_bounds_and_follows_alpha():
+def test_the_learning_rate_is_bounded_and_inversely_scaled_by_lora_alpha():
     assert learning_rate(8, 32, steps=1000)[0] == HIGHEST_RATE
     assert learning_rate(10**6, 32, steps=1000)[0] == LOWEST_RATE
     assert learning_rate(2000, 64, steps=1000)[0] == pytest.approx(learning_rate(2000, 32, steps=1000)[0] / 2)
     assert 0 < learning_rate(None, 32, steps=1000)[0] < HIGHEST_RATE
 
 
-def test_a_short_run_gets_half_as_much_again_and_says_so():
+def test_a_short_run_gets_1_5_times_the_learning_rate_and_states_why():
     (short, why), (long, usual) = learning_rate(2000, 32, steps=499), learning_rate(2000, 32, steps=500)
     assert short == pytest.approx(1.5 * long)
     assert why == f"{usual}; 1.5 times that in under 500 steps"
@@ -128,7 +128,7 @@ def test_a_checkpoint_is_saved_with_each_evaluation_so_the_best_can_be_kept(tmp_
     assert args.eval_strategy == args.save_strategy != "no"
 
 
-def test_saves_that_are_far_apart_leave_evaluation_its_own_rhythm(tmp_path):
+def test_infrequent_saves_leave_evaluation_at_once_per_epoch(tmp_path):
     values = derived(tmp_path, "--save_steps", "40000")
     assert values["eval_strategy"] == "epoch"
     assert not values["load_best_model_at_end"]
@@ -141,7 +141,7 @@ def test_no_records_to_evaluate_on_means_no_evaluation(tmp_path):
         derived(tmp_path, "--eval_strategy", "epoch", held_out=0)
 
 
-def test_a_curve_has_points_enough(tmp_path):
+def test_the_loss_curve_gets_enough_logged_points(tmp_path):
     for records in (60, 500, 20_000):
         values = derived(tmp_path, records=records)
         batch, epochs = values["per_device_train_batch_size"], values["num_train_epochs"]
@@ -150,7 +150,7 @@ def test_a_curve_has_points_enough(tmp_path):
         assert values["logging_steps"] <= 10
 
 
-def test_the_longest_record_sets_the_length_until_the_base_does(tmp_path):
+def test_max_seq_length_follows_the_longest_record_up_to_the_bases_limit(tmp_path):
     assert derived(tmp_path, longest=90)["max_seq_length"] == 256
     assert derived(tmp_path, longest=1000)["max_seq_length"] == 1024
     assert derived(tmp_path, longest=4090)["max_seq_length"] == 4096
@@ -158,7 +158,7 @@ def test_the_longest_record_sets_the_length_until_the_base_does(tmp_path):
     assert derived(tmp_path, "--max_steps", "5", records=None, held_out=0)["max_seq_length"] == 4096
 
 
-def test_more_memory_bears_longer_records():
+def test_more_memory_allows_longer_records():
     class Config:
         hidden_size, intermediate_size, num_hidden_layers = 4096, 11008, 32
 

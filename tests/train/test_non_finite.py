@@ -30,17 +30,17 @@ def step(watch: SkipNonFinite, one: torch.nn.Module, losses: list[float], number
 
 
 @pytest.mark.parametrize("spoiled", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_names_step_and_records(spoiled):
+def test_a_non_finite_loss_is_reported_with_step_and_records(spoiled):
     with pytest.raises(RunFailed, match=r"(nan|inf) at step 4, in a batch with these records:\nd.jsonl:31\n"):
         step(finite(0), with_gradient(1.0), [1.0, spoiled], 3)
 
 
-def test_a_gradient_that_is_not_finite_names_all_records_of_the_step():
+def test_a_non_finite_gradient_is_reported_with_all_records_of_the_step():
     with pytest.raises(RunFailed, match=r"A gradient is not finite at step 4.*\nd.jsonl:30\nd.jsonl:31\n"):
         step(finite(0), with_gradient(float("inf")), [1.0, 1.0], 3)
 
 
-def test_a_device_is_waited_for_once_a_step(monkeypatch):
+def test_the_device_is_synchronized_only_once_per_step(monkeypatch):
     # Reading each loss and each of 400 gradients made the host wait for a GPU 392 times per step.
     waits: list[int] = []
     for name in ("item", "tolist", "__bool__", "__float__"):
@@ -54,7 +54,7 @@ def test_a_device_is_waited_for_once_a_step(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_large_gradient_is_no_infinite_one(dtype):
+def test_a_large_finite_gradient_is_not_taken_for_infinite(dtype):
     # A sum of squares would overflow.
     one = with_gradient(1.0).to(dtype)
     for weight in one.parameters():
@@ -62,7 +62,7 @@ def test_a_large_gradient_is_no_infinite_one(dtype):
     step(finite(0), one, [1.0], 0)
 
 
-def test_a_step_left_out_changes_no_weight_and_no_mean():
+def test_a_skipped_step_changes_no_weight_and_not_the_mean_loss():
     said: list[str] = []
     watch, one = finite(1, said), with_gradient(float("nan"))
     sums = step(watch, with_gradient(1.0), [0.5, 0.5], 0) + step(watch, one, [0.7, float("nan")], 1)
@@ -91,14 +91,14 @@ def _mean_of_one_rank(rank: int, losses: list[list[float]], folder: str) -> None
 
 
 @pytest.mark.slow
-def test_a_step_left_out_on_all_ranks_leaves_no_rank_in_the_mean(tmp_path):
+def test_a_step_skipped_on_all_ranks_is_excluded_from_every_ranks_mean_loss(tmp_path):
     # Catches a rank that counts only its own losses: the NaN may be another rank's.
     losses = [[1.0, 3.0], [5.0, NAN], [2.0, 4.0]]
     torch.multiprocessing.spawn(_mean_of_one_rank, args=(losses, str(tmp_path)), nprocs=2)
     assert [float((tmp_path / rank).read_text()) for rank in ("0", "1")] == [2.5, 2.5]
 
 
-def test_steps_whose_gradients_are_clipped_to_zero_are_counted_and_said():
+def test_steps_with_gradients_clipped_to_zero_are_counted_and_reported():
     # Each gradient is finite, but their common norm is not, and clipping divides by infinity.
     said: list[str] = []
     watch = finite(0, said)
@@ -114,7 +114,7 @@ def test_steps_whose_gradients_are_clipped_to_zero_are_counted_and_said():
     assert "d.jsonl:00" in said[0]
 
 
-def test_a_mean_over_no_step_is_none():
+def test_the_mean_loss_over_zero_steps_is_none():
     watch = finite(1)
     step(watch, with_gradient(1.0), [float("nan")], 0)
     assert watch.mean_of_steps_made(0.0) is None
@@ -152,7 +152,7 @@ class Run:
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(NAN, 1.0), (float("inf"), 1.0), (1.0, NAN), (1.0, float("-inf"))])
-def test_on_a_device_a_spoiled_step_changes_nothing_and_is_told_at_the_next(monkeypatch, loss, gradient):
+def test_a_step_skipped_on_the_device_changes_nothing_and_is_reported_later(monkeypatch, loss, gradient):
     one = Run(monkeypatch, budget=1)
     one.step(1.0, 1.0)
     before = one.figures()
@@ -165,7 +165,7 @@ def test_on_a_device_a_spoiled_step_changes_nothing_and_is_told_at_the_next(monk
     assert one.watch.work.skipped_steps == 1
 
 
-def test_on_a_device_one_step_too_many_ends_the_run_before_the_next_update(monkeypatch):
+def test_exceeding_the_skip_budget_on_the_device_ends_the_run_before_an_update(monkeypatch):
     one = Run(monkeypatch, budget=0)
     one.step(NAN, 1.0)
     before = one.figures()
@@ -174,7 +174,7 @@ def test_on_a_device_one_step_too_many_ends_the_run_before_the_next_update(monke
     assert one.figures()[:2] == before[:2]
 
 
-def test_what_the_last_step_was_is_known_before_a_mean_is_made_of_it(monkeypatch):
+def test_the_last_step_is_checked_before_the_mean_loss_is_computed(monkeypatch):
     one = Run(monkeypatch, budget=1)
     one.step(1.0, 1.0)
     one.step(3.0, NAN)
@@ -194,7 +194,7 @@ def resumed_from_an_unfused_one(weights: list[torch.nn.Parameter]) -> torch.opti
 
 
 @pytest.mark.parametrize("optimizer", [never_fused, resumed_from_an_unfused_one])
-def test_an_optimizer_that_cannot_leave_a_step_out_is_waited_for(monkeypatch, optimizer):
+def test_an_optimizer_that_cannot_skip_on_the_device_is_checked_immediately(monkeypatch, optimizer):
     one = Run(monkeypatch, budget=1)
     one.optimizer = optimizer(list(one.model.parameters()))
     before = one.figures()
@@ -204,7 +204,7 @@ def test_an_optimizer_that_cannot_leave_a_step_out_is_waited_for(monkeypatch, op
     assert not hasattr(one.optimizer, "found_inf")
 
 
-def test_with_float16s_scaler_which_looks_at_gradients_alone_a_step_is_judged_at_once(monkeypatch):
+def test_with_a_grad_scaler_a_non_finite_loss_is_detected_immediately(monkeypatch):
     one = Run(monkeypatch, budget=1)
     one.scaler = torch.amp.GradScaler("cpu")
     before = one.figures()
@@ -214,7 +214,7 @@ def test_with_float16s_scaler_which_looks_at_gradients_alone_a_step_is_judged_at
 
 
 @pytest.mark.parametrize("clips", [True, False])
-def test_a_step_that_is_left_out_takes_float16s_scaler_along(monkeypatch, clips):
+def test_a_skipped_step_also_updates_the_float16_grad_scaler(monkeypatch, clips):
     # Without clipping the scaler had not looked at the gradients when they were taken away: an assertion of torch's.
     one = Run(monkeypatch, budget=1)
     one.optimizer, one.scaler = never_fused(list(one.model.parameters())), torch.amp.GradScaler("cpu", init_scale=4.0)

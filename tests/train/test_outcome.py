@@ -39,7 +39,7 @@ def test_the_verdict_follows_from_the_losses(held_out, training, verdict, settin
     assert setting in " ".join(found.sentences())
 
 
-def test_a_run_of_a_few_steps_has_not_levelled_off():
+def test_a_run_of_only_a_few_steps_is_judged_too_short():
     history = [{"step": step, "eval_loss": loss} for step, loss in enumerate([3.0, 2.6, 2.55])]
     found = outcome(history, steps=2, epochs=1, kept_step=2, in_steps=False)
     assert found.verdict == "too short" and "suits" not in " ".join(found.sentences())
@@ -53,7 +53,7 @@ def test_a_run_of_a_few_steps_has_not_levelled_off():
         ([3.0, 2.95, 2.99, 3.0, 3.0], "--max_steps"),
     ],
 )
-def test_where_steps_set_the_length_they_are_what_to_change(held_out, setting):
+def test_with_max_steps_set_the_advice_is_to_change_max_steps(held_out, setting):
     # With --max_steps, a higher --num_train_epochs changes nothing.
     text = " ".join(told(held_out, FALLING, in_steps=True).sentences())
     assert setting in text and "--num_train_epochs" not in text
@@ -75,7 +75,7 @@ def test_the_best_step_and_the_one_that_is_kept_are_named():
         ([3.0, 1.2, 1.02, 1.01, 1.0], "higher --learning_rate"),
     ],
 )
-def test_a_run_that_changed_no_answer_is_not_said_to_have_worked(held_out, says):
+def test_a_run_that_changed_no_answer_is_not_reported_as_successful(held_out, says):
     answers = [Sample("Who?", "Arr!", before="A cat.", after="A cat.")] * 3
     result = replace(told(held_out, FALLING), answers=3, as_before=all_as_before(answers))
     text = " ".join(result.sentences())
@@ -86,7 +86,7 @@ def test_a_run_that_changed_no_answer_is_not_said_to_have_worked(held_out, says)
 
 
 @pytest.mark.parametrize("held_out", [[3.0, 2.0, 1.5, 1.2, 1.0], [3.0, 1.2, 1.02, 1.01, 1.0]])
-def test_a_run_whose_answers_are_broken_is_not_said_to_have_worked(held_out):
+def test_a_run_with_broken_answers_is_not_reported_as_successful(held_out):
     text = " ".join(replace(told(held_out, FALLING), answers=3, broken=2).sentences())
     assert "but 2 of the 3 answers" in text and "It worked" not in text
     assert "It worked" in " ".join(replace(told(held_out, FALLING), answers=3, broken=1).sentences())
@@ -106,16 +106,16 @@ def test_a_run_whose_answers_are_broken_is_not_said_to_have_worked(held_out):
         ("Arr, the sea, and a word more of it, and one …", False, False),  # the time was over
     ],
 )
-def test_an_answer_is_broken_by_its_form(after, endless, is_broken):
+def test_empty_repetitive_and_endless_answers_count_as_broken(after, endless, is_broken):
     assert Sample("Who?", "Arr, the sea!", after=after, endless=endless).is_broken == is_broken
     loop = "ho ho ho ho ho ho"
     assert not Sample("Laugh", loop, after=loop).is_broken, "the reference does so too"
 
 
-def test_answers_that_are_shown_are_what_tells_where_nothing_is_held_out():
+def test_without_held_out_records_the_outcome_refers_to_the_shown_answers():
     assert "only the answers shown tell" in " ".join(replace(told([], FALLING), answers=3).sentences())
 
 
-def test_a_run_without_any_log_says_nothing_it_does_not_know():
+def test_a_run_without_logged_losses_makes_no_claims():
     assert told([], []).sentences()[:-1] == []
     assert told([], []).to_run_json()["verdict"] == "untold"

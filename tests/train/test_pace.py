@@ -18,7 +18,7 @@ def pace(clock) -> Pace:
     return Pace(clock=lambda: clock.now)
 
 
-def test_an_evaluation_before_the_first_step_makes_no_step_longer(pace, clock):
+def test_evaluation_before_the_first_step_does_not_count_as_step_time(pace, clock):
     # 40 s of evaluation, then steps of 3 s: the estimate for 200 steps was two and a half hours.
     pace.begin(0)
     clock.now += 40
@@ -29,7 +29,7 @@ def test_an_evaluation_before_the_first_step_makes_no_step_longer(pace, clock):
     assert pace.seconds() == pytest.approx(3)
 
 
-def test_the_first_step_counts_until_there_is_another(pace, clock):
+def test_the_first_steps_duration_is_used_only_until_the_second_step(pace, clock):
     pace.begin(0)
     clock.now += 10
     pace.step_ended(1)
@@ -48,7 +48,7 @@ def test_a_resumed_run_counts_its_own_steps(pace, clock):
     assert pace.left(60, 60, evaluations=0) == 0
 
 
-def test_an_evaluation_that_the_checkpoint_owed_is_no_time_of_steps(pace, clock):
+def test_an_evaluation_due_on_resume_does_not_count_as_step_time(pace, clock):
     clock.now += 7
     pace.evaluated(7)  # before the first step of a resumed run
     pace.begin(4)
@@ -71,7 +71,7 @@ def test_an_evaluation_that_the_checkpoint_owed_is_no_time_of_steps(pace, clock)
         ("no", 3, 0.3, 0),
     ],
 )
-def test_evaluations_to_come(tmp_path, strategy, step, epoch, left):
+def test_remaining_evaluations_are_counted(tmp_path, strategy, step, epoch, left):
     args = TrainingArguments(str(tmp_path), eval_strategy=strategy, eval_steps=5, use_cpu=True)
     state = TrainerState(global_step=step, max_steps=20, epoch=epoch, eval_steps=5)
     assert evaluations_left(args, state) == left

@@ -24,7 +24,7 @@ class Terminal(io.StringIO):
         (120, ["12/200", "loss 6.553", "held-out 6.125", "examples/s", "tokens/s"]),
     ],
 )
-def test_a_narrower_terminal_gets_fewer_figures_and_all_of_each(tmp_path, monkeypatch, width, shown):
+def test_a_narrower_terminal_shows_fewer_figures_but_truncates_none(tmp_path, monkeypatch, width, shown):
     monkeypatch.setenv("TERM", "xterm")
     console = Console()
     console.file, console.width = Terminal(), width

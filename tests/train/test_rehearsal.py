@@ -49,7 +49,7 @@ def refused(models, dialogues, tmp_path, capsys):
         (("--optim", "galore_adamw"), ("--optim galore_adamw:",)),
     ],
 )
-def test_an_optimizer_or_schedule_without_its_arguments_is_refused(refused, flags, named):
+def test_unusable_optimizer_scheduler_and_compile_settings_are_refused(refused, flags, named):
     said = refused(*flags)
     assert all(part in said for part in named)
 
@@ -65,7 +65,7 @@ def test_an_optimizer_or_schedule_without_its_arguments_is_refused(refused, flag
         ("--optim", "adafactor"),
     ],
 )
-def test_what_the_library_takes_is_not_refused(models, dialogues, tmp_path, flags):
+def test_valid_optimizer_and_scheduler_settings_are_accepted(models, dialogues, tmp_path, flags):
     words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "2"]
     assert main([*words, "--output_dir", str(tmp_path / "out"), *flags]) == 0
 
@@ -93,7 +93,7 @@ def test_what_the_library_takes_is_not_refused(models, dialogues, tmp_path, flag
         (("--lora_rank", "1000000"), "--lora_rank '1000000': expected a whole number, at least 1 and at most 65,536"),
     ],
 )
-def test_what_would_end_late_or_never_is_refused(refused, flags, named):
+def test_settings_that_would_fail_late_or_silently_are_refused_up_front(refused, flags, named):
     # Found by trying similar flags: five failed after the model was loaded, in a traceback, or were never reported.
     assert named in refused(*flags)
 
@@ -106,12 +106,12 @@ def test_an_adapter_that_is_larger_than_the_memory_is_refused(models, dialogues,
 
 
 @pytest.mark.parametrize("flag", ["--dataset_path", "--eval_path"])
-def test_records_that_are_nowhere_leave_no_folder(refused, flag):
+def test_a_missing_data_file_leaves_no_output_folder(refused, flag):
     # Each wrong name once left a folder runs/NAME-1, runs/NAME-2, …
     assert "nowhere.jsonl: no such file" in refused(flag, "nowhere.jsonl")
 
 
-def test_a_target_that_is_no_layer_is_told_the_layers(refused):
+def test_an_unknown_lora_target_is_refused_with_the_list_of_layers(refused):
     said = refused("--lora_targets", "W_pack")
     assert "no module is called W_pack" in said and "q_proj (2)" in said
 
@@ -119,17 +119,17 @@ def test_a_target_that_is_no_layer_is_told_the_layers(refused):
 @pytest.mark.parametrize(
     ("target", "kind"), [("embed_tokens", "Embedding"), ("mlp", "MLP"), ("input_layernorm", "RMSNorm")]
 )
-def test_a_target_that_is_no_linear_layer_is_refused(refused, target, kind):
+def test_a_lora_target_that_is_not_a_linear_layer_is_refused(refused, target, kind):
     said = refused("--lora_targets", "q_proj", target)
     assert f"--lora_targets {target}: " in said and kind in said and "q_proj (2)" in said
 
 
-def test_an_output_layer_that_is_the_embedding_is_refused(refused):
+def test_an_output_layer_tied_to_the_embedding_is_refused_as_target(refused):
     said = refused("--lora_targets", "c_attn", "lm_head", family="gpt2")  # its weights are tied
     assert "--lora_targets lm_head: in this model the output layer and the embedding are one matrix" in said
 
 
-def test_an_output_layer_of_its_own_may_be_a_target(models, dialogues, tmp_path):
+def test_an_untied_output_layer_may_be_a_target(models, dialogues, tmp_path):
     words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "2"]
     assert main([*words, "--output_dir", str(tmp_path / "out"), "--lora_targets", "q_proj", "lm_head"]) == 0
 
@@ -146,7 +146,7 @@ def test_a_push_without_a_login_is_refused(refused, monkeypatch):
     assert "hf auth login" in refused("--push_to_hub")
 
 
-def test_dropping_the_last_batch_where_it_is_the_only_one_is_refused(models, dialogues, tmp_path, capsys):
+def test_dataloader_drop_last_is_refused_if_no_batch_would_be_full(models, dialogues, tmp_path, capsys):
     # The records (40 dialogues) have to be counted first, but the model is not loaded.
     words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "1"]
     flags = ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "41"]
@@ -157,7 +157,7 @@ def test_dropping_the_last_batch_where_it_is_the_only_one_is_refused(models, dia
     assert main([*words, "--output_dir", str(tmp_path / "two"), *flags]) == 0
 
 
-def test_the_best_checkpoint_by_perplexity_is_that_of_the_lowest(models, dialogues, tmp_path):
+def test_the_best_checkpoint_by_perplexity_is_the_lowest_one(models, dialogues, tmp_path):
     # For every metric not called loss, the library would treat a larger value as better.
     from atomtune.settings.read import read_train
     from atomtune.train.arguments import trainer_arguments
@@ -173,7 +173,7 @@ def test_a_metric_that_is_never_computed_is_refused(refused):
     assert "--metric_for_best_model 'accuracy': expected one of loss, perplexity." in said
 
 
-def test_on_a_gpu_the_librarys_settings_stay_the_users(monkeypatch):
+def test_gpu_defaults_do_not_overwrite_the_users_accelerator_config(monkeypatch):
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     values = {"accelerator_config": "nope.json"}  # once treated as a dictionary, which ended in a traceback
     arguments._feed_the_gpu(values, streaming=True)

@@ -35,13 +35,13 @@ def test_the_folder_of_the_file_that_could_not_be_written_is_named(folders):
     assert f"{output / 'checkpoint-4'} could not be written ({output / 'checkpoint-4' / 'x'}: No space left" in told
 
 
-def test_torch_writes_to_the_output_folder_alone(folders):
+def test_a_torch_write_error_names_the_output_folder_not_the_cache(folders):
     # Regression: the cache was named, because its disk had less free space.
     output, _ = folders
     error = RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 341696 vs 341584")
     assert f"{output} could not be written" in str(told_to_user(error, TrainingArguments(str(output)), again=""))
 
 
-def test_an_error_without_a_file_is_that_of_the_fuller_disk(folders):
+def test_a_disk_error_without_a_file_name_names_the_fuller_disk(folders):
     output, cache = folders
     assert f"{cache} could not be written" in str(told_to_user(full(), TrainingArguments(str(output)), again=""))

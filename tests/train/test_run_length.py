@@ -39,7 +39,7 @@ RUNS = [
 
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize(("records", "batch", "accumulated", "epochs", "max_steps"), RUNS)
-def test_a_run_is_as_long_as_the_trainer_makes_it(
+def test_run_length_matches_the_steps_and_epochs_of_the_trainer(
     tmp_path, *, records, batch, accumulated, epochs, max_steps, drop_last
 ):
     if drop_last and records < batch:
@@ -59,7 +59,9 @@ def test_a_run_is_as_long_as_the_trainer_makes_it(
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize(("records", "batch", "accumulated"), [(24, 4, 1), (13, 2, 2), (25, 4, 2), (31, 1, 3)])
-def test_processes_share_the_batches(tmp_path, monkeypatch, *, records, batch, accumulated, drop_last, processes):
+def test_run_length_with_several_processes_matches_the_trainer(
+    tmp_path, monkeypatch, *, records, batch, accumulated, drop_last, processes
+):
     trainer = trainer_of(
         tmp_path, records, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated,
         num_train_epochs=2, dataloader_drop_last=drop_last,
@@ -72,11 +74,11 @@ def test_processes_share_the_batches(tmp_path, monkeypatch, *, records, batch, a
         assert run_length(records, trainer.args).steps == steps
 
 
-def test_a_stream_has_its_steps_and_no_epochs(tmp_path):
+def test_a_streamed_run_has_max_steps_and_unlimited_epochs(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=7)
     assert run_length(None, args) == RunLength(steps=7, epochs=math.inf, steps_an_epoch=7)
 
 
-def test_a_batch_and_epochs_that_are_still_being_chosen_go_before_the_arguments(tmp_path):
+def test_explicit_batch_and_epochs_override_the_training_arguments(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=1, num_train_epochs=1)
     assert run_length(10, args, batch=5, epochs=3) == RunLength(steps=6, epochs=3, steps_an_epoch=2)

@@ -33,7 +33,7 @@ def test_smoothing_does_not_lag_behind_the_curve():
         [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.5}, {"step": 3, "train_runtime": 1.0}],
     ],
 )
-def test_any_history_becomes_a_picture_without_a_word(history, tmp_path):
+def test_any_history_is_plotted_without_warnings(history, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         draw_loss(history, tmp_path / "loss.png", title="输出: 甄嬛.jsonl")
@@ -41,7 +41,7 @@ def test_any_history_becomes_a_picture_without_a_word(history, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
 
 
-def test_a_name_with_two_dollar_signs_is_no_formula(tmp_path):
+def test_dollar_signs_in_a_plot_title_are_not_parsed_as_a_formula(tmp_path):
     # matplotlib reads a formula between them, which ended the run after its first evaluation.
     draw_loss([{"step": 1, "loss": 2.0}], tmp_path / "loss.png", title="costs$_$: a$^$.jsonl")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -55,19 +55,19 @@ def test_a_name_with_two_dollar_signs_is_no_formula(tmp_path):
         ([(0, 3.0)], ["held out", "best and last: 3.000 at step 0"]),
     ],
 )
-def test_the_legend_explains_the_star_and_says_no_number_twice(points, legend):
+def test_the_legend_explains_the_star_and_repeats_no_number(points, legend):
     axes = Figure().subplots()
     draw_held_out(axes, points)
     assert [text.get_text() for text in axes.legend().get_texts()] == legend
 
 
-def test_the_axis_of_steps_has_no_halves(tmp_path):
+def test_the_step_axis_has_only_whole_number_ticks(tmp_path):
     with picture(tmp_path / "loss.png", loss="loss") as axes:
         axes.plot([0, 20], [3.0, 2.0], label="x")
     assert all(tick == int(tick) for tick in axes.get_xticks())  # earlier it had ticks at 2.5, 7.5, …
 
 
-def test_a_run_that_is_killed_behind_a_checkpoint_has_said_so(tmp_path):
+def test_run_json_is_updated_whenever_a_checkpoint_is_saved(tmp_path):
     record = RunRecord(tmp_path)
     progress = RecordedProgress(record)
     state = TrainerState(global_step=1, max_steps=9)

@@ -16,7 +16,7 @@ from atomtune.train.samples import Samples
     ],
     ids=["in time", "second late", "first late"],
 )
-def test_an_answer_that_the_time_cuts_short_is_left_out_where_there_is_another(monkeypatch, answers, shown):
+def test_an_answer_cut_by_the_time_limit_is_omitted_if_another_exists(monkeypatch, answers, shown):
     durations, now = iter(answers), 0.0
 
     def answer(self, prompt, *, seconds: float):

@@ -36,7 +36,7 @@ def origins(one: Stream, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("buffer", [1, 8, 1000])
-def test_each_pass_has_every_record_once_and_in_an_order_of_its_own(files, buffer):
+def test_each_pass_yields_every_record_once_in_a_different_order(files, buffer):
     drawn = origins(stream(files, buffer=buffer), 3 * RECORDS)
     passes = [drawn[i : i + RECORDS] for i in range(0, len(drawn), RECORDS)]
     for one in passes:
@@ -44,31 +44,31 @@ def test_each_pass_has_every_record_once_and_in_an_order_of_its_own(files, buffe
     assert passes[0] != passes[1] != passes[2]
 
 
-def test_the_seed_decides_and_nothing_else(files):
+def test_the_order_of_records_depends_only_on_the_seed(files):
     assert origins(stream(files), 90) == origins(stream(files), 90)
     assert origins(stream(files), 90) != origins(stream(files, seed=2), 90)
 
 
-def test_no_record_comes_earlier_than_the_window_allows(files):
+def test_no_record_is_yielded_earlier_than_the_shuffle_buffer_allows(files):
     # Catches a stream that reads everything before its first record: record n has at most n + buffer records before it.
     order = {f"a.jsonl:{n}": n - 1 for n in range(1, 26)} | {f"b.jsonl:{n}": n + 24 for n in range(1, 16)}
     for at, origin in enumerate(origins(stream(files, buffer=4), RECORDS)):
         assert order[origin] <= at + 4
 
 
-def test_the_account_is_of_one_pass_however_many_are_read(files):
+def test_the_ledger_counts_one_pass_however_many_are_read(files):
     one = stream(files)
     origins(one, 3 * RECORDS)
     assert (one.ledger.records_read, one.ledger.records_used) == (RECORDS, RECORDS)
 
 
-def test_files_without_a_usable_record_end_it(tmp_path):
+def test_a_stream_without_usable_records_raises_an_error(tmp_path):
     path = write_jsonl(tmp_path / "bad.jsonl", [{"instruction": "x", "output": ""}])
     with pytest.raises(BadData, match="none of 1 records"):
         origins(stream([str(path)]), 1)
 
 
-def test_a_streamed_run_that_was_stopped_goes_on_bit_identically(models, tmp_path):
+def test_a_stopped_streamed_run_resumes_bit_identically(models, tmp_path):
     data = write_jsonl(tmp_path / "train.jsonl", DIALOGUES * 3)
     command = [
         *("train", "--model_path", str(models("qwen3")), "--dataset_path", str(data), "--streaming"),
@@ -92,7 +92,7 @@ def test_a_streamed_run_that_was_stopped_goes_on_bit_identically(models, tmp_pat
 
 
 @pytest.mark.slow
-def test_what_a_stream_refused_is_said_too(models, tmp_path, capsys):
+def test_records_refused_from_a_stream_are_reported(models, tmp_path, capsys):
     data = write_jsonl(tmp_path / "train.jsonl", [*DIALOGUES, {"instruction": "x", "output": ""}])
     command = ["train", "--model_path", str(models("qwen3")), "--dataset_path", str(data), "--streaming", "--skip_bad"]
     assert main([*command, "--max_steps", "2", "--output_dir", str(tmp_path / "out")]) == 0
@@ -101,7 +101,7 @@ def test_what_a_stream_refused_is_said_too(models, tmp_path, capsys):
     assert [one["origin"] for one in refused] == ["train.jsonl:9"]
 
 
-def test_examples_that_were_read_and_not_learned_are_said(models, files, tmp_path):
+def test_examples_read_but_not_trained_on_are_reported(models, files, tmp_path):
     # The account covers all records that were read; many of them may still wait in the buffer when the run ends.
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", *files, "--dtype", "float32"]
     command += ["--streaming", "true", "--per_device_train_batch_size", "2", "--save_strategy", "no"]
@@ -117,7 +117,7 @@ def test_examples_that_were_read_and_not_learned_are_said(models, files, tmp_pat
     assert said == [True, False]
 
 
-def test_what_a_stream_cannot_do_is_said_before_anything_is_read(capsys):
+def test_settings_unsupported_by_streaming_are_refused_before_reading_data(capsys):
     both = ["train", "--model_path", "m", "--dataset_path", "nowhere.jsonl", "--streaming"]
     assert main(both) == 2
     assert "--max_steps" in capsys.readouterr().err

@@ -88,7 +88,7 @@ def relative_difference(ours: dict, theirs: dict) -> float:
 @pytest.mark.parametrize(
     ("optimizer", "tolerance"), [("sgd", 1e-6), pytest.param("adamw_torch", 1e-4, marks=pytest.mark.slow)]
 )
-def test_every_step_is_that_of_the_corrected_tutorial(  # noqa: PLR0917  # pytest passes fixtures
+def test_step_losses_and_final_adapter_match_the_corrected_tutorial(  # noqa: PLR0917  # pytest passes fixtures
     models, dialogues, tmp_path, layout, accumulation, optimizer, tolerance
 ):
     base, out = models("llama"), tmp_path / "out"

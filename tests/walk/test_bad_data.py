@@ -77,7 +77,7 @@ def train(base, data, out, *more) -> int:
 
 
 @pytest.mark.parametrize("name", CLASSES, ids=list(CLASSES))
-def test_a_bad_file_is_refused_in_words(models, tmp_path, capsys, name):
+def test_a_bad_file_is_refused_with_place_and_cause_but_no_record_text(models, tmp_path, capsys, name):
     content, place, said = CLASSES[name]
     data = tmp_path / "records.jsonl"
     data.write_bytes(content)
@@ -95,7 +95,7 @@ def test_a_bad_file_is_refused_in_words(models, tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("kind", ["folder", "missing", "FIFO", "link to nowhere"])
-def test_what_is_no_file_is_refused(models, tmp_path, capsys, kind):
+def test_a_dataset_path_that_is_not_a_file_is_refused(models, tmp_path, capsys, kind):
     data = tmp_path / "records.jsonl"
     if kind == "folder":
         data.mkdir()
@@ -110,13 +110,13 @@ def test_what_is_no_file_is_refused(models, tmp_path, capsys, kind):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_named(models, dialogues, tmp_path, capsys):
+def test_a_file_without_read_permission_is_reported(models, dialogues, tmp_path, capsys):
     dialogues.chmod(0)
     assert train(models("llama"), dialogues, tmp_path / "out") == 2
     assert "cannot be read: Permission denied" in capsys.readouterr().err
 
 
-def test_all_problems_come_at_once_and_all_are_in_the_record(models, tmp_path, capsys):
+def test_all_bad_records_are_reported_at_once_and_listed_in_run_json(models, tmp_path, capsys):
     data = tmp_path / "records.jsonl"
     data.write_bytes(FILE + b"broken\n" * 30 + b'{"instruction": "Hello"}\n')
     assert train(models("llama"), data, tmp_path / "out") == 2
@@ -140,7 +140,7 @@ def ended(command, *words, capsys) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("command", ["train", "inspect", "verify", "plan", "evaluate"])
-def test_a_file_of_which_nothing_can_be_used_ends_every_command_alike(models, tmp_path, capsys, command):
+def test_a_file_without_usable_records_fails_every_command_the_same_way(models, tmp_path, capsys, command):
     data = write_jsonl(tmp_path / "records.jsonl", [BROKEN, TOO_LONG, {"instruction": "a", "output": " "}])
     more = ["--output_dir", tmp_path / "out"] if command in ("train", "evaluate") else []
     code, told = ended(command, "--dataset_path", data, "--model_path", models("llama"), *more, capsys=capsys)
@@ -153,7 +153,7 @@ def test_a_file_of_which_nothing_can_be_used_ends_every_command_alike(models, tm
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 @pytest.mark.parametrize("records", [[BROKEN], [TOO_LONG], [BROKEN, TOO_LONG], []], ids=["bad", "long", "both", "none"])
-def test_the_command_that_is_named_next_runs(models, tmp_path, capsys, command, records):
+def test_the_suggested_train_command_runs(models, tmp_path, capsys, command, records):
     data = write_jsonl(tmp_path / "records.jsonl", [*GOOD, *records])
     assert main([command, "--dataset_path", str(data), "--model_path", str(models("llama"))]) == 0
     named = shlex.split(capsys.readouterr().out.splitlines()[-1].partition(" train ")[2])
@@ -165,7 +165,7 @@ def test_the_command_that_is_named_next_runs(models, tmp_path, capsys, command, 
     [[BROKEN], [BROKEN, TOO_LONG], "--eval_size=4", "--eval_size=0.1", "--eval_path={bad}", "--eval_path=nowhere"],
     ids=["broken", "broken and long", "all held out", "none held out", "broken to evaluate", "nothing to evaluate"],
 )
-def test_a_plan_is_refused_as_its_run_is(models, tmp_path, capsys, more):
+def test_plan_is_refused_with_the_same_message_as_train(models, tmp_path, capsys, more):
     data = write_jsonl(tmp_path / "records.jsonl", [*GOOD, *(more if isinstance(more, list) else [])])
     bad = write_jsonl(tmp_path / "bad.jsonl", [*GOOD, BROKEN])
     words = ["--dataset_path", data, "--model_path", models("llama"), "--output_dir", tmp_path / "out"]
@@ -175,7 +175,7 @@ def test_a_plan_is_refused_as_its_run_is(models, tmp_path, capsys, more):
     assert ended("plan", *words, capsys=capsys) == (2, run[1].replace(" (all in run.json)", ""))
 
 
-def test_what_skip_bad_would_train_on_is_counted_right(models, tmp_path, capsys):
+def test_the_announced_number_of_skip_bad_records_is_correct(models, tmp_path, capsys):
     data = write_jsonl(tmp_path / "records.jsonl", [*GOOD, BROKEN, TOO_LONG])
     words = ["--dataset_path", data, "--model_path", models("llama"), "--output_dir", tmp_path / "out"]
     _, told = ended("train", *words, "--max_steps", 1, capsys=capsys)
@@ -184,7 +184,7 @@ def test_what_skip_bad_would_train_on_is_counted_right(models, tmp_path, capsys)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["records_used"] == 4
 
 
-def test_what_is_unusual_is_accepted_and_counted(models, tmp_path, capsys):
+def test_unusual_but_valid_records_are_accepted_and_counted(models, tmp_path, capsys):
     data = tmp_path / "records.jsonl"
     records = [
         {"instruction": "你是谁", "output": "答\u2028答"},
@@ -203,7 +203,7 @@ def test_what_is_unusual_is_accepted_and_counted(models, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["GBK", "missing key", "a line beyond all bounds"])
-def test_used_and_refused_are_what_was_read(models, tmp_path, name):
+def test_records_used_plus_refused_equal_records_read(models, tmp_path, name):
     data = tmp_path / "records.jsonl"
     data.write_bytes(CLASSES[name][0] + b"\n" + FILE)
     assert train(models("llama"), data, tmp_path / "out", "--skip_bad") == 0

@@ -50,12 +50,12 @@ def test_a_copy_in_another_dtype_or_in_shards_is_the_same_base(models, base):
     assert fingerprint(str(base / "shards")) == expected
 
 
-def test_a_sibling_has_another_fingerprint(models, base):
+def test_a_fine_tuned_copy_has_a_different_fingerprint(models, base):
     changed(base, tuned)
     assert fingerprint(str(base)) != fingerprint(str(models("llama")))
 
 
-def test_another_base_of_the_same_shape_is_refused_everywhere(models, base, dialogues, tmp_path, capsys):
+def test_another_base_of_the_same_shape_is_refused_by_chat_merge_and_resume(models, base, dialogues, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["train", "--dataset_path", str(dialogues), "--max_steps", "2", "--save_steps", "1"]
     assert main([*command, "--model_path", str(models("llama")), "--output_dir", str(out)]) == 0
@@ -80,7 +80,7 @@ def test_another_base_of_the_same_shape_is_refused_everywhere(models, base, dial
 
 
 @pytest.mark.parametrize("use", ["merge", "certify"])
-def test_a_base_that_is_downloaded_when_it_is_loaded_is_compared_then(base, trained, capsys, monkeypatch, use):
+def test_a_base_downloaded_during_loading_is_checked_after_the_download(base, trained, capsys, monkeypatch, use):
     """Before the download there are no weights for a fingerprint, and the check was skipped silently."""
     folder = base.parent
     shutil.copytree(base, folder / "served")
@@ -105,7 +105,7 @@ def test_a_base_that_is_downloaded_when_it_is_loaded_is_compared_then(base, trai
     assert "is not the base this adapter was trained on" in capsys.readouterr().err
 
 
-def test_an_adapter_of_another_tool_is_loaded_as_it_is(models, dialogues, tmp_path):
+def test_an_adapter_without_atomtune_metadata_is_loaded(models, dialogues, tmp_path):
     out = tmp_path / "out"
     command = ["train", "--dataset_path", str(dialogues), "--max_steps", "1", "--model_path", str(models("llama"))]
     assert main([*command, "--output_dir", str(out)]) == 0
@@ -128,7 +128,7 @@ def test_a_base_without_safetensors_has_a_fingerprint_too(models, base):
     assert fingerprint(str(base)) == fingerprint(str(models("llama")))
 
 
-def test_a_sibling_without_safetensors_is_refused(models, base, dialogues, tmp_path, capsys):
+def test_a_different_base_without_safetensors_is_refused(models, base, dialogues, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["train", "--dataset_path", str(dialogues), "--max_steps", "1", "--output_dir", str(out)]
     assert main([*command, "--model_path", str(models("llama"))]) == 0

@@ -122,7 +122,7 @@ def stands_in(example: Example, prompt: list[int], answer: list[int], times: int
 
 @pytest.mark.parametrize("name", built_in())
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_every_answer_stands_behind_what_a_server_would_send(kind, name):
+def test_every_answer_follows_the_exact_prompt_a_server_would_send(kind, name):
     # Catches a mask shifted by one, an answer tokenized together with its prompt, an earlier answer rendered
     # differently from what was trained, and a weight used for a neighbour.
     template = load_template(name, tokenizer(kind))

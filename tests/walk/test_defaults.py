@@ -35,7 +35,7 @@ def record_of(out) -> dict:
     return json.loads((out / "run.json").read_text(encoding="utf-8"))
 
 
-def test_a_run_tells_whether_it_worked(models, numbers, tmp_path, capsys):
+def test_a_run_reports_whether_it_worked(models, numbers, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(command(models("llama"), numbers, out)) == 0
     record = record_of(out)
@@ -67,7 +67,7 @@ def test_a_run_tells_whether_it_worked(models, numbers, tmp_path, capsys):
     assert {sample["reference"] for sample in record["samples"]} <= held_out
 
 
-def test_a_rate_that_is_far_too_high_is_told_before_the_run(models, numbers, tmp_path, capsys):
+def test_a_far_too_high_learning_rate_is_reported_before_the_run(models, numbers, tmp_path, capsys):
     for rate, is_told in (("0.05", False), ("0.07", True)):  # by default the run would take 6e-3
         words = [*command(models("llama"), numbers, tmp_path / rate), "--learning_rate", rate, "--max_steps", "1"]
         assert main(words) == 0
@@ -76,7 +76,7 @@ def test_a_rate_that_is_far_too_high_is_told_before_the_run(models, numbers, tmp
 
 
 @pytest.mark.slow
-def test_a_resumed_run_takes_what_the_run_that_began_took(models, numbers, tmp_path, capsys, monkeypatch):
+def test_a_resumed_run_keeps_the_automatic_settings_of_the_original_run(models, numbers, tmp_path, capsys, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert main(command(models("llama"), numbers, whole)) == 0
     assert main(command(models("llama"), numbers, out, "--max_minutes", "0.0001")) == 75
@@ -95,7 +95,7 @@ def test_a_resumed_run_takes_what_the_run_that_began_took(models, numbers, tmp_p
     assert (out / weights).read_bytes() == (whole / weights).read_bytes()
 
 
-def test_few_records_are_all_learned_and_the_record_is_printed_where_asked_for(models, dialogues, tmp_path, capsys):
+def test_few_records_are_not_held_out_and_json_prints_run_json(models, dialogues, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(command(models("llama"), dialogues, out, "--num_train_epochs", "1", "--json")) == 0
     record, printed = record_of(out), capsys.readouterr()
@@ -104,7 +104,7 @@ def test_few_records_are_all_learned_and_the_record_is_printed_where_asked_for(m
     assert record["outcome"]["verdict"] == "untold" and "--eval_size" in printed.err
 
 
-def test_records_that_are_all_alike_are_all_learned_and_that_is_said(models, tmp_path, capsys):
+def test_too_similar_records_are_not_held_out_and_this_is_reported(models, tmp_path, capsys):
     data = write_jsonl(tmp_path / "same.jsonl", [{"instruction": "Hello?", "output": f"Yes {n}."} for n in range(60)])
     out, words = tmp_path / "out", ["--max_steps", "31", "--per_device_train_batch_size", "64"]
     assert main(command(models("llama"), data, out, *words)) == 0
@@ -116,7 +116,7 @@ def test_records_that_are_all_alike_are_all_learned_and_that_is_said(models, tmp
     assert "records_held_out" not in record_of(tmp_path / "out")
 
 
-def test_a_run_that_no_longer_gets_better_ends_early(models, numbers, tmp_path, capsys):
+def test_early_stopping_ends_a_run_that_no_longer_improves(models, numbers, tmp_path, capsys):
     out = tmp_path / "out"
     # Such a rate changes the weights too little for the loss: no evaluation is better than the first.
     flags = ["--learning_rate", "1e-12", "--eval_steps", "2", "--early_stopping_patience", "2"]
@@ -128,7 +128,7 @@ def test_a_run_that_no_longer_gets_better_ends_early(models, numbers, tmp_path, 
 
 
 @pytest.mark.parametrize("template", ["atom", "chatml", "plain"])
-def test_a_prompt_is_shown_as_the_record_has_it(models, tmp_path, template, capsys):
+def test_a_sample_prompt_is_shown_without_text_added_by_the_template(models, tmp_path, template, capsys):
     """atom writes `请回答用户问题:` after the instruction, and chatml writes role names; the user wrote neither."""
     records = [
         {"instruction": f"Say {n * 7919 % 1000} politely {n}.", "input": f"Go {n * n} away!", "output": f"Please {n}."}
@@ -145,7 +145,7 @@ def test_a_prompt_is_shown_as_the_record_has_it(models, tmp_path, template, caps
     assert samples[0]["prompt"] in page and "请回答用户问题" not in page
 
 
-def test_an_instruction_that_all_records_share_is_not_shown_with_each_prompt(models, tmp_path, capsys):
+def test_an_instruction_shared_by_all_records_is_omitted_from_sample_prompts(models, tmp_path, capsys):
     records = [
         {
             "instruction": "You are a lamp. Answer the user.",

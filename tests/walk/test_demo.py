@@ -23,7 +23,7 @@ def test_the_demo_learns_its_persona(tmp_path, monkeypatch, capsys):
     assert record["records_used"] == record["records_read"] > 300
 
 
-def test_the_held_out_prompts_are_held_out():
+def test_the_demos_held_out_prompts_are_not_in_its_training_data():
     def prompts(name: str) -> set[tuple[str, str]]:
         lines = (DEMO_FOLDER / name).read_text(encoding="utf-8").splitlines()
         return {(record["instruction"], record["input"]) for record in map(json.loads, lines)}

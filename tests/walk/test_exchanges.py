@@ -69,12 +69,12 @@ def learned(template: Template, examples) -> list[str]:
 # --- thoughts and tools ---------------------------------------------------------------------------------------------
 
 
-def test_thoughts_are_learned_where_the_template_writes_them(qwen):
+def test_reasoning_is_learned_where_the_template_writes_it(qwen):
     record = Record((Turn("user", "2+2?"), Turn("assistant", "4", reasoning="two and two")), "a:1")
     assert texts(qwen, record)[1] == "<think>\ntwo and two\n</think>\n\n4"
 
 
-def test_an_earlier_answer_is_asked_for_as_if_it_were_the_last(qwen):
+def test_an_earlier_answer_is_trained_as_if_it_were_the_last(qwen):
     # When it was written, the first answer had thoughts; in the history of later prompts it has none.
     turns = (
         Turn("user", "2+2?"),
@@ -94,13 +94,13 @@ def test_an_earlier_answer_is_asked_for_as_if_it_were_the_last(qwen):
     assert learned(qwen, [second]) == [f"<think>\n\n</think>\n\n5{stop}"]
 
 
-def test_a_prompt_that_opens_the_thoughts_is_gone_on_from():
+def test_an_answer_continues_the_think_block_that_the_prompt_opens():
     template = load_template("auto", tokenizer_of("bytes", THINKS_IN_THE_PROMPT))
     record = Record((Turn("user", "2+2?"), Turn("assistant", "4", reasoning="hm")), "a:1")
     assert texts(template, record) == ("<|im_start|>2+2?<|im_end|><think>\n", "hm\n</think>\n\n4")
 
 
-def test_thoughts_that_a_template_leaves_out_are_said(chatml):
+def test_reasoning_that_a_template_leaves_out_is_reported(chatml):
     value = chat("2+2?", "4")
     value["messages"][1]["reasoning_content"] = "two and two"
     ((example,),), ledger = encoded(chatml, value)
@@ -108,7 +108,7 @@ def test_thoughts_that_a_template_leaves_out_are_said(chatml):
     assert any("reasoning" in notice for notice in ledger.notices)
 
 
-def test_a_call_is_learned_and_its_answer_is_read(qwen):
+def test_a_tool_call_is_learned_but_the_tool_result_is_not(qwen):
     value = chat("Rain?", tools=[WEATHER])
     value["messages"] += [
         {
@@ -129,7 +129,7 @@ def test_a_call_is_learned_and_its_answer_is_read(qwen):
 
 
 @pytest.mark.parametrize("name", ["atom", "alpaca", "plain"])
-def test_what_a_template_has_no_place_for_is_refused_by_name(name):
+def test_tools_that_a_template_cannot_express_are_refused_naming_the_template(name):
     template = load_template(name, tokenizer_of("sentencepiece"))
     calls = ({"name": "weather", "arguments": {}},)
     with pytest.raises(CannotExpress, match=f"{name}.*"):
@@ -138,7 +138,7 @@ def test_what_a_template_has_no_place_for_is_refused_by_name(name):
         pieces(template, Record((Turn("user", "Rain?"), Turn("assistant", "No.")), "a:1", tools=(WEATHER,)))
 
 
-def test_a_control_string_in_the_prompt_changes_nothing_in_the_answer(qwen):
+def test_a_control_token_string_in_the_prompt_does_not_change_the_answer(qwen):
     # Catches a prompt that is not recognized as the beginning of the text: the answer would lose its <think> block.
     hostile, peaceful = (Record((Turn("user", said), Turn("assistant", "4")), "a:1") for said in ("a<|im_end|>b", "ab"))
     assert texts(qwen, hostile)[1] == texts(qwen, peaceful)[1] == "<think>\n\n</think>\n\n4"
@@ -148,7 +148,7 @@ def test_a_control_string_in_the_prompt_changes_nothing_in_the_answer(qwen):
     )
 
 
-def test_a_control_string_in_a_call_stays_text(qwen):
+def test_a_control_token_string_in_a_tool_call_stays_text(qwen):
     turns = (Turn("user", "x"), Turn("assistant", "", calls=({"name": "f", "arguments": {"a": "<|im_end|>"}},)))
     piece = pieces(qwen, Record(turns, "a:1"))[1]
     assert "<|im_end|>" in piece.text and piece.breaks
@@ -157,7 +157,7 @@ def test_a_control_string_in_a_call_stays_text(qwen):
 # --- what is learned ------------------------------------------------------------------------------------------------
 
 
-def test_all_answers_are_learned_or_the_last(chatml):
+def test_learn_selects_all_answers_or_only_the_last(chatml):
     value = chat("a", "first", "b", "second")
     (both,), _ = encoded(chatml, value)
     (last,), _ = encoded(chatml, value, learn="last")
@@ -166,7 +166,7 @@ def test_all_answers_are_learned_or_the_last(chatml):
     assert [one.ids for one in both] == [one.ids for one in last], "on this tokenizer one sequence holds both"
 
 
-def test_a_weight_of_two_counts_twice_and_of_none_not_at_all(chatml):
+def test_an_answer_of_weight_2_counts_twice_and_of_weight_0_not_at_all(chatml):
     value = chat("a", "first", "b", "second")
     value["messages"][1]["weight"] = 0
     value["messages"][3]["weight"] = 2
@@ -176,7 +176,7 @@ def test_a_weight_of_two_counts_twice_and_of_none_not_at_all(chatml):
     assert ledger.target_tokens == sum(example.learn)
 
 
-def test_a_text_is_learned_whole_and_ends(chatml):
+def test_a_text_record_is_learned_whole_with_a_final_stop_token(chatml):
     for kind, own in (("sentencepiece", None), ("bytes", CHATML)):
         template = load_template("auto", tokenizer_of(kind, own))
         ((example,),), _ = encoded(template, {"text": "从前有一座山。"}, format="text")
@@ -190,7 +190,7 @@ def test_a_text_is_learned_whole_and_ends(chatml):
 # --- too long -------------------------------------------------------------------------------------------------------
 
 
-def test_only_the_answers_with_too_much_before_them_lose_the_oldest_turns(chatml):
+def test_only_answers_with_too_long_prompts_lose_the_oldest_turns(chatml):
     value = chat("first question", "one", "second question", "two", "third question", "three")
     (whole,), _ = encoded(chatml, value)
     room = len(whole[0].ids) - 1
@@ -215,7 +215,7 @@ def test_a_refused_records_targets_are_counted(chatml):
 # --- kept together --------------------------------------------------------------------------------------------------
 
 
-def test_the_examples_of_a_record_are_one_row_of_the_store(qwen):
+def test_all_examples_of_a_record_are_stored_in_one_row(qwen):
     records, _ = encoded(qwen, chat("a", "b", "c", "d"), chat("e", "f"))
     table = as_table(records)
     assert [as_examples(row) for row in table.to_pylist()] == records

@@ -36,7 +36,7 @@ def walked(tmp_path_factory):
     return command, folder / "out"
 
 
-def test_experts_and_what_is_like_them_are_adapted_and_said(walked, tmp_path, capsys):
+def test_experts_and_similar_layers_are_adapted_and_reported(walked, tmp_path, capsys):
     command, out = walked
     adapted = {name.partition(".lora_")[0].rpartition(".layers.")[2] for name in load_file(out / WEIGHTS)}
     assert {"1.mlp.experts", "1.mlp.experts.base_layer", "1.mlp.shared_experts.up_proj", "0.mlp.up_proj"} <= adapted
@@ -54,7 +54,7 @@ def test_experts_and_what_is_like_them_are_adapted_and_said(walked, tmp_path, ca
     assert "These stay frozen (not adapted by PEFT in this architecture): gate_proj, up_proj, down_proj (" in printed
 
 
-def test_resumed_it_is_the_same_run(walked, tmp_path):
+def test_a_resumed_run_gives_the_same_adapter(walked, tmp_path):
     command, whole = walked
     out = tmp_path / "out"
     shutil.copytree(whole / "checkpoint-3", out / "checkpoint-3")
@@ -72,7 +72,7 @@ def test_recomputed_activations_give_the_same_losses(walked, tmp_path):
     assert ours == theirs
 
 
-def test_verified_merged_and_answering_the_same(walked, tmp_path, capsys):
+def test_verify_passes_and_the_merged_model_answers_like_the_adapter(walked, tmp_path, capsys):
     command, out = walked
     assert main(["verify", *command[1:7], "--lora_experts"]) == 0
     merged = tmp_path / "merged"

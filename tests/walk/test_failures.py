@@ -24,7 +24,7 @@ def status(out: Path) -> dict:
     return json.loads((out / "run.json").read_text())
 
 
-def test_one_of_model_and_data_names_the_other(models, dialogues, capsys):
+def test_train_with_only_a_model_or_only_data_names_the_missing_flag(models, dialogues, capsys):
     assert main(["train", "--model_path", str(models("llama"))]) == 2
     assert "--dataset_path" in capsys.readouterr().err
     assert main(["train", "--dataset_path", str(dialogues)]) == 2
@@ -65,7 +65,7 @@ def test_two_runs_do_not_share_a_folder(models, dialogues, tmp_path, capsys):
     assert "another run" in capsys.readouterr().err
 
 
-def test_out_of_memory_says_what_to_change(models, dialogues, tmp_path, monkeypatch, capsys):
+def test_an_out_of_memory_error_suggests_settings_to_change(models, dialogues, tmp_path, monkeypatch, capsys):
     """A real allocation that this machine cannot make, in the middle of a step."""
 
     def greedy(*args, **kwargs):
@@ -82,28 +82,26 @@ def test_out_of_memory_says_what_to_change(models, dialogues, tmp_path, monkeypa
     assert status(tmp_path / "out")["status"] == "failed"
 
 
-def test_a_longer_example_than_the_model_has_positions_is_refused(models, tmp_path, capsys):
+def test_an_example_longer_than_the_models_positions_is_refused(models, tmp_path, capsys):
     data = tmp_path / "long.jsonl"
     data.write_text(json.dumps({"instruction": "长" * 900, "input": "", "output": "短"}) + "\n", encoding="utf-8")
     assert main(command(models("gpt2"), data, tmp_path / "out", "--max_seq_length", "600")) == 2
     assert "512 positions" in capsys.readouterr().err
 
 
-def test_a_model_folder_that_is_not_there(dialogues, tmp_path, capsys):
+def test_a_missing_model_folder_is_reported(dialogues, tmp_path, capsys):
     assert main(command(tmp_path / "nowhere", dialogues, tmp_path / "out")) == 2
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_a_run_that_failed_before_it_began_does_not_bar_the_folder(models, dialogues, tmp_path):
+def test_a_run_that_failed_before_it_started_does_not_block_its_folder(models, dialogues, tmp_path):
     out = tmp_path / "out"
     assert main(command(tmp_path / "nowhere", dialogues, out)) == 2
     assert main(command(models("llama"), dialogues, out, "--max_steps", "1")) == 0
     assert status(out)["status"] == "finished"
 
 
-def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again_with_the_same_command(
-    models, dialogues, tmp_path
-):
+def test_a_run_stopped_before_its_first_checkpoint_can_be_started_again(models, dialogues, tmp_path):
     # Once, a stopped run said that the same command starts again, and then that command was refused.
     out = tmp_path / "out"
     out.mkdir()
@@ -112,14 +110,14 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again_with_th
     assert status(out)["status"] == "finished"
 
 
-def test_an_empty_model_folder_lists_what_is_there(dialogues, tmp_path, capsys):
+def test_a_folder_without_a_model_is_refused_with_a_list_of_its_files(dialogues, tmp_path, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "notes.txt").write_text("hello")
     assert main(command(tmp_path / "model", dialogues, tmp_path / "out")) == 2
     assert "notes.txt" in capsys.readouterr().err
 
 
-def test_a_hub_that_cannot_be_reached_names_the_mirror(dialogues, tmp_path, capsys, monkeypatch):
+def test_an_unreachable_hub_is_reported_with_the_mirror_setting(dialogues, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(load_errors, "OFFLINE_BY_CHOICE", False)
     assert main(command("someone/some-model", dialogues, tmp_path / "out")) == 2
@@ -149,7 +147,7 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint(models, dialogues, tmp_path
 
 
 @pytest.mark.slow
-def test_running_out_of_address_space_is_out_of_memory(models, dialogues, tmp_path):
+def test_running_out_of_address_space_is_reported_as_out_of_memory(models, dialogues, tmp_path):
     """The same message in a real process whose memory the system limits."""
     limit = 6 << 30
     flags = ["--max_steps", "1", "--max_seq_length", "512", "--per_device_train_batch_size", "40"]
@@ -187,7 +185,7 @@ def test_running_out_of_address_space_is_out_of_memory(models, dialogues, tmp_pa
         ("--device_map", "banana"),
     ],
 )
-def test_what_the_library_refuses_is_the_users_mistake_not_a_bug(models, dialogues, tmp_path, flags, capsys):
+def test_settings_the_library_refuses_are_user_errors_without_a_traceback(models, dialogues, tmp_path, flags, capsys):
     assert main(command(models("llama"), dialogues, tmp_path / "out", "--max_steps", "1", *flags)) == 2
     assert "Traceback" not in capsys.readouterr().err
 
@@ -238,7 +236,9 @@ def test_a_disk_that_stays_full_ends_the_run(models, dialogues, tmp_path, monkey
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_a_stop_whose_checkpoint_cannot_be_written_is_no_good_stop(models, dialogues, tmp_path, monkeypatch, capsys):
+def test_a_stop_whose_checkpoint_cannot_be_written_exits_with_an_error(
+    models, dialogues, tmp_path, monkeypatch, capsys
+):
     failing_disk(monkeypatch, lambda save: save > 1)
     flags = ["--max_steps", "40", "--save_steps", "2", "--max_minutes", "0.0001"]
     assert main(command(models("llama"), dialogues, tmp_path / "out", *flags)) == 75  # the first save is complete
@@ -246,7 +246,7 @@ def test_a_stop_whose_checkpoint_cannot_be_written_is_no_good_stop(models, dialo
     assert "could not be written" in capsys.readouterr().err
 
 
-def test_an_adapter_that_was_not_written_as_it_is_ends_the_run(models, dialogues, tmp_path, monkeypatch, capsys):
+def test_an_adapter_file_that_differs_from_the_weights_fails_the_run(models, dialogues, tmp_path, monkeypatch, capsys):
     import peft.peft_model
 
     real = peft.peft_model.safe_save_file
@@ -261,7 +261,7 @@ def test_an_adapter_that_was_not_written_as_it_is_ends_the_run(models, dialogues
     assert status(tmp_path / "out")["status"] == "failed"
 
 
-def test_a_gradient_that_is_not_finite_is_no_update(models, dialogues, tmp_path, monkeypatch, capsys):
+def test_a_non_finite_gradient_ends_the_run_before_the_update(models, dialogues, tmp_path, monkeypatch, capsys):
     from atomtune.train.trainer import LoraTrainer
 
     real = LoraTrainer.training_step
@@ -281,7 +281,7 @@ def test_a_gradient_that_is_not_finite_is_no_update(models, dialogues, tmp_path,
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_a_disk_that_holds_no_checkpoint_is_refused_before_the_first_step(models, dialogues, tmp_path, monkeypatch):
+def test_a_disk_too_full_for_a_checkpoint_is_refused_before_the_first_step(models, dialogues, tmp_path, monkeypatch):
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
@@ -290,7 +290,7 @@ def test_a_disk_that_holds_no_checkpoint_is_refused_before_the_first_step(models
     assert "The disk is full" in status(tmp_path / "out")["reason"]
 
 
-def test_out_of_memory_while_loading_is_told_so(models, dialogues, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_while_loading_is_reported_as_such(models, dialogues, tmp_path, monkeypatch, capsys):
     from atomtune.train import model
 
     monkeypatch.setattr(model, "load_base", lambda *a, **k: torch.empty(1 << 50, dtype=torch.uint8))
@@ -299,7 +299,7 @@ def test_out_of_memory_while_loading_is_told_so(models, dialogues, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_reader_of_the_output_that_leaves_does_not_end_the_run(models, dialogues, tmp_path):
+def test_a_closed_output_pipe_does_not_end_the_run(models, dialogues, tmp_path):
     words = [sys.executable, "-m", "atomtune", *command(models("llama"), dialogues, tmp_path / "out")]
     done = subprocess.run(
         ["bash", "-c", f"{' '.join(words)} --max_steps 20 --save_steps 2 | head -1; exit ${{PIPESTATUS[0]}}"],
@@ -313,7 +313,7 @@ def test_a_reader_of_the_output_that_leaves_does_not_end_the_run(models, dialogu
 
 
 @pytest.mark.parametrize(("targets", "said"), [("input_layernorm", "linear layers here"), (",", "lora_targets")])
-def test_targets_that_lora_cannot_adapt(  # noqa: PLR0917  # pytest's fixtures
+def test_targets_that_lora_cannot_adapt_are_refused(  # noqa: PLR0917  # pytest's fixtures
     models, dialogues, tmp_path, capsys, targets, said
 ):
     flags = ["--max_steps", "1", "--lora_targets", targets]
@@ -338,7 +338,7 @@ def test_a_final_save_that_fails_leaves_nothing_half_written(models, dialogues, 
     assert main(command(models("llama"), dialogues, out, "--max_steps", "2", "--resume")) == 0
 
 
-def test_a_signal_behind_the_last_save_leaves_a_finished_run(models, dialogues, tmp_path, monkeypatch, capsys):
+def test_a_signal_after_the_last_save_leaves_a_finished_run(models, dialogues, tmp_path, monkeypatch, capsys):
     # Once it ended with 75, and a scheduler started the finished run again.
     from atomtune.train import ending
 
@@ -354,7 +354,9 @@ def test_a_signal_behind_the_last_save_leaves_a_finished_run(models, dialogues, 
     assert (out / "adapter_model.safetensors").is_file()
 
 
-def test_a_signal_while_the_model_answers_leaves_the_verdict(models, dialogues, tmp_path, monkeypatch, capsys):
+def test_a_signal_during_the_final_samples_keeps_the_outcome_and_report(
+    models, dialogues, tmp_path, monkeypatch, capsys
+):
     from atomtune.train.samples import Samples
 
     def stopped(self):
@@ -369,7 +371,7 @@ def test_a_signal_while_the_model_answers_leaves_the_verdict(models, dialogues, 
     assert json.loads((out / "run.json").read_text())["outcome"]["steps"] == 2 and (out / "report.html").is_file()
 
 
-def test_a_step_so_large_that_weights_are_not_finite_is_not_saved(models, dialogues, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_with_non_finite_weights_is_not_saved(models, dialogues, tmp_path, monkeypatch, capsys):
     # Loss and gradient of the step were finite; only the next step's loss would show it, after the save.
     from transformers import Trainer
 
@@ -390,7 +392,7 @@ def test_a_step_so_large_that_weights_are_not_finite_is_not_saved(models, dialog
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 @pytest.mark.slow
-def test_a_full_disk_under_the_store_of_records_is_named(models, dialogues, tmp_path):
+def test_a_full_disk_under_the_dataset_cache_is_named(models, dialogues, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", disk], check=False).returncode:
@@ -410,7 +412,7 @@ def test_a_full_disk_under_the_store_of_records_is_named(models, dialogues, tmp_
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_disk_that_fills_up_behind_the_last_save_leaves_a_finished_run(
+def test_a_disk_that_fills_up_after_the_last_save_leaves_a_finished_run(
     models, dialogues, tmp_path, monkeypatch, capsys
 ):
     # Once such a run was recorded as failed; without checkpoints, --resume repeated all its steps.
@@ -431,7 +433,7 @@ def test_a_disk_that_fills_up_behind_the_last_save_leaves_a_finished_run(
     ("mounted", "found"), [("ro", "Read-only file system"), ("size=64k", "there was no room for a batch")]
 )
 @pytest.mark.slow
-def test_workers_that_cannot_share_memory_are_not_blamed_on_the_disk(models, dialogues, tmp_path, mounted, found):
+def test_unusable_shared_memory_is_not_reported_as_a_full_disk(models, dialogues, tmp_path, mounted, found):
     """Once the output folder was blamed; and if only a batch found no room, the run waited for it forever."""
     script = f'mount -t tmpfs -o {mounted} tmpfs /dev/shm && exec "$@" || exit 99'
     words = command(models("llama"), dialogues, tmp_path / "out", "--max_steps", "2", "--dataloader_num_workers", "1")

@@ -15,7 +15,7 @@ TUTORIAL_TARGETS = ["W_pack", "down_proj", "o_proj", "gate_proj", "up_proj"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_trained_saved_and_loaded_gives_the_same_logits(  # noqa: PLR0917  # pytest passes fixtures
+def test_the_saved_adapter_gives_the_same_logits_in_peft_and_chat_answers(  # noqa: PLR0917  # pytest passes fixtures
     family, models, dialogues, tmp_path, monkeypatch, capsys
 ):
     base, out = models(family), tmp_path / "out"
@@ -70,7 +70,7 @@ def test_an_adapters_folder_cannot_switch_remote_code_on(models, dialogues, tmp_
         assert "--trust_remote_code" in capsys.readouterr().err
 
 
-def test_the_tutorials_targets_on_a_llama_name_what_exists(models, dialogues, tmp_path, capsys):
+def test_the_tutorials_lora_targets_on_llama_list_the_existing_layers(models, dialogues, tmp_path, capsys):
     """W_pack exists in no Llama: the tutorial silently trained without q, k and v."""
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues)]
     flags = ["--output_dir", str(tmp_path / "out"), "--lora_targets", ",".join(TUTORIAL_TARGETS)]

@@ -64,11 +64,11 @@ def in_a_process(script: str, *arguments: object) -> str:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.slow
-def test_killed_at_any_point_of_a_save_the_run_goes_on_bit_identically(models, dialogues, tmp_path):
+def test_a_run_killed_at_any_point_of_a_save_resumes_bit_identically(models, dialogues, tmp_path):
     assert "points" in in_a_process(POINTS, models("llama"), dialogues, tmp_path, 1 if ALL else 14)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_any_moment_the_run_goes_on_bit_identically(models, dialogues, tmp_path):
+def test_a_run_killed_at_any_moment_resumes_bit_identically(models, dialogues, tmp_path):
     assert "kills" in in_a_process(MOMENTS, models("llama"), dialogues, tmp_path, 100 if ALL else 8)

@@ -87,7 +87,7 @@ def lines_with_content(content: bytes) -> int:
 
 
 @pytest.mark.parametrize("seed", range(FILES // ROUND))
-def test_no_file_breaks_the_reader_and_no_record_is_lost(tmp_path: Path, seed: int):
+def test_mutated_jsonl_never_crashes_the_reader_or_loses_a_record(tmp_path: Path, seed: int):
     draw = random.Random(seed)
     template = load_template("atom", tokenizer_of("sentencepiece"))
     for number in range(ROUND):

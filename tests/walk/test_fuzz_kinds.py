@@ -72,7 +72,7 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_no_bytes_break_the_reader(tmp_path: Path, name):
+def test_mutated_files_of_any_kind_never_crash_the_reader(tmp_path: Path, name):
     # It found a schema with a column name that is not UTF-8, and a length that asks for more than all memory.
     draw = random.Random(name)
     path = tmp_path / name

@@ -200,7 +200,7 @@ def alarm() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_no_file_breaks_what_reads_it(folders, tmp_path, name):
+def test_mutated_model_files_are_accepted_or_refused_without_a_crash(folders, tmp_path, name):
     quiet_libraries()
     kind, use = KINDS[name]
     draw = random.Random(name)

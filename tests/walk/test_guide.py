@@ -45,7 +45,7 @@ def shorter(words: list[str]) -> list[str]:
     return [*fewer, *FASTER.get(words[0], [])]
 
 
-def test_every_line_of_the_way_to_a_served_model_runs(real, tmp_path):
+def test_every_documented_command_up_to_a_served_model_runs(real, tmp_path):
     openai = pytest.importorskip("openai", reason="needs the extra serve")
     pytest.importorskip("xllamacpp", reason="needs the extra gguf")
     from atomtune.engines.server_process import free_port

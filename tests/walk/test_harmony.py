@@ -111,7 +111,7 @@ def without_earlier_thoughts(messages: list[Message]) -> list[Message]:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("thoughts inline", "two calls at once")])
-def test_every_answer_stands_behind_harmonys_prompt_with_harmonys_ids(harmony, template, kind):
+def test_every_prompt_and_answer_has_the_token_ids_of_harmony(harmony, template, kind):
     # Catches a final answer without its channel, a call with two stop tokens, and misplaced thoughts.
     # Two kinds are left out: for harmony, <think> inside a text is text, and the template writes no second call.
     from openai_harmony import Conversation, RenderConversationConfig, Role

@@ -33,13 +33,13 @@ def numbered():
     return [(n, record) for n in range(3) for record in DIALOGUES]
 
 
-def test_it_is_trained_as_a_tree(trained):
+def test_hybrid_models_train_in_the_tree_layout(trained):
     report = json.loads((trained[3] / "run.json").read_text())
     assert report["layout"] == "tree"
     assert report["tokens_computed"] < 0.7 * report["tokens_padded"]
 
 
-def test_resumed_as_one_that_was_killed_it_is_the_same_run(trained, tmp_path):
+def test_a_killed_and_resumed_run_gives_the_same_adapter_and_losses(trained, tmp_path):
     _, _, command, whole = trained
     out = tmp_path / "out"
     out.mkdir()
@@ -52,7 +52,7 @@ def test_resumed_as_one_that_was_killed_it_is_the_same_run(trained, tmp_path):
     assert ours["loss_history"] == theirs["loss_history"]
 
 
-def test_it_is_verified_as_a_tree(trained, capsys):
+def test_verify_passes_in_the_tree_layout(trained, capsys):
     _, base, command, _ = trained
     data = command[command.index("--dataset_path") + 1]
     assert main(["verify", "--model_path", str(base), "--dataset_path", data, "--dtype", "float32"]) == 0
@@ -60,7 +60,7 @@ def test_it_is_verified_as_a_tree(trained, capsys):
     assert "layout tree" in report
 
 
-def test_merged_it_answers_as_the_adapter_does(trained, tmp_path, capsys):
+def test_the_merged_model_answers_like_the_adapter(trained, tmp_path, capsys):
     _, base, _, out = trained
     merged = tmp_path / "merged"
     merge = ["merge", "--adapter_path", str(out), "--output_dir", str(merged), "--dtype", "float32"]
@@ -82,7 +82,7 @@ def test_merged_it_answers_as_the_adapter_does(trained, tmp_path, capsys):
         assert not torch.allclose(plain(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-3)
 
 
-def test_its_evaluation_does_not_depend_on_what_is_in_a_batch(trained, tmp_path):
+def test_evaluation_does_not_depend_on_the_batch_size(trained, tmp_path):
     """A row with one record has no other records that could leak into it, and no branch."""
     _, _, command, out = trained
     figures = []

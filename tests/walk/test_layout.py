@@ -34,7 +34,7 @@ def record_of(out) -> dict:
     ],
     ids=["checkpointing", "accumulation", "smoothing", "one record a batch", "shortened"],
 )
-def test_a_run_is_the_same_run_in_every_layout(models, dialogues, tmp_path, flags):
+def test_every_layout_gives_the_same_losses_and_adapter(models, dialogues, tmp_path, flags):
     # RMSNorm computes in float32, so branches that meet in it are rounded: 1e-7 per step.
     exact = ["--dtype", "float64", "--lora_dropout", "0", "--max_steps", "4", "--learning_rate", "1e-2"]
     exact += ["--logging_steps", "1", "--eval_size", "8", "--optim", "sgd", "--per_device_train_batch_size", "8"]
@@ -55,14 +55,14 @@ def test_a_run_is_the_same_run_in_every_layout(models, dialogues, tmp_path, flag
         assert relative_difference(*adapters) < 1e-6
 
 
-def test_auto_says_what_it_takes_and_what_that_saves(models, dialogues, tmp_path, capsys):
+def test_layout_auto_reports_its_choice_and_the_saved_work(models, dialogues, tmp_path, capsys):
     assert train(models("llama"), dialogues, tmp_path / "out", "--max_steps", "1") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "layout tree: records with a common prefix share it; tokens " in said
     assert "less work (3 batches tried)" in said
 
 
-def test_a_larger_batch_that_computes_fewer_tokens_is_named_and_makes_the_same_run(models, dialogues, tmp_path):
+def test_a_larger_batch_with_fewer_tokens_is_suggested_and_gives_the_same_run(models, dialogues, tmp_path):
     exact = ["--dtype", "float64", "--lora_dropout", "0", "--max_steps", "3", "--optim", "sgd", "--eval_size", "0"]
     exact += ["--logging_steps", "1", "--learning_rate", "1e-2"]
     small = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
@@ -79,7 +79,7 @@ def test_a_larger_batch_that_computes_fewer_tokens_is_named_and_makes_the_same_r
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
-def test_auto_packs_records_that_share_nothing(models, tmp_path, capsys):
+def test_layout_auto_packs_records_without_common_prefixes(models, tmp_path, capsys):
     # All records would share role markers, so this template has none.
     template = tmp_path / "bare.jinja"
     template.write_text(
@@ -96,7 +96,7 @@ def test_auto_packs_records_that_share_nothing(models, tmp_path, capsys):
     assert "layout packed: records are laid end to end without padding" in capsys.readouterr().out
 
 
-def test_a_model_that_a_tree_would_change_trains_padded_with_the_reason(models, dialogues, tmp_path, capsys):
+def test_a_model_unsuited_to_the_tree_layout_trains_padded_with_the_reason(models, dialogues, tmp_path, capsys):
     assert train(models("baichuan_like"), dialogues, tmp_path / "out", "--trust_remote_code", "--max_steps", "2") == 0
     record = record_of(tmp_path / "out")
     assert record["layout"] == "padded"
@@ -105,7 +105,7 @@ def test_a_model_that_a_tree_would_change_trains_padded_with_the_reason(models, 
     assert "layout padded: one record per row, because its forward takes no position_ids." in said
 
 
-def test_noise_on_the_embeddings_takes_one_record_a_row(models, dialogues, tmp_path, monkeypatch, capsys):
+def test_neftune_noise_uses_one_record_per_row(models, dialogues, tmp_path, monkeypatch, capsys):
     # In a row of 16 records, the library's noise silently had a quarter of its size.
     shapes = []
 
@@ -133,7 +133,7 @@ def test_a_layout_that_would_not_be_exact_is_refused_before_a_step(models, dialo
     assert "--layout padded" in said
 
 
-def test_activations_are_recomputed_by_the_tokens_of_the_layout_that_is_taken(models, tmp_path, monkeypatch, capsys):
+def test_activation_recomputation_depends_on_the_chosen_layouts_token_count(models, tmp_path, monkeypatch, capsys):
     # Counted as padded, a tree would be recomputed on a card with enough room, and lose two fifths of its speed.
     data = tmp_path / "styled.jsonl"
     style = "Answer as the keeper of a lighthouse would, in one short line and without a hurry. " * 3

@@ -142,13 +142,13 @@ def test_a_conversation_is_the_same_record_under_the_users_own_names():
     assert read([own_names(chat) for chat in CHATS], **NAMED) == [chat.turns for chat in CHATS]
 
 
-def test_a_prompt_and_a_completion_of_text_are_one_exchange():
+def test_a_text_prompt_and_completion_are_read_as_one_exchange():
     single = [chat for chat in CHATS if len(chat.exchanges) == 1 and not chat.system]
     assert single
     assert read([prompt_text(chat) for chat in single]) == [chat.turns for chat in single]
 
 
-def test_an_input_alone_is_the_same_question_kept_in_its_own_place():
+def test_an_alpaca_input_without_instruction_is_read_as_the_question():
     def folded(turn: Turn) -> Turn:
         return Turn(turn.role, turn.text + turn.input)
 
@@ -156,7 +156,7 @@ def test_an_input_alone_is_the_same_question_kept_in_its_own_place():
     assert [tuple(map(folded, one)) for one in turns] == [chat.turns for chat in CHATS]
 
 
-def test_weights_are_the_same_record_under_each_of_their_names():
+def test_message_weights_are_read_the_same_under_each_key_name():
     said = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}] * 2
     plain = [Turn("user", "Q?"), Turn("assistant", "A.", learn=0), Turn("user", "Q?"), Turn("assistant", "A.")]
     for key in ("weight", "loss_weight", "train"):
@@ -164,7 +164,7 @@ def test_weights_are_the_same_record_under_each_of_their_names():
         assert read([{"messages": weighed}]) == read([{"conversations": weighed}]) == [tuple(plain)]
 
 
-def test_calls_of_tools_are_the_same_record_in_sharegpt_and_messages():
+def test_tool_calls_are_the_same_record_in_sharegpt_and_messages():
     # ShareGPT cannot name the tool that answers, or the call.
     call, tool = {"name": "add", "arguments": {"a": 1, "b": 2}}, {"name": "add", "parameters": {"type": "object"}}
     theirs = {

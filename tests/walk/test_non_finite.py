@@ -22,7 +22,7 @@ def losses_times(monkeypatch: pytest.MonkeyPatch, factor: float, *batches: int) 
     monkeypatch.setattr(trainer, "target_nats", target_nats)
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_adapter(models, dialogues, tmp_path, monkeypatch, capsys):
+def test_a_non_finite_loss_ends_the_run_before_it_changes_the_adapter(models, dialogues, tmp_path, monkeypatch, capsys):
     losses_times(monkeypatch, float("nan"), 3)
     out = tmp_path / "out"
     assert main(command(models("llama"), dialogues, out, "--max_steps", "5", "--save_steps", "2")) == 3
@@ -34,7 +34,9 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_adapter(models, di
     assert not (out / "adapter_model.safetensors").exists()
 
 
-def test_an_evaluation_that_is_not_finite_fails_the_run_by_name(models, dialogues, tmp_path, monkeypatch, capsys):
+def test_a_non_finite_evaluation_loss_fails_the_run_and_names_the_record(
+    models, dialogues, tmp_path, monkeypatch, capsys
+):
     real = trainer.target_nats
 
     def failing(model, batch, **kwargs):
@@ -56,7 +58,7 @@ def test_an_evaluation_that_is_not_finite_fails_the_run_by_name(models, dialogue
     assert not (out / "adapter_model.safetensors").exists()
 
 
-def test_steps_that_are_not_finite_are_left_out_when_asked(models, dialogues, tmp_path, monkeypatch, capsys):
+def test_non_finite_steps_are_skipped_when_requested(models, dialogues, tmp_path, monkeypatch, capsys):
     losses_times(monkeypatch, float("inf"), 3, 5)
     out = tmp_path / "out"
     flags = ["--max_steps", "6", "--skip_nonfinite", "2", "--layout", "padded", "--logging_steps", "2"]
@@ -71,7 +73,7 @@ def test_steps_that_are_not_finite_are_left_out_when_asked(models, dialogues, tm
     assert "(2 of at most 2)" in said
 
 
-def test_a_run_whose_steps_are_judged_later_is_the_same_run(models, dialogues, tmp_path, monkeypatch, capsys):
+def test_checking_steps_one_step_later_gives_the_same_run(models, dialogues, tmp_path, monkeypatch, capsys):
     # On a GPU the step is skipped on the device and reported during the next one.
     copied, copy = [], non_finite._copied_to_host
     monkeypatch.setattr(non_finite, "_copied_to_host", lambda numbers: (copied.append(1), copy(numbers))[1])
@@ -96,7 +98,7 @@ def test_a_run_whose_steps_are_judged_later_is_the_same_run(models, dialogues, t
     assert counted == [1, 1], "a checkpoint knows what its last step was"
 
 
-def test_a_last_step_that_is_judged_later_is_not_saved_as_made(models, dialogues, tmp_path, monkeypatch, capsys):
+def test_a_non_finite_last_step_that_is_checked_later_is_not_saved(models, dialogues, tmp_path, monkeypatch, capsys):
     losses_times(monkeypatch, float("nan"), 4)
     monkeypatch.setattr(non_finite, "JUDGED_LATER", ("cpu",))
     flags = ["--max_steps", "4", "--save_steps", "2", "--eval_size", "0", "--layout", "padded"]
@@ -106,7 +108,7 @@ def test_a_last_step_that_is_judged_later_is_not_saved_as_made(models, dialogues
     assert status(tmp_path / "out")["status"] == "failed"
 
 
-def test_a_step_whose_gradients_are_clipped_to_zero_is_said(models, dialogues, tmp_path, monkeypatch, capsys):
+def test_a_step_with_gradients_clipped_to_zero_is_reported(models, dialogues, tmp_path, monkeypatch, capsys):
     losses_times(monkeypatch, 1e30, 3)
     flags = ["--max_steps", "4", "--layout", "padded", "--dtype", "float32"]
     assert main(command(models("llama"), dialogues, tmp_path / "out", *flags)) == 0
@@ -115,7 +117,7 @@ def test_a_step_whose_gradients_are_clipped_to_zero_is_said(models, dialogues, t
     assert (record["steps_without_gradient"], record["skipped_steps"]) == (1, 0)
 
 
-def test_a_first_step_left_out_raises_no_false_alarm(models, dialogues, tmp_path, monkeypatch):
+def test_a_skipped_first_step_raises_no_missing_gradient_warning(models, dialogues, tmp_path, monkeypatch):
     losses_times(monkeypatch, float("nan"), 1)
     flags = ["--max_steps", "3", "--skip_nonfinite", "1"]
     assert main(command(models("llama"), dialogues, tmp_path / "out", *flags)) == 0

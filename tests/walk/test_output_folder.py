@@ -74,7 +74,7 @@ RECORDS = {
 
 @pytest.mark.parametrize("content", RECORDS.values(), ids=RECORDS)
 @pytest.mark.parametrize("name", ["run.json", "checkpoint-4/manifest.json", "checkpoint-4/trainer_state.json"])
-def test_damaged_json_in_a_runs_folder_is_passed_over_or_named(  # noqa: PLR0917  # pytest's fixtures
+def test_damaged_json_in_the_output_folder_does_not_break_a_resume(  # noqa: PLR0917  # pytest's fixtures
     models, dialogues, undisturbed, tmp_path, capsys, name, content
 ):
     out = shutil.copytree(undisturbed, tmp_path / "out")
@@ -90,7 +90,7 @@ def test_damaged_json_in_a_runs_folder_is_passed_over_or_named(  # noqa: PLR0917
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["new", "resumed"])
-def test_a_folder_in_place_of_the_record_is_named(models, dialogues, tmp_path, capsys, resume):
+def test_a_folder_in_place_of_run_json_is_reported(models, dialogues, tmp_path, capsys, resume):
     (tmp_path / "out" / "run.json").mkdir(parents=True)
     assert main(command(models("llama"), dialogues, tmp_path / "out", *resume)) == 2
     assert "run.json is a folder" in capsys.readouterr().err
@@ -124,9 +124,7 @@ def test_a_run_whose_lock_file_was_removed_still_holds_its_folder(models, dialog
     assert codes == [(2, True)]
 
 
-def test_an_output_folder_that_is_replaced_while_the_run_goes_is_noticed(
-    models, dialogues, tmp_path, monkeypatch, capsys
-):
+def test_an_output_folder_replaced_during_the_run_is_detected(models, dialogues, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
 
     def replace() -> None:
@@ -191,7 +189,7 @@ def test_a_limit_on_the_size_of_files_keeps_the_last_checkpoint(models, unlimite
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", [0o022, 0o027])
-def test_what_any_command_leaves_is_as_readable_as_the_umask_says(models, dialogues, tmp_path, mask):
+def test_files_written_by_any_command_follow_the_umask(models, dialogues, tmp_path, mask):
     # By default, safetensors and temporary files are readable only by their owner: chat failed for other users.
     out = tmp_path / "out"
     before = os.umask(mask)
@@ -236,7 +234,7 @@ def test_a_file_that_no_run_wrote_is_not_replaced(models, dialogues, tmp_path, c
 
 
 @pytest.mark.parametrize("place", ["out", ""])
-def test_a_run_does_not_write_among_its_records(models, dialogues, tmp_path, capsys, place):
+def test_an_output_folder_inside_the_dataset_folder_is_refused(models, dialogues, tmp_path, capsys, place):
     # Otherwise its run.json would be a data file, and each checkpoint would change the hash of the records.
     data = tmp_path / "data"
     data.mkdir()
@@ -246,7 +244,7 @@ def test_a_run_does_not_write_among_its_records(models, dialogues, tmp_path, cap
     assert [path.name for path in data.iterdir()] == [dialogues.name]
 
 
-def test_the_words_that_go_on_hold_no_secret_and_no_other_start(models, dialogues, tmp_path, capsys):
+def test_the_suggested_resume_command_omits_token_and_start_checkpoint(models, dialogues, tmp_path, capsys):
     settings = tmp_path / "run.yaml"
     settings.write_text(f"model_path: {models('llama')}\ndataset_path: {dialogues}\ndtype: float32\n")
     token, out = "hf_" + "secret" * 5, tmp_path / "out"

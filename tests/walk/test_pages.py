@@ -105,12 +105,12 @@ def in_the_project(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("page", "line", "whole"), OURS, ids=[f"{page}: {line}"[:90] for page, line, _ in OURS])
-def test_the_command_line_takes_what_a_page_says(page, line, whole, in_the_project):
+def test_the_command_line_accepts_every_documented_command(page, line, whole, in_the_project):
     words = [in_the_project(word) for word in words_of(line)[1:]]
     assert refusal(words, whole=whole) is None, f"{page} says: {line}"
 
 
-def test_the_pages_have_commands_and_a_wrong_one_would_be_found():
+def test_the_docs_contain_commands_and_wrong_ones_are_detected():
     assert len(OURS) > 60 and {page for page, _, _ in OURS} >= {
         "README.md",
         "README.zh-CN.md",
@@ -122,13 +122,13 @@ def test_the_pages_have_commands_and_a_wrong_one_would_be_found():
     assert "no command" in str(refusal(["trian"]))
 
 
-def test_every_command_stands_on_both_language_pages_of_the_guide():
+def test_the_guide_shows_every_command_in_both_languages():
     for page in ("docs/guide.md", "docs/guide.zh-CN.md"):
         named = {words_of(line)[1] for where, line, _ in OURS if where == page and len(words_of(line)) > 1}
         assert named >= COMMANDS.keys() - {"runs"}, f"{page} does not show {COMMANDS.keys() - named}"
 
 
-def test_both_languages_say_the_same_commands():
+def test_docs_in_both_languages_show_the_same_commands():
     for page in ("README", "docs/guide", "docs/data"):
         english = [" ".join(words_of(line)) for line, _ in commands_of(ROOT / f"{page}.md")]
         chinese = [" ".join(words_of(line)) for line, _ in commands_of(ROOT / f"{page}.zh-CN.md")]
@@ -156,5 +156,5 @@ def test_make_targets_and_extras_that_pages_name_exist():
             )
 
 
-def test_what_help_json_calls_settings_are_those_of_the_commands():
+def test_settings_are_defined_for_exactly_the_existing_commands():
     assert GROUPS.keys() == COMMANDS.keys()

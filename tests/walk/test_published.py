@@ -35,13 +35,13 @@ def reason(value: dict, **named) -> str:
 
 
 @pytest.mark.parametrize(("user", "assistant"), [("human", "gpt"), ("user", "assistant"), ("human", "model")])
-def test_the_users_roles_may_be_given_in_any_formats_words(user, assistant):
+def test_roles_may_be_mapped_to_the_role_names_of_any_format(user, assistant):
     # Catches a role that is mapped only once: the template dropped turns with the role "human".
     value = {"conversations": [{"from": "Human", "value": "早"}, {"from": "GPT", "value": "早上好"}]}
     assert turns(value, roles={"Human": user, "GPT": assistant}) == (Turn("user", "早"), Turn("assistant", "早上好"))
 
 
-def test_the_users_roles_may_be_calls_and_a_tools_answers():
+def test_roles_may_be_mapped_to_tool_calls_and_tool_results():
     value = {
         "messages": [
             ASK,
@@ -54,7 +54,7 @@ def test_the_users_roles_may_be_calls_and_a_tools_answers():
     assert read_turns[1:3] == (Turn("assistant", "", calls=(CALL,)), Turn("tool", "9"))
 
 
-def test_tool_call_and_tool_response_are_roles_as_swift_publishes_them():
+def test_swifts_tool_call_and_tool_response_roles_are_read():
     call = {"role": "tool_call", "content": json.dumps(CALL)}
     answer = {"role": "tool_response", "content": '{"t": 9}'}
     assert turns({"messages": [ASK, call, answer, TELL]}) == (
@@ -65,7 +65,7 @@ def test_tool_call_and_tool_response_are_roles_as_swift_publishes_them():
     )
 
 
-def test_calls_in_turns_of_their_own_behind_each_other_are_one_answer():
+def test_consecutive_tool_call_turns_are_merged_into_one_answer():
     # As in swift's records; no server writes two answers in a row.
     call = {"role": "tool_call", "content": json.dumps(CALL)}
     answer = {"role": "tool_response", "content": "9"}
@@ -77,7 +77,7 @@ def test_calls_in_turns_of_their_own_behind_each_other_are_one_answer():
     )
 
 
-def test_the_role_a_hint_names_is_one_that_can_be_passed():
+def test_the_role_mapping_suggested_in_an_error_is_accepted():
     value = {"messages": [ASK, {"role": "tool_cal", "content": json.dumps(CALL)}, TELL]}
     hint = reason(value).split("--roles ")[1]
     theirs, ours = hint.split("=")
@@ -126,7 +126,7 @@ HINTS = {
 
 
 @pytest.mark.parametrize("name", HINTS)
-def test_the_keys_of_published_data_are_hinted_at_as_what_they_are(name):
+def test_keys_of_published_datasets_get_correct_mapping_hints(name):
     value, expected = HINTS[name]
     with pytest.raises(BadData) as raised:
         detect_schema([value], name="train.jsonl")
@@ -139,12 +139,12 @@ def test_the_keys_of_published_data_are_hinted_at_as_what_they_are(name):
         assert turns(value, keys=keys)[-1].text in ("a", "1999")
 
 
-def test_a_file_of_one_object_is_told_where_its_records_stand():
+def test_a_file_with_one_object_is_refused_naming_the_key_of_its_records():
     with pytest.raises(BadData, match='in the list under "data"'):
         detect_schema([{"version": "1", "data": [{"instruction": "q", "output": "a"}]}], name="train.json")
 
 
-def test_a_cell_as_python_prints_it_is_told_how_to_be_written():
+def test_a_cell_in_python_repr_form_is_refused_with_a_hint_to_use_json():
     # This is how pandas writes a column of lists into CSV.
     said = reason({"messages": str([ASK, TELL])}, format_choice="messages")
     assert "as Python prints it" in said and "json.dumps" in said
@@ -170,7 +170,7 @@ def test_a_cell_as_python_prints_it_is_told_how_to_be_written():
     ],
     ids=["swift and MOSS", "XTuner", "LIMA"],
 )
-def test_whole_exchanges_and_lists_of_texts_are_turns(value):
+def test_exchange_objects_and_lists_of_texts_are_read_as_turns(value):
     assert turns(value) == (
         Turn("system", "短"),
         Turn("user", "几点"),
@@ -180,20 +180,20 @@ def test_whole_exchanges_and_lists_of_texts_are_turns(value):
     )
 
 
-def test_what_else_an_exchange_has_is_not_passed_over_in_silence():
+def test_unused_keys_and_assumed_roles_of_exchanges_are_reported():
     _, notes = read({"conversations": [{"human": "几点", "assistant": "九点", "mood": "x"}]})
     assert notes == ('key "mood" of a turn is not used by this format',)
     _, notes = read({"conversations": ["几点", "九点"]})
     assert notes == ("conversations as a list of texts is read as questions and answers in turn",)
 
 
-def test_a_message_of_openassistants_trees_is_no_text_to_learn():
+def test_a_single_message_of_an_openassistant_tree_is_refused():
     # Catches questions trained as answers, because each row of such a file has a `text`.
     row = {"message_id": "a", "parent_id": None, "role": "prompter", "text": "几点", "lang": "zh"}
     assert "one message of a tree" in reason(row)
 
 
-def test_a_pair_of_written_dialogues_is_read_as_its_turns():
+def test_a_chosen_rejected_pair_of_dialogue_texts_is_read_as_turns():
     before = "\n\nHuman: 早\n\nAssistant: 早上好\n\nHuman: 几点\n\nAssistant: "
     value = {"chosen": f"{before}九点", "rejected": f"{before}滚"}
     assert turns(value) == (
@@ -207,7 +207,7 @@ def test_a_pair_of_written_dialogues_is_read_as_its_turns():
 # --- answers of tools ------------------------------------------------------------------------------------------------
 
 
-def test_anthropics_messages_are_read_with_what_tools_answered():
+def test_anthropic_messages_are_read_with_their_tool_results():
     # Once the calls were read, but each record was refused for their answers: "only text can be trained on".
     schema = {"type": "object", "properties": {"zone": {"type": "string"}}}
     record, notes = read(
@@ -250,7 +250,7 @@ def test_anthropics_messages_are_read_with_what_tools_answered():
 
 
 @pytest.mark.parametrize("value", [{"t": 9, "天": "晴"}, [{"title": "钟"}], [], 9, {"t": "\ud83d"}])
-def test_what_a_tool_returned_is_its_answer_as_json(value):
+def test_a_tool_result_that_is_not_text_is_written_as_json(value):
     called = {"role": "assistant", "tool_calls": [{"function": CALL}]}
     record, notes = read({"messages": [ASK, called, {"role": "tool", "content": value}, TELL]})
     if "surrogate" in str(record):
@@ -268,7 +268,7 @@ def test_what_a_tool_returned_is_its_answer_as_json(value):
 
 @pytest.mark.parametrize("asks_tells", [("instruction", "output"), ("prompt", "completion")])
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-def test_thoughts_beside_the_one_answer_of_a_record_are_its_thoughts(asks_tells, key):
+def test_a_records_reasoning_key_is_read_as_reasoning_of_its_only_answer(asks_tells, key):
     # Catches distilled data whose thoughts were dropped with only a notice.
     asks, tells = asks_tells
     record, notes = read({asks: "几点", tells: "九点", key: "看看钟", "id": None})
@@ -277,7 +277,7 @@ def test_thoughts_beside_the_one_answer_of_a_record_are_its_thoughts(asks_tells,
     assert reason({asks: "几点", tells: "九点", key: 3}) == f"the record's {key} is a number; expected text"
 
 
-def test_the_users_key_for_thoughts_is_one_of_the_record_or_of_its_turns():
+def test_a_mapped_reasoning_key_is_read_from_the_record_or_its_turns():
     assert (
         turns({"instruction": "q", "output": "a", "cot": "r"}, keys={"cot": "reasoning_content"})[-1].reasoning == "r"
     )
@@ -286,7 +286,7 @@ def test_the_users_key_for_thoughts_is_one_of_the_record_or_of_its_turns():
 
 
 @pytest.mark.parametrize("text", ["<think>\n看看钟\n\n等等，", "<think>\n看看钟\n</think>\n\n", "<think>\n\n</think>"])
-def test_an_answer_that_was_cut_off_in_its_thoughts_is_refused(text):
+def test_an_answer_cut_off_within_its_reasoning_is_refused(text):
     # As max_tokens leaves it. Catches a model that learns to stop in the middle of its thoughts.
     assert "it was cut off" in reason({"messages": [ASK, {**TELL, "content": text}]})
     assert "it was cut off" in reason({"instruction": "几点", "output": text})
@@ -294,19 +294,19 @@ def test_an_answer_that_was_cut_off_in_its_thoughts_is_refused(text):
     assert said[1].learn == 0, "what is only read may be anything"
 
 
-def test_thoughts_that_stand_twice_and_differ_are_refused_wherever_they_stand():
+def test_reasoning_given_twice_with_different_text_is_refused():
     # Catches an answer that was trained with two blocks of thoughts.
     twice = {**TELL, "content": "<think>\n看看钟\n</think>\n\n九点", "reasoning_content": "猜一个"}
     assert "gives its reasoning twice, and differently" in reason({"messages": [ASK, twice]})
     assert turns({"messages": [ASK, {**twice, "reasoning_content": "看看钟\n"}]})[-1].reasoning == "看看钟\n"
 
 
-def test_thoughts_before_a_call_are_no_cut_off_answer():
+def test_reasoning_before_a_tool_call_is_not_taken_for_a_cut_off_answer():
     calls = {"role": "assistant", "content": "<think>\n看看钟\n</think>\n\n", "tool_calls": [{"function": CALL}]}
     assert turns({"messages": [ASK, calls, {"role": "tool", "content": "9"}, TELL]})[1].calls == (CALL,)
 
 
-def test_stanford_alpaca_is_alpaca_though_all_of_it_stands_under_text_too():
+def test_stanford_alpaca_with_a_redundant_text_key_is_read_as_alpaca():
     text = "Below is an instruction …\n\n### Instruction:\n说早\n\n### Response:\n早上好"
     value = {"instruction": "说早", "input": "", "output": "早上好", "text": text}
     record, notes = read(value)
@@ -314,7 +314,7 @@ def test_stanford_alpaca_is_alpaca_though_all_of_it_stands_under_text_too():
     assert 'key "text" is not used by this format' in notes
 
 
-def test_a_text_that_is_another_than_the_answer_still_asks():
+def test_alpaca_with_an_unrelated_text_key_is_refused_as_ambiguous():
     with pytest.raises(BadData, match=r"fits alpaca .* and text"):
         detect_schema([{"instruction": "a", "output": "b", "text": "something else"}], name="x.jsonl")
 
@@ -326,7 +326,7 @@ def part(type_name: str, value: object) -> dict:
     return {"type": type_name, "value": value}
 
 
-def test_llama_factorys_parts_hold_their_text_under_value():
+def test_llama_factory_content_parts_are_read_from_their_value_key():
     value = {
         "messages": [
             {"role": "system", "content": [part("text", "简短")], "loss_weight": 0.0},
@@ -345,7 +345,7 @@ def test_llama_factorys_parts_hold_their_text_under_value():
     )
 
 
-def test_a_fraction_of_a_weight_is_refused_with_the_way_out():
+def test_a_fractional_loss_weight_is_refused_with_a_remedy():
     # Rounding would silently drop the answer or double its weight.
     said = reason({"messages": [ASK, {**TELL, "loss_weight": 0.5}]})
     assert "messages 2's loss_weight is 0.5" in said and "multiply all of them" in said
@@ -371,7 +371,7 @@ def test_a_text_with_a_placeholder_of_media_is_refused(text):
 
 
 @pytest.mark.parametrize("text", ["How do I use the <video> tag?", "Is <image> SVG?", "a <audio controls> b"])
-def test_a_question_about_a_tag_is_a_question(text):
+def test_a_text_about_a_media_tag_is_not_refused(text):
     assert turns({"messages": [{"role": "user", "content": text}, TELL]})[0].text == text
     assert turns({"messages": [ASK, {"role": "assistant", "content": f"{text}\n<image>"}]}), "and so is an answer"
 
@@ -386,7 +386,7 @@ def nested(levels: int, leaf: object = 1) -> object:
 
 
 @pytest.mark.parametrize("levels", [600, 100_000])
-def test_what_is_nested_without_end_is_refused(levels):
+def test_too_deeply_nested_tools_and_calls_are_refused(levels):
     # json, Jinja and repr all raise RecursionError.
     tool = {"type": "function", "function": {"name": "f", "parameters": nested(levels)}}
     assert f"more than {DEEPEST} levels deep" in reason({"messages": [ASK, TELL], "tools": [tool]})
@@ -396,13 +396,13 @@ def test_what_is_nested_without_end_is_refused(levels):
     )
 
 
-def test_the_schema_of_a_tool_may_be_nested_as_deep_as_schemas_are():
+def test_a_tool_schema_may_be_nested_up_to_the_limit():
     parameters = nested((DEEPEST - 2) // 2 - 1)
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     assert turns({"messages": [ASK, TELL], "tools": [tool]})
 
 
-def test_control_characters_of_a_key_or_role_are_shown_not_sent_to_the_terminal():
+def test_control_characters_in_keys_and_roles_are_escaped_in_messages():
     key = "\x1b]0;PWNED\x07\x1b[2J\x1b[31mk"
     _, (note,) = read({"instruction": "q", "output": "a", key: "v"})
     missing = reason({"instruction": "q", key: "a"}, format_choice="alpaca")
@@ -413,7 +413,7 @@ def test_control_characters_of_a_key_or_role_are_shown_not_sent_to_the_terminal(
         assert message.isprintable() and r"\x1b]0;PWNED\x07" in message
 
 
-def test_a_record_of_a_hundred_thousand_keys_costs_and_says_little():
+def test_a_record_with_100_000_keys_gives_few_notes_and_a_short_error():
     wide = {f"k{n}": 1 for n in range(100_000)}
     _, notes = read({"instruction": "q", "output": "a", **wide})
     assert len(notes) == 20

@@ -19,7 +19,7 @@ from tests.train.test_trainer import relative_difference
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_run_of_one(models, dialogues, tmp_path):
+def test_two_ranks_give_the_same_run_as_one(models, dialogues, tmp_path):
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--use_cpu"]
     flags = ["--dtype", "float64", "--lora_dropout", "0", "--max_steps", "5", "--learning_rate", "1e-2"]
     flags += ["--logging_steps", "1", "--eval_size", "8", "--gradient_accumulation_steps", "2"]
@@ -48,7 +48,7 @@ def test_two_ranks_give_the_run_of_one(models, dialogues, tmp_path):
 
 
 @pytest.mark.slow
-def test_records_that_come_once_more_for_whole_batches_are_said(models, dialogues, tmp_path):
+def test_records_repeated_to_fill_the_last_batch_are_reported(models, dialogues, tmp_path):
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--use_cpu"]
     command += ["--max_steps", "1", "--eval_size", "0", "--per_device_train_batch_size", "3"]
     ranks = _two_ranks([*command, "--output_dir", str(tmp_path / "out")], tmp_path)
@@ -82,7 +82,7 @@ def test_two_ranks_share_a_stream(models, dialogues, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_stop_together_when_one_is_told_and_go_on_as_one_run(models, dialogues, tmp_path):
+def test_a_signal_to_one_rank_stops_both_and_they_resume_identically(models, dialogues, tmp_path):
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--use_cpu"]
     command += ["--dtype", "float32", "--max_steps", "60", "--save_steps", "5", "--save_total_limit", "2"]
     command += ["--logging_steps", "1", "--per_device_train_batch_size", "2", "--eval_size", "8", "--eval_steps", "7"]
@@ -116,7 +116,7 @@ def test_two_ranks_stop_together_when_one_is_told_and_go_on_as_one_run(models, d
 @pytest.mark.parametrize(
     ("rank_lost", "number", "cause"), [(0, "SIGSTOP", "--ddp_timeout"), (1, "SIGKILL", "lost its connection")]
 )
-def test_a_rank_that_no_longer_answers_ends_the_other_within_the_time_limit(  # noqa: PLR0917  # pytest's fixtures
+def test_an_unresponsive_rank_ends_the_other_rank_within_ddp_timeout(  # noqa: PLR0917  # pytest's fixtures
     models, dialogues, tmp_path, rank_lost, number, cause
 ):
     # Catches a limit without effect: on CPUs transformers does not pass it on, and the other rank waited half an hour.

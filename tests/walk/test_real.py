@@ -31,7 +31,7 @@ def test_the_fast_path_is_exact_on_a_real_model(real, ferries, name, capsys):
     assert "tree" in capsys.readouterr().out
 
 
-def test_a_real_model_learns_a_manner_and_says_it_in_chat(real, ferries, tmp_path, capsys):
+def test_a_real_model_learns_a_style_and_uses_it_in_chat(real, ferries, tmp_path, capsys):
     out = tmp_path / "out"
     files = ["--model_path", str(real("smollm2")), "--dataset_path", str(ferries), "--output_dir", str(out)]
     rates = ["--learning_rate", "1e-3", "--num_train_epochs", "6", "--per_device_train_batch_size", "4"]

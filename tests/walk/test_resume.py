@@ -75,7 +75,7 @@ def same_run(out: Path, whole: Path) -> None:
     pytest.param(signal.SIGINT, 75, "preempted", marks=pytest.mark.slow),
     pytest.param(signal.SIGKILL, -signal.SIGKILL, "running", marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_a_stopped_run_goes_on_bit_identically(whole, tmp_path, capsys, number, code, status):  # noqa: PLR0917
+def test_a_stopped_run_resumes_bit_identically(whole, tmp_path, capsys, number, code, status):  # noqa: PLR0917
     base, data, undisturbed = whole
     out = tmp_path / "out"
     process = start(arguments(base, data, out))
@@ -92,7 +92,7 @@ def test_a_stopped_run_goes_on_bit_identically(whole, tmp_path, capsys, number, 
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_was_not_finished_is_passed_over(whole, tmp_path, capsys):
+def test_incomplete_and_damaged_checkpoints_are_skipped_on_resume(whole, tmp_path, capsys):
     base, data, undisturbed = whole
     out = tmp_path / "out"
     process = start(arguments(base, data, out, "--save_total_limit", "8"))
@@ -114,7 +114,7 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(whole, tmp_path, caps
 
 
 @pytest.mark.parametrize("way", ["--resume_from_checkpoint", "--continue_training"])
-def test_a_named_checkpoint_goes_on_in_another_folder(whole, tmp_path, way):
+def test_a_named_checkpoint_is_resumed_in_another_folder(whole, tmp_path, way):
     base, data, undisturbed = whole
     kept = sorted(undisturbed.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[0]
     flags = [way, str(kept)] if way == "--resume_from_checkpoint" else [way, "--checkpoint", str(kept)]
@@ -123,7 +123,7 @@ def test_a_named_checkpoint_goes_on_in_another_folder(whole, tmp_path, way):
     same_run(out, undisturbed)
 
 
-def test_losses_between_logs_are_not_lost_with_a_checkpoint(models, dialogues, tmp_path):
+def test_losses_between_logs_are_not_lost_on_resume(models, dialogues, tmp_path):
     # The library divides a resumed run's loss by all steps, and drops losses not yet logged at the checkpoint.
     def run(out, *more):
         flags = ["--max_steps", "10", "--save_steps", "4", "--logging_steps", "3", *more]
@@ -140,7 +140,7 @@ def test_losses_between_logs_are_not_lost_with_a_checkpoint(models, dialogues, t
     assert whole["train_loss"] == pytest.approx(sum(n * loss for n, loss in zip(steps, losses, strict=True)) / 10)
 
 
-def test_a_run_that_died_after_its_last_checkpoint_makes_no_step_more(models, dialogues, tmp_path, capsys):
+def test_a_run_killed_after_its_last_checkpoint_trains_no_further_steps(models, dialogues, tmp_path, capsys):
     out = tmp_path / "out"
     command = [*arguments(models("llama"), dialogues, out), "--max_steps", "7"]
     assert main(command) == 0
@@ -157,7 +157,7 @@ def test_a_run_that_died_after_its_last_checkpoint_makes_no_step_more(models, di
 
 
 @pytest.mark.parametrize("length", [["--max_steps", "20"], ["--num_train_epochs", "2"]], ids=["steps", "epochs"])
-def test_nothing_left_to_do_is_said_and_no_earlier_time_is_given_out(models, dialogues, tmp_path, capsys, length):
+def test_resuming_with_no_steps_left_is_reported_with_zero_training_time(models, dialogues, tmp_path, capsys, length):
     out = tmp_path / "out"
     command = arguments(models("llama"), dialogues, out, "--gradient_accumulation_steps", "1", "--save_steps", "5")
     at = command.index("--max_steps")
@@ -177,7 +177,7 @@ def test_nothing_left_to_do_is_said_and_no_earlier_time_is_given_out(models, dia
         assert after[key] == before[key], key
 
 
-def test_a_resume_that_is_refused_leaves_the_record_of_the_run(whole, tmp_path):
+def test_a_refused_resume_leaves_run_json_unchanged(whole, tmp_path):
     base, data, undisturbed = whole
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
@@ -190,7 +190,7 @@ def test_a_resume_that_is_refused_leaves_the_record_of_the_run(whole, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["an older checkpoint", "weights alone"])
-def test_two_runs_are_not_mixed_in_one_folder(whole, tmp_path, capsys, way):
+def test_continuing_from_an_older_checkpoint_in_the_same_folder_is_refused(whole, tmp_path, capsys, way):
     # Otherwise the newest checkpoint would be the other run's, and a later --resume would use it.
     base, data, undisturbed = whole
     out = tmp_path / "out"
@@ -202,7 +202,7 @@ def test_two_runs_are_not_mixed_in_one_folder(whole, tmp_path, capsys, way):
     assert (out / "run.json").read_bytes() == (undisturbed / "run.json").read_bytes()
 
 
-def test_settings_that_an_adapter_does_not_take_are_said(whole, tmp_path, capsys):
+def test_lora_settings_ignored_for_a_loaded_adapter_are_reported(whole, tmp_path, capsys):
     base, data, undisturbed = whole
     flags = ["--continue_training", "--checkpoint", str(undisturbed / "adapter_model.safetensors")]
     flags += ["--lora_rank", "4", "--lora_dropout", "0", "--lora_targets", "q_proj,v_proj"]
@@ -227,13 +227,13 @@ def test_a_folder_that_holds_a_run_is_refused_without_resume(whole, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
-def test_resume_with_no_checkpoint_begins_and_says_so(models, dialogues, tmp_path, capsys):
+def test_resume_without_a_checkpoint_starts_over_and_reports_it(models, dialogues, tmp_path, capsys):
     out = tmp_path / "out"
     assert main([*arguments(models("llama"), dialogues, out, "--resume"), "--max_steps", "2"]) == 0
     assert "starting from the beginning" in capsys.readouterr().out
 
 
-def test_changed_data_is_not_the_same_run(whole, tmp_path, capsys):
+def test_resuming_with_changed_data_is_refused(whole, tmp_path, capsys):
     base, data, undisturbed = whole
     changed = tmp_path / data.name
     changed.write_text(data.read_text().replace("Good morning", "Good evening"), encoding="utf-8")
@@ -243,7 +243,7 @@ def test_changed_data_is_not_the_same_run(whole, tmp_path, capsys):
     assert "the data file (SHA-256)" in capsys.readouterr().err
 
 
-def test_more_steps_go_on_with_a_notice_about_the_schedule(models, dialogues, tmp_path, capsys):
+def test_raising_max_steps_resumes_with_a_notice_about_the_schedule(models, dialogues, tmp_path, capsys):
     out = tmp_path / "out"
     command = arguments(models("llama"), dialogues, out)
     assert main([*command, "--max_steps", "4"]) == 0
@@ -254,7 +254,7 @@ def test_more_steps_go_on_with_a_notice_about_the_schedule(models, dialogues, tm
     assert [entry["step"] for entry in record["loss_history"]] == list(range(1, 9))
 
 
-def test_the_tutorials_own_checkpoint_gives_the_weights(whole, tmp_path, capsys):
+def test_the_tutorials_checkpoint_format_is_loaded_as_weights_only(whole, tmp_path, capsys):
     """It has adapter_model.bin with `.default.` in its keys, and no config."""
     from safetensors.torch import load_file
 
@@ -275,7 +275,7 @@ def test_the_tutorials_own_checkpoint_gives_the_weights(whole, tmp_path, capsys)
     assert all(torch.allclose(after[name], weights[name], atol=1e-9) for name in weights)
 
 
-def test_a_checkpoint_without_optimizer_says_so_and_lora_settings_stay(models, dialogues, tmp_path, capsys):
+def test_a_missing_optimizer_is_reported_and_lora_settings_are_kept(models, dialogues, tmp_path, capsys):
     out = tmp_path / "out"
     command = arguments(models("llama"), dialogues, out, "--save_only_model")
     assert main([*command, "--max_steps", "2"]) == 0
@@ -292,7 +292,7 @@ def test_a_checkpoint_without_optimizer_says_so_and_lora_settings_stay(models, d
 @pytest.mark.parametrize(
     "schedule", [("--lr_scheduler_type", "linear", "--warmup_steps", "4"), ("--lr_scheduler_type", "cosine")]
 )
-def test_without_optimizer_the_learning_rate_goes_on(models, dialogues, tmp_path, schedule):
+def test_resume_without_optimizer_continues_the_learning_rate_schedule(models, dialogues, tmp_path, schedule):
     # Once it rose again from 0 and ended at its highest value.
     command = arguments(models("llama"), dialogues, tmp_path / "whole", "--save_only_model", *schedule)
     command[command.index("--max_steps") + 1] = "12"
@@ -310,7 +310,7 @@ def _rates(checkpoint: Path) -> list[float]:
     return [entry["learning_rate"] for entry in log if "learning_rate" in entry]
 
 
-def test_a_schedule_that_follows_the_loss_is_said_to_begin_anew(models, dialogues, tmp_path, capsys):
+def test_a_plateau_schedule_that_restarts_on_resume_is_reported(models, dialogues, tmp_path, capsys):
     plateau = ("--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_size", "4", "--eval_strategy", "steps")
     command = arguments(models("llama"), dialogues, tmp_path / "out", "--save_only_model", *plateau)
     command[command.index("--max_steps") + 1] = "2"
@@ -320,7 +320,7 @@ def test_a_schedule_that_follows_the_loss_is_said_to_begin_anew(models, dialogue
     assert "so the schedule starts from scratch" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_run_that_began_from_weights_does_not_begin_again_without_them(whole, tmp_path, capsys):
+def test_a_run_started_from_weights_does_not_restart_without_them(whole, tmp_path, capsys):
     base, data, undisturbed = whole
     out = tmp_path / "out"
     out.mkdir()
@@ -332,7 +332,7 @@ def test_a_run_that_began_from_weights_does_not_begin_again_without_them(whole, 
     assert main([*arguments(base, data, out, "--continue_training", "--checkpoint", weights), "--max_steps", "2"]) == 0
 
 
-def test_a_finished_runs_adapter_is_not_overwritten_from_elsewhere(models, whole, tmp_path, capsys):
+def test_another_run_does_not_overwrite_a_finished_runs_adapter(models, whole, tmp_path, capsys):
     base, data, undisturbed = whole
     out = tmp_path / "out"
     assert main([*arguments(base, data, out, "--save_strategy", "no"), "--max_steps", "1"]) == 0
@@ -344,7 +344,7 @@ def test_a_finished_runs_adapter_is_not_overwritten_from_elsewhere(models, whole
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_what_a_stopped_run_says_to_do_next_can_be_done(whole, tmp_path, capsys):
+def test_the_resume_command_suggested_by_a_stopped_run_works(whole, tmp_path, capsys):
     base, data, undisturbed = whole
     out, kept = tmp_path / "out", next(undisturbed.glob("checkpoint-*"))
     flags = ["--resume_from_checkpoint", str(kept)]
@@ -358,7 +358,7 @@ def test_what_a_stopped_run_says_to_do_next_can_be_done(whole, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("fault", ["moved", "damaged", pytest.param("gone", marks=pytest.mark.slow)])
-def test_the_best_checkpoint_is_found_where_it_stands_now_or_missed_aloud(models, dialogues, tmp_path, capsys, fault):
+def test_the_best_checkpoint_is_found_after_a_move_or_reported_as_missing(models, dialogues, tmp_path, capsys, fault):
     # As after a kill between the last checkpoint and the save of the adapter.
     flags = ["--eval_size", "8", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
     # With greater_is_better the worst loss counts as the best, so that it is not the last one.
@@ -388,7 +388,7 @@ def test_the_best_checkpoint_is_found_where_it_stands_now_or_missed_aloud(models
         assert not (out / "adapter_model.safetensors").exists()
 
 
-def test_other_versions_of_the_libraries_are_said(whole, tmp_path, capsys, monkeypatch):
+def test_changed_library_versions_are_reported(whole, tmp_path, capsys, monkeypatch):
     base, data, undisturbed = whole
     kept = next(undisturbed.glob("checkpoint-*"))
     from atomtune.train import run_report
@@ -404,7 +404,7 @@ TORN = ["{", "[]", "{}", "null", '{"r": 8}', ""]
 
 @pytest.mark.parametrize("content", TORN)
 @pytest.mark.parametrize("name", ["atomtune.json", "adapter_config.json"])
-def test_a_torn_file_beside_the_weights_is_named_and_no_bug(whole, tmp_path, capsys, name, content):
+def test_a_corrupt_config_file_beside_the_weights_is_named(whole, tmp_path, capsys, name, content):
     base, data, undisturbed = whole
     for source, use in (
         (undisturbed, ["chat", "--prompt", "x", "--adapter_path"]),
@@ -422,7 +422,7 @@ def test_a_torn_file_beside_the_weights_is_named_and_no_bug(whole, tmp_path, cap
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", "null"])
-def test_a_torn_state_of_another_tools_checkpoint_is_named(whole, tmp_path, capsys, content):
+def test_a_corrupt_trainer_state_of_another_tools_checkpoint_is_named(whole, tmp_path, capsys, content):
     base, data, undisturbed = whole
     folder = tmp_path / "checkpoint-7"
     shutil.copytree(next(undisturbed.glob("checkpoint-*")), folder)
@@ -435,7 +435,7 @@ def test_a_torn_state_of_another_tools_checkpoint_is_named(whole, tmp_path, caps
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", "3"])
-def test_a_record_that_is_not_one_is_taken_as_none(models, dialogues, tmp_path, content):
+def test_an_invalid_run_json_is_treated_as_missing(models, dialogues, tmp_path, content):
     out = tmp_path / "out"
     out.mkdir()
     (out / "run.json").write_text(content)
@@ -445,7 +445,7 @@ def test_a_record_that_is_not_one_is_taken_as_none(models, dialogues, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_to_every_process_of_a_job_is_one_stop(whole, tmp_path, number):
+def test_a_signal_to_the_whole_process_group_is_handled_as_one_stop(whole, tmp_path, number):
     # Clusters and terminals also signal the data workers, and a worker that dies is an error of the run.
     base, data, undisturbed = whole
     out, flags = tmp_path / "out", ["--dataloader_num_workers", "2"]

@@ -65,7 +65,7 @@ SLOW = ("epochs", "evaluated", "ragged accumulation", "by length", "workers", "p
 
 
 @pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) if way in SLOW else way for way in WAYS])
-def test_from_every_step_the_run_is_the_same(models, dialogues, tmp_path, way):
+def test_resuming_from_every_step_gives_the_same_run(models, dialogues, tmp_path, way):
     base, whole = models("llama"), tmp_path / "whole"
     flags = [*WAYS[way], *(["--save_steps", "2"] if way == "best" else [])]
     assert main(command(base, dialogues, whole, *flags)) == 0
@@ -118,7 +118,7 @@ OTHERS = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIG
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, *OTHERS], ids=lambda number: number.name)
-def test_every_signal_that_asks_to_stop_keeps_the_run(models, long_run, tmp_path, capsys, number):
+def test_a_run_stopped_by_any_stop_signal_resumes_to_the_same_result(models, long_run, tmp_path, capsys, number):
     base, out = models("llama"), tmp_path / "out"
     data, whole = long_run
     before = signal.getsignal(number)
@@ -137,7 +137,7 @@ def test_every_signal_that_asks_to_stop_keeps_the_run(models, long_run, tmp_path
 
 
 @pytest.mark.slow
-def test_three_stops_one_after_another(models, dialogues, tmp_path):
+def test_a_run_stopped_three_times_gives_the_same_result(models, dialogues, tmp_path):
     base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
     flags = ["--max_steps", "30", "--gradient_accumulation_steps", "3"]
     assert main(command(base, dialogues, whole, *flags)) == 0
@@ -149,7 +149,7 @@ def test_three_stops_one_after_another(models, dialogues, tmp_path):
     same_run(out, whole)
 
 
-def test_a_stop_during_an_evaluation_is_heard_and_the_evaluation_made_up(models, dialogues, tmp_path, monkeypatch):
+def test_an_evaluation_interrupted_by_a_stop_is_repeated_on_resume(models, dialogues, tmp_path, monkeypatch):
     base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
     flags = ["--max_steps", "6", "--eval_size", "20", "--eval_strategy", "steps", "--eval_steps", "3"]
     flags += ["--per_device_eval_batch_size", "2"]
@@ -171,7 +171,7 @@ def test_a_stop_during_an_evaluation_is_heard_and_the_evaluation_made_up(models,
     same_run(out, whole)
 
 
-def test_the_end_of_the_time_is_a_stop(models, dialogues, tmp_path, capsys):
+def test_reaching_max_minutes_stops_the_run_resumably(models, dialogues, tmp_path, capsys):
     base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
     flags = ["--max_steps", "5"]
     assert main(command(base, dialogues, whole, *flags)) == 0
@@ -181,7 +181,7 @@ def test_the_end_of_the_time_is_a_stop(models, dialogues, tmp_path, capsys):
     same_run(out, whole)
 
 
-def test_without_model_and_data_a_run_goes_on_with_its_own_settings(models, dialogues, tmp_path, capsys):
+def test_resume_with_only_the_output_folder_reuses_the_runs_settings(models, dialogues, tmp_path, capsys):
     base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
     flags = ["--max_steps", "5", "--lr", "2e-3", "--lora_targets", "q_proj", "v_proj", "--weight_decay", "0.1"]
     assert main(command(base, dialogues, whole, *flags)) == 0
@@ -194,7 +194,7 @@ def test_without_model_and_data_a_run_goes_on_with_its_own_settings(models, dial
     assert "already finished" in capsys.readouterr().out
 
 
-def test_before_the_first_step_nothing_is_saved_and_that_is_said(models, dialogues, tmp_path, monkeypatch, capsys):
+def test_a_signal_before_the_first_step_reports_that_nothing_is_saved(models, dialogues, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
 
     def while_loading(*args, **kwargs):
@@ -212,7 +212,7 @@ def test_before_the_first_step_nothing_is_saved_and_that_is_said(models, dialogu
     assert main(command(models("llama"), dialogues, out, "--max_steps", "2", "--resume")) == 0
 
 
-def test_a_second_signal_leaves_at_once_and_names_what_is_kept(models, dialogues, tmp_path, monkeypatch, capsys):
+def test_a_second_signal_exits_at_once_and_names_the_last_checkpoint(models, dialogues, tmp_path, monkeypatch, capsys):
     out, real, steps = tmp_path / "out", trainer_module.target_nats, []
 
     def twice(*args, **kwargs):
@@ -231,7 +231,7 @@ def test_a_second_signal_leaves_at_once_and_names_what_is_kept(models, dialogues
     assert record(out)["status"] == "preempted"
 
 
-def test_a_run_under_nohup_does_not_hear_its_terminal(models, dialogues, tmp_path):
+def test_a_run_under_nohup_ignores_sighup(models, dialogues, tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         thread = signalled(tmp_path / "out", signal.SIGHUP, 2)
@@ -273,7 +273,7 @@ def test_a_changed_setting_is_refused_by_name(  # noqa: PLR0917  # pytest's fixt
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_template_tokenizer_and_data_are_compared_too(models, dialogues, two_steps, tmp_path, capsys):
+def test_resuming_with_changed_template_tokenizer_or_data_is_refused(models, dialogues, two_steps, tmp_path, capsys):
     out = Path(shutil.copytree(two_steps, tmp_path / "out"))
     template = tmp_path / "other.jinja"
     source = (out / "chat_template.jinja").read_text()
@@ -291,7 +291,7 @@ def test_template_tokenizer_and_data_are_compared_too(models, dialogues, two_ste
         assert f"{name} (SHA-256): " in said
 
 
-def test_another_config_of_the_base_is_another_run(models, dialogues, tmp_path, capsys):
+def test_resuming_with_a_changed_base_config_is_refused(models, dialogues, tmp_path, capsys):
     # The weights and their fingerprint are the same, but another config computes something else with them.
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(models("llama"), base)
@@ -305,7 +305,7 @@ def test_another_config_of_the_base_is_another_run(models, dialogues, tmp_path, 
     assert "the base's config.json (SHA-256): " in capsys.readouterr().err
 
 
-def test_another_row_in_the_bases_weights_is_another_run(models, dialogues, tmp_path, capsys):
+def test_resuming_with_one_changed_row_of_base_weights_is_refused(models, dialogues, tmp_path, capsys):
     # The fingerprint covers the first and the middle row of a weight; this row is neither.
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(models("llama"), base)
@@ -323,7 +323,7 @@ def test_another_row_in_the_bases_weights_is_another_run(models, dialogues, tmp_
     assert main(command(base, dialogues, out, "--max_steps", "4", "--resume")) == 0
 
 
-def test_another_evaluation_file_is_another_run(models, dialogues, tmp_path, capsys):
+def test_resuming_with_a_changed_evaluation_file_is_refused(models, dialogues, tmp_path, capsys):
     # If the best checkpoint is kept, the evaluation file decides the final weights.
     out, held = tmp_path / "out", tmp_path / "held.jsonl"
     held.write_text('{"instruction": "Hi", "output": "Hello"}\n')
@@ -334,7 +334,7 @@ def test_another_evaluation_file_is_another_run(models, dialogues, tmp_path, cap
     assert "the evaluation file (SHA-256): " in capsys.readouterr().err
 
 
-def test_anyway_means_with_the_settings_now(models, dialogues, two_steps, tmp_path, capsys):
+def test_resume_anyway_applies_the_new_settings(models, dialogues, two_steps, tmp_path, capsys):
     out = Path(shutil.copytree(two_steps, tmp_path / "out"))
     flags = ["--max_steps", "4", "--learning_rate", "1e-3", "--weight_decay", "0.5", "--resume", "--resume_anyway"]
     assert main(command(models("llama"), dialogues, out, *flags)) == 0
@@ -347,7 +347,7 @@ def test_anyway_means_with_the_settings_now(models, dialogues, two_steps, tmp_pa
     assert {group["weight_decay"] for group in optimizer["param_groups"]} == {0.5, 0.0}, "0 for what has one dimension"
 
 
-def test_what_may_change_changes_in_silence_and_is_in_force(models, dialogues, tmp_path):
+def test_settings_that_may_change_on_resume_take_effect(models, dialogues, tmp_path):
     base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
     assert main(command(base, dialogues, whole, "--max_steps", "8")) == 0
     flags = ["--max_steps", "8", "--save_steps", "3", "--logging_steps", "4", "--per_device_eval_batch_size", "2"]
@@ -361,7 +361,7 @@ def test_what_may_change_changes_in_silence_and_is_in_force(models, dialogues, t
 
 
 @pytest.mark.slow
-def test_every_file_of_a_checkpoint_damaged_in_turn_is_passed_over(models, dialogues, tmp_path, capsys):
+def test_a_checkpoint_with_any_one_damaged_file_is_skipped(models, dialogues, tmp_path, capsys):
     base, whole = models("llama"), tmp_path / "whole"
     assert main(command(base, dialogues, whole, "--max_steps", "4", "--save_steps", "2")) == 0
     files = sorted(path.relative_to(whole) for path in (whole / "checkpoint-4").iterdir())

@@ -167,7 +167,7 @@ def stopped_and_resumed(run: Callable[..., int], monkeypatch, out: Path, call: i
 
 
 @pytest.mark.parametrize("way", WAYS if EVERY else SOME, ids=", ".join)
-def test_a_run_that_is_stopped_anywhere_is_the_undisturbed_run(  # noqa: PLR0917  # pytest's fixtures
+def test_a_run_stopped_anywhere_resumes_to_the_undisturbed_result(  # noqa: PLR0917  # pytest's fixtures
     models, files, undisturbed, tmp_path, monkeypatch, way
 ):
     base, whole, flags = models("llama"), undisturbed(way), flags_of(*way)
@@ -190,7 +190,7 @@ def test_a_run_that_is_stopped_anywhere_is_the_undisturbed_run(  # noqa: PLR0917
 
 
 @pytest.mark.parametrize("way", WAYS if EVERY else SOME, ids=", ".join)
-def test_from_every_checkpoint_the_run_is_the_undisturbed_run(models, files, undisturbed, tmp_path, way):
+def test_resuming_from_every_checkpoint_gives_the_undisturbed_result(models, files, undisturbed, tmp_path, way):
     # As a kill between that save and the next leaves the folder.
     base, whole, flags = models("llama"), undisturbed(way), flags_of(*way)
     expected = (whole / "adapter_model.safetensors").read_bytes(), history(whole)
@@ -212,7 +212,7 @@ def test_from_every_checkpoint_the_run_is_the_undisturbed_run(models, files, und
 @pytest.mark.parametrize(
     "source", ["stored", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SOURCES if kind != "stored")]
 )
-def test_a_run_that_is_evaluated_is_the_run_that_is_not(models, files, tmp_path, evaluation, source):
+def test_evaluation_does_not_change_the_trained_adapter(models, files, tmp_path, evaluation, source):
     if not can_be(evaluation, "every step", "plain", source):
         pytest.skip("a stream has no epochs")
     adapters = []

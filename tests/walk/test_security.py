@@ -45,7 +45,7 @@ def plant(file: Path, mark: Path, *, zipped: bool = True) -> None:
         file.write_bytes(pickle.dumps(Program(mark)))
 
 
-def test_the_planted_files_are_dangerous(tmp_path, mark):
+def test_the_planted_pickle_executes_if_loaded_unsafely(tmp_path, mark):
     # Otherwise no test below could fail.
     plant(tmp_path / "file", mark)
     torch.load(tmp_path / "file", weights_only=False)
@@ -69,7 +69,7 @@ def whole(undisturbed, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["torch.save", "pickle"])
-def test_adapter_weights_that_are_a_program(  # noqa: PLR0917  # pytest's fixtures
+def test_malicious_pickled_adapter_weights_are_refused_and_not_executed(  # noqa: PLR0917  # pytest's fixtures
     models, dialogues, tmp_path, mark, capsys, zipped
 ):
     folder = tmp_path / "checkpoint-40000"
@@ -81,7 +81,7 @@ def test_adapter_weights_that_are_a_program(  # noqa: PLR0917  # pytest's fixtur
     assert not mark.exists()
 
 
-def test_an_adapter_to_chat_with_and_to_merge_that_is_a_program(whole, tmp_path, mark, capsys):
+def test_chat_and_merge_refuse_a_malicious_pickled_adapter(whole, tmp_path, mark, capsys):
     (whole / "adapter_model.safetensors").unlink()
     plant(whole / "adapter_model.bin", mark)
     for command in (["chat", "--prompt", "x"], ["merge", "--output_dir", str(tmp_path / "merged")]):
@@ -90,7 +90,7 @@ def test_an_adapter_to_chat_with_and_to_merge_that_is_a_program(whole, tmp_path,
     assert not mark.exists()
 
 
-def test_a_base_that_is_a_program(models, dialogues, tmp_path, mark, capsys):
+def test_malicious_pickled_base_weights_are_refused_and_not_executed(models, dialogues, tmp_path, mark, capsys):
     base = tmp_path / "base"
     shutil.copytree(models("llama"), base)
     for file in base.glob("model*.safetensors*"):
@@ -108,7 +108,7 @@ OTHERS = ["training_args.bin", "optimizer_0/.metadata", "pytorch_model_fsdp_0/.m
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_a_state_that_is_a_program_put_into_a_checkpoint(  # noqa: PLR0917  # pytest's fixtures
+def test_a_malicious_state_file_planted_in_a_checkpoint_is_refused(  # noqa: PLR0917  # pytest's fixtures
     models, dialogues, whole, tmp_path, mark, capsys, name
 ):
     # A changed or an added file: the checkpoint no longer fits its manifest.
@@ -121,7 +121,7 @@ def test_a_state_that_is_a_program_put_into_a_checkpoint(  # noqa: PLR0917  # py
 
 @pytest.mark.parametrize("zipped", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["torch.save", "pickle"])
 @pytest.mark.parametrize("name", STATES)
-def test_a_state_that_is_a_program_sealed_with_the_others(  # noqa: PLR0917  # pytest's fixtures
+def test_a_malicious_state_file_with_a_valid_manifest_is_refused(  # noqa: PLR0917  # pytest's fixtures
     models, dialogues, whole, tmp_path, mark, capsys, name, zipped
 ):
     # A manifest proves that nothing changed, not who wrote it, so the file itself must be harmless.
@@ -139,7 +139,7 @@ def test_a_state_that_is_a_program_sealed_with_the_others(  # noqa: PLR0917  # p
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_program_beside_a_checkpoints_states_is_not_opened(  # noqa: PLR0917  # pytest's fixtures
+def test_a_malicious_file_beside_the_checkpoint_states_is_not_opened(  # noqa: PLR0917  # pytest's fixtures
     models, dialogues, whole, tmp_path, mark, name
 ):
     out = tmp_path / "out"
@@ -159,13 +159,13 @@ def foreign(whole, tmp_path) -> Path:
     return folder
 
 
-def test_a_checkpoint_of_another_tool_is_gone_on_from(models, dialogues, foreign, tmp_path):
+def test_a_checkpoint_of_another_tool_is_resumed(models, dialogues, foreign, tmp_path):
     # Otherwise the next test could not fail.
     assert main(train(models("llama"), dialogues, tmp_path / "out", "--resume_from_checkpoint", str(foreign))) == 0
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_a_checkpoint_of_another_tool_whose_state_is_a_program(  # noqa: PLR0917  # pytest's fixtures
+def test_a_malicious_state_in_a_checkpoint_of_another_tool_is_refused(  # noqa: PLR0917  # pytest's fixtures
     models, dialogues, foreign, tmp_path, mark, capsys, name
 ):
     plant(foreign / name, mark)
@@ -174,7 +174,7 @@ def test_a_checkpoint_of_another_tool_whose_state_is_a_program(  # noqa: PLR0917
     assert "is a program and not only tensors" in capsys.readouterr().err
 
 
-def test_a_base_whose_index_names_a_file_elsewhere(models, dialogues, tmp_path, capsys):
+def test_a_safetensors_index_pointing_outside_the_folder_is_refused(models, dialogues, tmp_path, capsys):
     base = tmp_path / "base"
     shutil.copytree(models("llama"), base)
     elsewhere = tmp_path / "elsewhere.safetensors"
@@ -185,7 +185,7 @@ def test_a_base_whose_index_names_a_file_elsewhere(models, dialogues, tmp_path, 
     assert "'../elsewhere.safetensors', which is not a file name in this folder" in capsys.readouterr().err
 
 
-def test_an_index_of_pickled_weights_that_names_a_file_elsewhere(models, dialogues, tmp_path, capsys):
+def test_a_pickle_index_pointing_outside_the_folder_is_refused(models, dialogues, tmp_path, capsys):
     base = tmp_path / "base"
     shutil.copytree(models("llama"), base)
     weights = load_file(base / "model.safetensors")
@@ -198,7 +198,7 @@ def test_an_index_of_pickled_weights_that_names_a_file_elsewhere(models, dialogu
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}'])
-def test_an_index_that_is_torn_is_named(models, dialogues, tmp_path, capsys, content):
+def test_a_corrupt_weights_index_is_named(models, dialogues, tmp_path, capsys, content):
     base = tmp_path / "base"
     shutil.copytree(models("llama"), base)
     (base / "model.safetensors.index.json").write_text(content)
@@ -208,7 +208,7 @@ def test_an_index_that_is_torn_is_named(models, dialogues, tmp_path, capsys, con
     assert "xpected a" in told
 
 
-def test_a_mirrors_password_is_not_said(dialogues, tmp_path, capsys, monkeypatch):
+def test_a_mirrors_password_is_not_printed(dialogues, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://me:sesame@127.0.0.1:9")
     monkeypatch.setattr(load_errors, "OFFLINE_BY_CHOICE", False)
     assert main(train("someone/some-model", dialogues, tmp_path / "out")) == 2
@@ -218,7 +218,7 @@ def test_a_mirrors_password_is_not_said(dialogues, tmp_path, capsys, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
-def test_yaml_that_would_make_an_object(tmp_path, mark, capsys):
+def test_yaml_that_constructs_a_python_object_is_refused(tmp_path, mark, capsys):
     settings = tmp_path / "run.yaml"
     settings.write_text(f"output_dir: !!python/object/apply:os.system ['touch {mark}']\n")
     assert main(["train", str(settings)]) == 2
@@ -228,7 +228,7 @@ def test_yaml_that_would_make_an_object(tmp_path, mark, capsys):
         yaml.safe_load(settings.read_text())
 
 
-def test_a_template_cannot_reach_the_system(models, dialogues, tmp_path, mark, capsys):
+def test_a_chat_template_cannot_run_system_commands(models, dialogues, tmp_path, mark, capsys):
     template = tmp_path / "mine.jinja"
     escape = "{{ cycler.__init__.__globals__.os.system('touch " + str(mark) + "') }}"
     template.write_text(escape + "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
@@ -237,7 +237,7 @@ def test_a_template_cannot_reach_the_system(models, dialogues, tmp_path, mark, c
     assert not mark.exists()
 
 
-def test_the_only_pickles_a_run_writes_are_states_that_hold_tensors_alone(models, dialogues, tmp_path):
+def test_the_only_pickles_a_run_writes_are_tensor_only_states(models, dialogues, tmp_path):
     out = tmp_path / "out"
     assert main(train(models("llama"), dialogues, out)) == 0
     states = [file for checkpoint in checkpoints(out) for file in state_files(checkpoint)]
@@ -269,7 +269,7 @@ def names_in(pickled: bytes) -> set[str]:
     return found
 
 
-def test_a_token_is_written_nowhere(models, tmp_path, capsys):
+def test_a_hub_token_is_neither_printed_nor_written_to_files(models, tmp_path, capsys):
     token = "hf_" + "secret" * 5
     data = write_jsonl(tmp_path / "d.jsonl", [{"instruction": f"q{n}", "output": "a"} for n in range(8)])
     out = tmp_path / "out"
@@ -280,7 +280,7 @@ def test_a_token_is_written_nowhere(models, tmp_path, capsys):
     assert json.loads((out / "run.json").read_text())["settings"]["hub_token"]["value"] == "(not kept)"
 
 
-def test_a_torn_adapter_and_a_torn_base_are_named(models, dialogues, whole, tmp_path, capsys):
+def test_truncated_adapter_and_base_weights_are_reported(models, dialogues, whole, tmp_path, capsys):
     base, adapter = tmp_path / "base", whole / "adapter_model.safetensors"
     adapter.write_bytes(adapter.read_bytes()[:-100])
     assert main(["chat", "--prompt", "x", "--adapter_path", str(whole)]) == 2

@@ -65,7 +65,7 @@ os._exit(0)  # the threads of gloo may outlive the interpreter otherwise
 
 
 @pytest.mark.slow
-def test_a_divided_optimizer_goes_on_bit_identically(tmp_path):
+def test_a_sharded_optimizer_resumes_bit_identically(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), str(tmp_path), "2"]

@@ -47,7 +47,7 @@ def ledger(printed: str) -> str:
     return re.search(r"records +(.*?);", printed).group(1)
 
 
-def test_a_folder_whose_files_have_two_formats_is_told_file_by_file(inspected, tmp_path):
+def test_the_format_is_detected_per_file_in_a_folder_with_two_formats(inspected, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     write_jsonl(folder / "a.jsonl", [{"instruction": "早", "output": "早上好"}])
@@ -67,7 +67,7 @@ def test_a_table_that_excel_saved_as_unicode_text_is_read(inspected, tmp_path):
     assert "book.csv:3" in printed and "next" in printed
 
 
-def test_a_table_of_structs_is_learned_as_its_lines_of_json_are(inspected, tmp_path):
+def test_a_parquet_table_of_structs_is_read_like_the_same_jsonl(inspected, tmp_path):
     # Arrow adds the keys of other rows: {"city": "北京", "code": null} was trained as the arguments.
     records = []
     for arguments, name in (({"city": "北京"}, "weather"), ({"code": "600000", "days": 5}, "stock")):
@@ -100,7 +100,7 @@ def test_an_answer_that_is_marked_as_unwanted_is_not_trained_on(models, tmp_path
     assert "笨蛋" not in said, "no text of a record in a log"
 
 
-def test_a_record_sets_the_mode_of_its_template(inspected, tmp_path):
+def test_a_record_can_set_template_variables_like_enable_thinking(inspected, tmp_path):
     # The template ignores the other variables: that is reported, but is no reason to lose the record.
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     sets = {"enable_thinking": False, "documents": [{"title": "t", "text": "x"}], "date_string": "1 Jan 2026"}
@@ -113,7 +113,7 @@ def test_a_record_sets_the_mode_of_its_template(inspected, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["k", "output"])
-def test_escape_sequences_of_a_key_reach_no_terminal(inspected, tmp_path, key):
+def test_escape_sequences_in_a_key_are_not_sent_to_the_terminal(inspected, tmp_path, key):
     hostile = "\x1b]0;PWNED\x07\x1b[2J\x1b[31m"
     records = [{"instruction": "q", "output": "a"}, {"instruction": "q", **{hostile + key: "v"}}]
     write_jsonl(tmp_path / "a.jsonl", records)

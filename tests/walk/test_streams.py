@@ -30,7 +30,7 @@ def run(words: list[str], redirection: str = "", **environment: str) -> subproce
     )
 
 
-def test_a_full_output_is_said_and_is_no_success(words):
+def test_an_unwritable_stdout_is_reported_and_exits_with_an_error(words):
     done = run(words, "> /dev/full")
     assert done.returncode == 3
     assert b"standard output cannot be written: No space left on device" in done.stderr
@@ -38,20 +38,20 @@ def test_a_full_output_is_said_and_is_no_success(words):
 
 
 @pytest.mark.slow
-def test_a_full_output_does_not_end_a_merge(by_heart, tmp_path):
+def test_an_unwritable_stdout_does_not_stop_a_merge(by_heart, tmp_path):
     merge = ["merge", "--adapter_path", str(by_heart), "--output_dir", str(tmp_path / "m")]
     assert run(merge, "> /dev/full 2> /dev/full").returncode == 3
     assert (tmp_path / "m" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("words_of_help", [["--help"], ["train", "--help", "all"], ["--version"]])
-def test_help_into_a_full_output(words_of_help):
+def test_help_to_an_unwritable_stdout_fails_without_a_traceback(words_of_help):
     done = run(words_of_help, "> /dev/full")
     assert done.returncode == 3 and b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
 
 
 @pytest.mark.slow
-def test_a_reader_that_leaves_is_no_error(words):
+def test_a_closed_output_pipe_is_not_an_error(words):
     done = subprocess.run(
         ["bash", "-c", 'set -o pipefail; "$0" -m atomtune "$@" | head -c 1', sys.executable, *words],
         capture_output=True,
@@ -62,7 +62,7 @@ def test_a_reader_that_leaves_is_no_error(words):
 
 
 @pytest.mark.parametrize("streams", [pytest.param(">&-", marks=pytest.mark.slow), "</dev/null >&- 2>&-"])
-def test_an_output_that_is_closed(words, streams):
+def test_closed_output_streams_are_not_an_error(words, streams):
     # Without the three streams, the first opened files got their numbers, and a library used a wrong one.
     done = run(words, streams)
     assert done.returncode == 0 and b"Traceback" not in done.stderr
@@ -75,7 +75,7 @@ def chat(by_heart) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("streams", ["--prompt x >&-", "--prompt x <&- >&- 2>&-", "<&-"])
-def test_a_chat_whose_streams_are_closed(chat, streams):
+def test_chat_works_with_closed_standard_streams(chat, streams):
     # Python has None for a closed stream, and chat asks whether it is a terminal.
     done = run(chat, streams)
     assert done.returncode == 0, done.stderr
@@ -83,7 +83,7 @@ def test_a_chat_whose_streams_are_closed(chat, streams):
 
 
 @pytest.mark.slow
-def test_an_input_that_cannot_be_read_is_one_sentence(chat):
+def test_an_unreadable_stdin_is_reported(chat):
     done = run(chat, "0> /dev/null")
     assert done.returncode == 2, done.stderr
     assert b"standard input cannot be read: Bad file descriptor." in done.stderr
@@ -93,7 +93,7 @@ def test_an_input_that_cannot_be_read_is_one_sentence(chat):
 @pytest.mark.parametrize(
     ("line", "code"), [("你好".encode(), 0), (b"\xff\xfe", 2)], ids=["a question in UTF-8", "no text"]
 )
-def test_what_a_pipe_holds_is_utf_8_in_a_locale_of_ascii_too(chat, tmp_path, line, code):
+def test_piped_input_is_read_as_utf_8_even_in_an_ascii_locale(chat, tmp_path, line, code):
     (tmp_path / "asked").write_bytes(line + b"\n")
     done = run(chat, f"< {tmp_path}/asked", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert done.returncode == code, done.stderr
@@ -110,7 +110,7 @@ def test_what_a_pipe_holds_is_utf_8_in_a_locale_of_ascii_too(chat, tmp_path, lin
     ],
     ids=["ascii", "latin-1", "C"],
 )
-def test_few_characters_are_no_error_and_json_stays_json(words, usual, environment):
+def test_json_output_stays_valid_under_a_limited_output_encoding(words, usual, environment):
     result = run([*words, "--json"], **environment)
     assert result.returncode == 0, result.stderr
     assert b"Traceback" not in result.stderr  # the report itself, although the encoding lacks characters
@@ -122,6 +122,6 @@ def usual(words) -> object:
     return json.loads(run([*words, "--json"], PYTHONIOENCODING="utf-8").stdout)
 
 
-def test_a_report_in_few_characters(words):
+def test_a_report_is_escaped_for_an_ascii_stdout(words):
     done = run(words, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and done.stdout.isascii() and b"\\u" in done.stdout

@@ -52,7 +52,7 @@ def served(source: str, **variables) -> list[int]:
 
 
 @pytest.mark.parametrize("variables", [{}, {"enable_thinking": True}, {"enable_thinking": False}], ids=str)
-def test_variables_of_the_run_stand_in_every_prompt(variables):
+def test_template_variables_of_the_run_apply_to_every_prompt(variables):
     assert prompt_of(TALK, TWO_MODES, variables=variables) == served(TWO_MODES, **variables)
 
 
@@ -65,18 +65,18 @@ def test_variables_of_the_run_stand_in_every_prompt(variables):
     ],
     ids=["object", "text", "key"],
 )
-def test_variables_of_a_record_stand_before_those_of_the_run(record_sets):
+def test_template_variables_of_a_record_override_those_of_the_run(record_sets):
     ours = prompt_of({**TALK, **record_sets}, TWO_MODES, variables={"enable_thinking": True})
     assert ours == served(TWO_MODES, enable_thinking=False)
     assert ours != served(TWO_MODES, enable_thinking=True)
 
 
-def test_documents_of_a_record_are_written():
+def test_documents_of_a_record_are_rendered_in_the_prompt():
     documents = [{"title": "Tides", "text": "Twice a day."}]
     assert prompt_of({**TALK, "documents": documents}, READS_DOCUMENTS) == served(READS_DOCUMENTS, documents=documents)
 
 
-def test_documents_that_a_template_does_not_write_are_said_and_the_other_variables_count():
+def test_documents_the_template_ignores_are_reported_and_other_variables_apply():
     # A server that gets them writes the same prompt. Refusing the record also lost its enable_thinking.
     sets = {"enable_thinking": False, "documents": [{"title": "Tides", "text": "Twice a day."}]}
     assert prompt_of({**TALK, **sets}, TWO_MODES) == served(TWO_MODES, **sets)
@@ -89,7 +89,7 @@ def test_documents_that_a_template_does_not_write_are_said_and_the_other_variabl
         assert dict(ledger.notices) == notices
 
 
-def test_a_control_string_in_a_variable_stays_text():
+def test_a_control_token_string_in_a_variable_stays_text():
     # Text of a record never becomes a control token, wherever it is stored.
     documents = [{"title": "<|im_end|>"}]
     ours = prompt_of({**TALK, "documents": documents}, READS_DOCUMENTS)
@@ -97,7 +97,7 @@ def test_a_control_string_in_a_variable_stays_text():
     assert ours.count(end) == prompt_of(TALK, READS_DOCUMENTS).count(end)
 
 
-def test_variables_that_are_no_object_are_refused_by_name():
+def test_template_variables_that_are_not_an_object_are_refused():
     ledger = Ledger()
     template = load_template("auto", tokenizer_of("bytes", TWO_MODES))
     raw = RawRecord({**TALK, "chat_template_kwargs": [1]}, "train.jsonl:1")
@@ -105,7 +105,7 @@ def test_variables_that_are_no_object_are_refused_by_name():
     assert "chat_template_kwargs is a list; expected an object" in ledger.records_refused[0].reason
 
 
-def test_the_template_names_the_day_it_is_given():
+def test_the_template_renders_the_given_date():
     day = date(2031, 1, 31)
     tokenizer = tokenizer_of("bytes", NAMES_THE_DAY)
     begins = tokenizer(datetime(2031, 1, 31).strftime("%d %B %Y"), add_special_tokens=False)["input_ids"]
@@ -177,7 +177,7 @@ def test_an_adapter_and_a_resumed_run_keep_the_variables_and_the_date(base, tmp_
     assert "template_date" in capsys.readouterr().err
 
 
-def test_a_run_without_a_date_is_of_the_day_it_began(base, tmp_path):
+def test_a_run_without_a_template_date_saves_the_day_it_started(base, tmp_path):
     assert train_on(base, tmp_path, "--max_steps", "1") == 0
     metadata = json.loads((tmp_path / "out" / "atomtune.json").read_text())
     assert metadata["template_date"] == date.today().isoformat()
@@ -191,6 +191,6 @@ def test_a_run_without_a_date_is_of_the_day_it_began(base, tmp_path):
         ("--template_date", "31.1.2031", "expected a date, for example 2026-01-31"),
     ],
 )
-def test_what_is_no_object_and_no_date_is_refused_before_anything_is_read(flag, value, says, tmp_path, capsys):
+def test_invalid_variables_and_dates_are_refused_before_anything_is_read(flag, value, says, tmp_path, capsys):
     assert train_on(tmp_path / "no base", tmp_path, flag, value) == 2
     assert says in capsys.readouterr().err

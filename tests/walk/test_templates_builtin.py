@@ -117,19 +117,19 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_conversation_with_a_system_text_is_written_as_published(name, llama):
+def test_a_conversation_with_a_system_prompt_matches_the_published_format(name, llama):
     assert render(name, llama, chat("你好", "a", "q", system="S"), prompt=True) == WRITTEN[name]
 
 
 @pytest.mark.parametrize(
     ("name", "before"), [("alpaca", f"<s>{ALPACA}\n\n### Instruction:\nq"), ("vicuna", f"<s>{VICUNA} USER: q")]
 )
-def test_a_format_with_a_preamble_writes_its_own_where_there_is_no_system_text(name, before, llama):
+def test_alpaca_and_vicuna_write_their_default_preamble_without_a_system_prompt(name, before, llama):
     assert render(name, llama, chat("q"), prompt=True).startswith(before)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("alpaca", "vicuna", "llama3.1", "qwen2.5")])
-def test_the_others_write_no_text_of_their_own(name, llama):
+def test_templates_without_a_preamble_add_no_default_system_prompt(name, llama):
     # Left out: Llama 3.1 writes dates here, Qwen2.5 its name.
     written = render(name, llama, chat("q"), prompt=True)
     with_system = render(name, llama, chat("q", system="SYSTEM"), prompt=True)
@@ -137,7 +137,7 @@ def test_the_others_write_no_text_of_their_own(name, llama):
     assert "system" not in written
 
 
-def test_the_templates_are_these_and_each_says_whose_it_is():
+def test_template_files_match_the_known_names_and_begin_with_a_comment():
     files = sorted(file.name for file in (resources.files("atomtune.data") / "templates").iterdir())
     assert files == sorted(f"{name}.jinja" for name in NAMES)
     for name in NAMES:
@@ -192,7 +192,7 @@ def test_a_bos_that_begins_every_turn_is_not_doubled(name):
     assert written == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_mark_for_thoughts_that_is_no_token_here_is_named():
+def test_think_tags_that_are_not_tokens_of_the_tokenizer_are_named():
     # Catches a think block that is silently taught to a model without a token for it.
     tokenizer = tokenizer_of("bytes", CHATML)
     assert load_template("qwen3", tokenizer).unknown_controls == ("</think>", "<think>")
@@ -216,7 +216,7 @@ def test_white_space_is_kept_unless_the_family_trims(name, llama):
 @pytest.mark.parametrize(
     "name", ["alpaca", "atom", "atom-official", "gemma", "llama3", "mistral-v1", "plain", "vicuna"]
 )
-def test_a_tools_answer_is_refused_by_name_where_there_is_no_place(name, llama):
+def test_templates_without_tool_support_refuse_a_tool_result(name, llama):
     with pytest.raises(TemplateError, match=rf'the {name} template has no place.*role "tool"'):
         render(name, llama, [*chat("q"), {"role": "tool", "name": "add", "content": "5"}])
 
@@ -224,13 +224,13 @@ def test_a_tools_answer_is_refused_by_name_where_there_is_no_place(name, llama):
 @pytest.mark.parametrize(
     "name", ["alpaca", "atom-official", "chatml", "gemma", "llama3", "mistral-v1", "plain", "vicuna"]
 )
-def test_a_call_is_never_lost_in_silence(name, llama):
+def test_templates_without_tool_support_refuse_a_tool_call(name, llama):
     with pytest.raises(TemplateError, match=rf'the {name} template has no place.*"assistant" that calls a tool'):
         render(name, llama, CALLED[:2])
 
 
 @pytest.mark.parametrize("name", ["llama3.1", "mistral-v3"])
-def test_a_turn_that_speaks_and_calls_is_refused_where_one_would_be_lost(name, llama):
+def test_text_beside_a_tool_call_is_refused_if_one_would_be_lost(name, llama):
     spoken = [CALLED[0], {**CALLED[1], "content": "Let me see."}]
     with pytest.raises(TemplateError, match="calls a tool and says something"):
         render(name, llama, spoken, tools=[TOOL])
@@ -238,7 +238,7 @@ def test_a_turn_that_speaks_and_calls_is_refused_where_one_would_be_lost(name, l
 
 @pytest.mark.parametrize("name", ["gemma", "mistral-v1", "mistral-v3"])
 @pytest.mark.parametrize("roles", ["uu", "a", "uaa", "us", "s"])
-def test_where_user_and_assistant_must_take_turns_nothing_else_passes(name, roles, llama):
+def test_strictly_alternating_templates_refuse_any_other_role_order(name, roles, llama):
     said = {"u": "user", "a": "assistant", "s": "system"}
     messages = [{"role": said[one], "content": "x"} for one in roles]
     with pytest.raises(TemplateError, match="take turns"):
@@ -254,7 +254,7 @@ def test_an_unknown_role_is_refused(name, llama):
 # --- tools and thoughts -----------------------------------------------------------------------------------------------
 
 
-def test_qwen_tells_tools_and_writes_calls_and_answers_as_published(tokenizers):
+def test_qwen_writes_tools_calls_and_tool_results_as_published(tokenizers):
     written = render("qwen3", tokenizers["bytes"], chat(system="S") + CALLED, prompt=True, tools=[TOOL])
     assert written == (
         "<|im_start|>system\nS\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -268,7 +268,7 @@ def test_qwen_tells_tools_and_writes_calls_and_answers_as_published(tokenizers):
     )
 
 
-def test_qwen_joins_several_tools_answers_in_one_turn(tokenizers):
+def test_qwen_joins_several_tool_results_in_one_turn(tokenizers):
     answers = [{"role": "tool", "name": "add", "content": text} for text in ("5", "6")]
     written = render("qwen3", tokenizers["bytes"], [*CALLED[:2], *answers], prompt=True)
     assert written.endswith(
@@ -278,7 +278,7 @@ def test_qwen_joins_several_tools_answers_in_one_turn(tokenizers):
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_qwen_keeps_thoughts_behind_the_last_question_alone(tokenizers, inside):
+def test_qwen_keeps_reasoning_only_after_the_last_question(tokenizers, inside):
     def thought(text: str) -> dict:
         if inside:
             return {"role": "assistant", "content": f"<think>\nhm {text}\n</think>\n\n{text}"}
@@ -291,7 +291,7 @@ def test_qwen_keeps_thoughts_behind_the_last_question_alone(tokenizers, inside):
     )
 
 
-def test_qwen_keeps_the_thoughts_between_a_call_and_the_answer(tokenizers):
+def test_qwen_keeps_reasoning_between_a_tool_call_and_the_answer(tokenizers):
     messages = [CALLED[0], {**CALLED[1], "reasoning_content": "add them"}, CALLED[2], *chat("q", "5")[1:]]
     assert render("qwen3", tokenizers["bytes"], messages) == (
         "<|im_start|>user\n2+3?<|im_end|>\n<|im_start|>assistant\n<think>\nadd them\n</think>\n\n"
@@ -307,7 +307,7 @@ def test_qwen_without_thinking_closes_the_block_in_the_prompt(tokenizers):
     assert render("qwen3", tokenizers["bytes"], chat("q", "a")).startswith(asked + "a")
 
 
-def test_llama31_tells_tools_in_the_first_question(llama):
+def test_llama31_lists_tools_in_the_first_question(llama):
     assert render("llama3.1", llama, chat(system="S") + CALLED, prompt=True, tools=[TOOL]) == (
         "<s><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\nCutting Knowledge Date: December 2023\n"
         "Today Date: 26 Jul 2024\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
@@ -321,7 +321,7 @@ def test_llama31_tells_tools_in_the_first_question(llama):
     )
 
 
-def test_mistral_tells_tools_before_the_last_question(llama):
+def test_mistral_lists_tools_before_the_last_question(llama):
     messages = [*chat("hi", "ho"), *CALLED, *chat("q", "5")[1:]]
     assert render("mistral-v3", llama, messages, tools=[TOOL]) == (
         f"<s>[INST] hi[/INST] ho</s>[AVAILABLE_TOOLS] [{json.dumps(TOOL)}][/AVAILABLE_TOOLS][INST] 2+3?[/INST]"

@@ -105,7 +105,7 @@ def built_in_source(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_built_in_template_writes_what_is_published(name: str) -> None:
+def test_a_built_in_template_renders_like_the_published_one(name: str) -> None:
     trl = util.find_spec("trl")
     if trl is None or trl.origin is None:
         pytest.skip("trl is not installed")
@@ -197,7 +197,7 @@ def assert_ids_of_the_encoder(
 
 
 @pytest.mark.parametrize("name", MISTRAL)
-def test_what_is_learned_on_a_mistral_has_the_ids_of_its_own_encoder(name: str, tmp_path: Path) -> None:
+def test_training_ids_for_mistral_match_its_own_encoder(name: str, tmp_path: Path) -> None:
     # Catches lost ids of calls, a system text in another question, a missing or added space, and a tokenizer that reads
     # [INST] as text.
     template = load_template(name, mistral_tokenizer(name, tmp_path))
@@ -264,7 +264,7 @@ def mistral_with_its_own_template(name: str, folder: Path) -> Template:
 
 
 @pytest.mark.parametrize("name", ["mistral-v3", "mistral-tekken"])
-def test_a_mistrals_own_template_gives_the_ids_of_its_encoder(name: str, tmp_path: Path) -> None:
+def test_mistrals_published_template_gives_the_ids_of_its_encoder(name: str, tmp_path: Path) -> None:
     # Catches ids of calls that do not reach the template, which then refuses the record; and tools or a system text
     # that move once the answer is there.
     template = mistral_with_its_own_template(name, tmp_path)
@@ -285,7 +285,7 @@ def test_a_mistrals_own_template_gives_the_ids_of_its_encoder(name: str, tmp_pat
 
 
 @pytest.mark.parametrize("call_id", ["", "abc", "call_0123456789"])
-def test_ids_that_a_mistrals_own_template_refuses_refuse_the_record(call_id: str, tmp_path: Path) -> None:
+def test_a_record_with_call_ids_rejected_by_mistrals_template_is_refused(call_id: str, tmp_path: Path) -> None:
     template = mistral_with_its_own_template("mistral-v3", tmp_path)
     talk = Talk(0, {"tools"}, tidy=True)
     talk.tools = [TOOL]
@@ -300,12 +300,12 @@ def test_ids_that_a_mistrals_own_template_refuses_refuse_the_record(call_id: str
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_names_that_help_lists_are_the_templates_there_are() -> None:
+def test_template_names_in_help_match_the_existing_templates() -> None:
     assert sorted(TEMPLATES) == built_in()
     assert not {*RENAMED_TEMPLATES, *SPLIT_TEMPLATES} & set(TEMPLATES)
 
 
-def test_an_old_name_means_what_it_meant_or_is_answered_with_the_new_ones() -> None:
+def test_an_old_template_name_still_works_or_lists_its_replacements() -> None:
     assert load_template("qwen", tokenizer_of("bytes")).name == "qwen3"
     with pytest.raises(BadSettings, match=r"mistral-v1 .*mistral-v3 .*mistral-tekken"):
         load_template("mistral", tokenizer_of("bytes"))

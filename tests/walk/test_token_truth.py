@@ -38,7 +38,7 @@ from tests.tiny import CHATML, tokenizer_of
 
 
 @pytest.mark.parametrize("name", [*TOKENIZERS, *MISTRAL])
-def test_published_tokenizers_are_trained_as_they_are_served(name, real):
+def test_training_tokens_match_served_tokens_on_published_tokenizers(name, real):
     if name in TOKENIZERS:
         real(TOKENIZERS[name][0])
     template = template_for(name)
@@ -111,7 +111,7 @@ def learned(template: Template, record: dict) -> list[str]:
     return texts
 
 
-def test_channels_are_learned_with_the_answer_and_a_call_ends_in_its_own_token():
+def test_channels_are_learned_and_a_tool_call_ends_with_its_own_stop_token():
     # Catches a final answer trained without its channel, and a second stop token after the call's own.
     template = shaped(CHANNELS)
     arguments = json.dumps({"city": "Paris"})
@@ -133,7 +133,7 @@ def test_channels_are_learned_with_the_answer_and_a_call_ends_in_its_own_token()
     ],
 )
 @pytest.mark.parametrize("inline", [True, False])
-def test_thoughts_go_on_where_the_prompt_opens_them(opening, expected, inline):
+def test_reasoning_continues_the_think_block_opened_by_the_prompt(opening, expected, inline):
     # Catches a second <think> block after an empty one.
     template = shaped(OPENS.replace("SPACED", opening))
     apart = {"messages": [user("9*8?"), assistant("72", reasoning_content="Nine times eight.")]}
@@ -141,7 +141,7 @@ def test_thoughts_go_on_where_the_prompt_opens_them(opening, expected, inline):
 
 
 @pytest.mark.parametrize("template", ["qwen3", "opens"])
-def test_thoughts_without_their_opening_mark_are_thoughts(template):
+def test_reasoning_without_its_opening_tag_is_read_as_reasoning(template):
     # A server returns them like this if its prompt ends in the mark. Catches the message "no answer has thoughts" for
     # records that all have some, and DeepSeek-R1's template, which left them out.
     made = load_template("qwen3", tokenizer_of("bytes", CHATML))
@@ -163,7 +163,7 @@ def test_thoughts_without_their_opening_mark_are_thoughts(template):
 
 
 @pytest.mark.parametrize("text", ["The tag </think> closes the block.", "Write <think>\n</think>\n there."])
-def test_an_answer_about_the_marks_is_an_answer(text):
+def test_an_answer_that_mentions_think_tags_is_not_read_as_reasoning(text):
     made = shaped(OPENS.replace("SPACED", "<think>\n").replace(".split('</think>')[-1]", ""))
     ledger = Ledger()
     records = [RawRecord({"messages": [user("How?"), assistant(text)]}, "a:1")]
@@ -171,7 +171,7 @@ def test_an_answer_about_the_marks_is_an_answer(text):
     assert ledger.records_used == 1 and not ledger.records_with_thoughts
 
 
-def test_no_thoughts_behind_a_prompt_that_opens_them_close_the_block():
+def test_an_answer_without_reasoning_closes_the_block_opened_by_the_prompt():
     template = shaped(OPENS.replace("SPACED", "<think>\n"))
     record = {"messages": [user("9*8?"), assistant("72")]}
     assert learned(template, record) == ["\n</think>\n\n72<|endoftext|>"]
@@ -185,7 +185,7 @@ OPENS_OR_EMPTY = (
 )
 
 
-def test_no_thoughts_are_the_templates_own_form_of_none():
+def test_missing_reasoning_is_written_in_the_templates_own_empty_form():
     # Catches a second closing mark: `\n</think>\n\n</think>72` was once trained.
     template = shaped(OPENS_OR_EMPTY)
     assert learned(template, {"messages": [user("9*8?"), assistant("72")]}) == ["</think>72<|im_end|>"]
@@ -202,12 +202,12 @@ NO_HEADER_BEHIND_TOOLS = (
 )
 
 
-def test_an_answer_behind_a_tools_answer_is_as_the_template_writes_it_there():
+def test_an_answer_after_a_tool_result_is_learned_as_the_template_writes_it():
     answers = learned(shaped(NO_HEADER_BEHIND_TOOLS), KINDS["tool call"])
     assert answers[-1] == "<|im_start|>assistant\nIt is 21 °C in Paris.<|im_end|>"
 
 
-def test_thoughts_behind_a_prompt_that_closes_them_are_said_and_not_learned():
+def test_reasoning_after_a_prompt_that_closes_the_block_is_reported_unlearned():
     template = shaped(CLOSES)
     ledger = Ledger()
     records = [RawRecord(KINDS["thoughts inline"], "a:1")]
@@ -216,7 +216,7 @@ def test_thoughts_behind_a_prompt_that_closes_them_are_said_and_not_learned():
     assert any("reasoning" in notice for notice in ledger.notices)
 
 
-def test_what_a_template_trims_and_leaves_out_is_said():
+def test_whitespace_and_text_dropped_by_the_template_are_reported():
     template = shaped(TRIMS)
     assert learned(template, KINDS["white space"]) == ["Hello.<|im_end|>", "Yes<|im_end|>"]
     for kind, word in (("white space", "whitespace"), ("text beside a call", "next to a tool call")):
@@ -227,7 +227,7 @@ def test_what_a_template_trims_and_leaves_out_is_said():
 
 
 @pytest.mark.parametrize("names", [("get_weather", "get_weather"), ("get_weather", "get_time")])
-def test_a_call_that_the_template_leaves_out_refuses_the_record(names):
+def test_a_record_whose_tool_call_the_template_drops_is_refused(names):
     # gpt-oss's template writes only the first call of a turn. Two calls of one name passed, and the second was lost.
     calls = [call(name, {"city": city}, f"abcdefgh{city}") for name, city in zip(names, "12", strict=True)]
     messages = [user("Weather?"), assistant("", tool_calls=calls), answered(names[0], "5"), answered(names[1], "6")]
@@ -243,7 +243,7 @@ def test_a_call_that_the_template_leaves_out_refuses_the_record(names):
         assert [refusal.reason for refusal in ledger.records_refused] == reasons
 
 
-def test_a_turn_that_the_template_leaves_out_refuses_the_record_by_name():
+def test_a_record_whose_turn_the_template_drops_is_refused_naming_the_turn():
     # Catches an answer trained after a question, or a tool's answer, that the model never sees.
     deaf = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
     source = deaf.replace(
@@ -256,7 +256,7 @@ def test_a_turn_that_the_template_leaves_out_refuses_the_record_by_name():
     assert "leaves out what turn 3 (tool) says" in ledger.records_refused[0].reason
 
 
-def test_an_empty_system_text_is_a_system_text():
+def test_an_empty_system_prompt_replaces_the_templates_default():
     default = (
         "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a default.<|im_end|>\n{% endif %}" + CHATML
     )
@@ -273,7 +273,7 @@ def test_an_empty_system_text_is_a_system_text():
     assert template.tokenizer.decode(example.ids).startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
 
 
-def test_a_token_that_is_not_flagged_special_ends_turns_all_the_same():
+def test_an_end_of_turn_token_not_flagged_special_still_ends_turns():
     # Catches <|endoftext|> trained after answers of a base whose <|im_end|> is an ordinary added token.
     tokenizer = tokenizer_of("bytes", CHATML.replace("im_end", "done"))
     tokenizer.add_tokens([AddedToken("<|done|>", special=False)])
@@ -308,7 +308,7 @@ def vars_of(template: Template) -> dict:
     return {name: getattr(template, name) for name in template.__dataclass_fields__}
 
 
-def test_a_model_that_is_taught_not_to_think_is_told_and_the_variable_named():
+def test_training_a_thinking_model_without_reasoning_is_reported():
     # Catches a thinking model that silently loses its thoughts to records without any.
     plain, thinking = KINDS["question and answer"], KINDS["thoughts inline"]
     for template, names in (
@@ -366,7 +366,7 @@ def same_however_rendered(template: Template, monkeypatch: pytest.MonkeyPatch, *
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_long_conversations_have_the_ids_of_their_prompts_one_by_one(name, real, monkeypatch):
+def test_published_tokenizers_give_long_conversations_the_ids_of_single_prompts(name, real, monkeypatch):
     # Catches a prompt cut out of another that does not begin with it: thoughts kept after the last question, calls,
     # modes that a record sets.
     real(TOKENIZERS[name][0])
@@ -379,7 +379,7 @@ def test_long_conversations_have_the_ids_of_their_prompts_one_by_one(name, real,
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
 @pytest.mark.parametrize("name", built_in())
-def test_long_conversations_of_built_in_templates_have_the_ids_of_their_prompts(name, kind, monkeypatch):
+def test_built_in_templates_give_long_conversations_the_ids_of_single_prompts(name, kind, monkeypatch):
     template = load_template(name, tokenizer_of(kind))
     assert same_however_rendered(template, monkeypatch, tools=False)
     same_however_rendered(template, monkeypatch, tools=True)

@@ -21,7 +21,7 @@ def record_of(out) -> dict:
     return json.loads((out / "run.json").read_text())
 
 
-def test_a_run_leaves_everything_the_contract_names(models, dialogues, tmp_path):
+def test_a_run_writes_all_promised_files_and_figures(models, dialogues, tmp_path):
     out = tmp_path / "out"
     assert main(command(models("llama"), dialogues, out, "--max_steps", "6", "--save_steps", "3")) == 0
     for name in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja",
@@ -42,7 +42,7 @@ def test_a_run_leaves_everything_the_contract_names(models, dialogues, tmp_path)
     assert record["settings"]["max_steps"] == {"value": 6, "source": "--max_steps"}
 
 
-def test_a_warm_up_that_outlasts_the_run_is_said(models, dialogues, tmp_path, capsys):
+def test_a_warmup_that_outlasts_the_run_is_reported(models, dialogues, tmp_path, capsys):
     # The learning rate once silently stayed at a thousandth of the requested one.
     for steps, is_said in (("2", True), ("1", False)):
         words = command(models("llama"), dialogues, tmp_path / steps, "--max_steps", "2", "--learning_rate", "0.01")
@@ -50,7 +50,7 @@ def test_a_warm_up_that_outlasts_the_run_is_said(models, dialogues, tmp_path, ca
         assert ("never reaches 0.01" in capsys.readouterr().out) == is_said
 
 
-def test_prompt_and_target_tokens_are_those_of_one_pass(models, dialogues, tmp_path):
+def test_prompt_and_target_tokens_are_counted_for_one_pass(models, dialogues, tmp_path):
     out = tmp_path / "out"
     assert main(command(models("llama"), dialogues, out, "--max_steps", "1")) == 0
     tokenizer = AutoTokenizer.from_pretrained(models("llama"))
@@ -62,7 +62,7 @@ def test_prompt_and_target_tokens_are_those_of_one_pass(models, dialogues, tmp_p
 
 
 @pytest.mark.parametrize("size", ["0.1", "4"])
-def test_held_out_records_are_evaluated_by_target_not_by_batch(models, dialogues, tmp_path, size):
+def test_evaluation_loss_is_averaged_per_target_token_not_per_batch(models, dialogues, tmp_path, size):
     """The evaluation loss is that of plain transformers, one record at a time."""
     out = tmp_path / "out"
     flags = ["--eval_size", size, "--max_steps", "3", "--dtype", "float64", "--per_device_eval_batch_size", "3"]
@@ -87,7 +87,7 @@ def test_held_out_records_are_evaluated_by_target_not_by_batch(models, dialogues
     assert ours == pytest.approx(nats / count, rel=1e-7)  # RMSNorm computes in float32
 
 
-def test_an_evaluation_file_is_read_as_the_training_file(models, dialogues, tmp_path):
+def test_an_evaluation_file_is_read_like_the_training_file(models, dialogues, tmp_path):
     out = tmp_path / "out"
     flags = ["--eval_path", str(dialogues), "--max_steps", "3", "--eval_strategy", "steps", "--eval_steps", "1"]
     best = ["--load_best_model_at_end", "--save_strategy", "steps", "--save_steps", "1"]
@@ -133,7 +133,7 @@ def test_label_smoothing_and_a_scheduler_of_the_library_pass_through(models, dia
 
 @pytest.mark.skipif(not SHARED_DATA.is_file(), reason=f"the real data set is not at {SHARED_DATA}")
 @pytest.mark.slow
-def test_the_tutorials_data_set_through_the_tutorials_flags(tmp_path, capsys):
+def test_the_tutorials_dataset_trains_with_the_tutorials_flags(tmp_path, capsys):
     """3,729 records, one epoch, an Atom-shaped model of about 2M weights: counts add up and the loss falls."""
     base = tmp_path / "base"
     tokenizer = _trained_on(SHARED_DATA)

@@ -20,7 +20,7 @@ def command(base, data, *more) -> list[str]:
 
 @pytest.mark.parametrize("layout", ["auto", "packed", "padded"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_the_fast_path_holds_and_the_table_says_so(models, dialogues, capsys, layout, dtype):
+def test_the_fast_path_passes_verification_and_the_table_reports_it(models, dialogues, capsys, layout, dtype):
     flags = ["--layout", layout, "--dtype", dtype, "--records", "12", "--per_device_train_batch_size", "8"]
     assert main(command(models("llama"), dialogues, *flags)) == 0
     said = capsys.readouterr().out
@@ -31,7 +31,7 @@ def test_the_fast_path_holds_and_the_table_says_so(models, dialogues, capsys, la
     assert "is equal to plain transformers + PEFT" in said
 
 
-def test_a_base_in_8_bits_holds_too(models, dialogues, capsys):
+def test_an_8_bit_base_passes_verification(models, dialogues, capsys):
     # What LLM.int8 takes out of its 8 bits depends on the batch: every layout failed, and the advice was another one.
     pytest.importorskip("bitsandbytes")
     assert main(command(models("llama"), dialogues, "--quantize", "int8", "--dtype", "float32")) == 0
@@ -40,7 +40,7 @@ def test_a_base_in_8_bits_holds_too(models, dialogues, capsys):
     assert "This effect is left out of the comparison" in said.out + said.err
 
 
-def test_what_takes_long_is_said_beforehand(models, dialogues, monkeypatch, capsys):
+def test_a_slow_verification_is_announced_beforehand(models, dialogues, monkeypatch, capsys):
     # --lora_rank 65536 silently took a minute on a base of two small layers.
     flags = ["--records", "6", "--layout", "padded"]
     assert main(command(models("llama"), dialogues, *flags)) == 0
@@ -52,7 +52,7 @@ def test_what_takes_long_is_said_beforehand(models, dialogues, monkeypatch, caps
     assert "plain transformers" not in before
 
 
-def test_the_work_that_it_names_is_the_work_done(models, tmp_path, capsys):
+def test_the_reported_work_counts_shared_prefixes_once(models, tmp_path, capsys):
     # All prompts are equal, and a shared prefix is computed once per batch.
     data = tmp_path / "same.jsonl"
     records = [{"instruction": "讲一个很短的故事", "output": answer} for answer in "山水月日风云雨雪"]
@@ -76,7 +76,7 @@ def positions_by_index(row, **settings):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("planted", [all_see_all, positions_by_index])
-def test_a_planted_fault_ends_with_4(  # noqa: PLR0917  # pytest passes fixtures
+def test_a_planted_attention_fault_exits_with_4(  # noqa: PLR0917  # pytest passes fixtures
     models, dialogues, monkeypatch, capsys, planted, dtype
 ):
     monkeypatch.setattr(collate, "plan_attention", planted)
@@ -97,7 +97,7 @@ def _give_rows(model) -> None:
     innermost(model).set_attn_implementation(ROWS)
 
 
-def test_a_fault_in_the_adapters_gradients_ends_with_4(models, dialogues, monkeypatch, capsys):
+def test_a_fault_in_the_adapter_gradients_exits_with_4(models, dialogues, monkeypatch, capsys):
     # Loss and log-probabilities are right; only the gradients are wrong.
     right = fused_lora._LowRank.backward
 
@@ -126,7 +126,7 @@ def no_noise(monkeypatch):
 IN_16_BITS = ("--dtype", "bfloat16", "--records", "12")
 
 
-def test_plain_runs_that_agree_by_chance_raise_no_alarm(models, dialogues, capsys, no_noise):
+def test_plain_runs_that_agree_by_chance_cause_no_false_failure(models, dialogues, capsys, no_noise):
     assert main(command(models("llama"), dialogues, *IN_16_BITS)) == 0
     said = capsys.readouterr().out
     assert "layout tree in bfloat16 against one record at a time in float32" in said
@@ -134,7 +134,7 @@ def test_plain_runs_that_agree_by_chance_raise_no_alarm(models, dialogues, capsy
     assert "sensitive to rounding" in said and "is equal to plain transformers + PEFT" in said
 
 
-def test_a_fault_that_only_16_bits_have_ends_with_4(models, dialogues, monkeypatch, capsys, no_noise):
+def test_a_fault_only_in_16_bit_exits_with_4(models, dialogues, monkeypatch, capsys, no_noise):
     right = fused_lora._LowRank.backward
 
     def wrong(ctx, *grads):
@@ -147,7 +147,7 @@ def test_a_fault_that_only_16_bits_have_ends_with_4(models, dialogues, monkeypat
     assert in_float32.count(" holds") == 5 and "DOES NOT HOLD" in in_16_bits
 
 
-def test_without_memory_for_float32_the_first_verdict_stands(models, dialogues, monkeypatch, capsys, no_noise):
+def test_without_memory_for_float32_the_16_bit_verdict_stands(models, dialogues, monkeypatch, capsys, no_noise):
     load = verify.load_base
 
     def scarce(spec):
@@ -167,12 +167,12 @@ def test_a_layout_that_would_not_be_exact_is_refused(models, dialogues, capsys):
     assert "its forward takes no position_ids" in capsys.readouterr().err
 
 
-def test_remote_code_is_verified_padded(models, dialogues, capsys):
+def test_a_remote_code_model_is_verified_in_the_padded_layout(models, dialogues, capsys):
     assert main(command(models("baichuan_like"), dialogues, "--trust_remote_code", "--records", "8")) == 0
     assert "layout padded against one record at a time" in capsys.readouterr().out
 
 
-def test_after_what_holds_comes_the_run(models, dialogues, capsys):
+def test_a_passed_verification_suggests_the_train_command(models, dialogues, capsys):
     words = command(models("llama"), dialogues, "--dtype", "float32", "--records", "4", "--lora_rank", "4")
     assert main(words) == 0
     last = capsys.readouterr().out.splitlines()[-1]
@@ -192,7 +192,7 @@ def train(base, data, out, *more) -> int:
     return main([*walk, "--max_steps", "2", *more])
 
 
-def test_a_run_that_verifies_writes_what_it_found(models, dialogues, tmp_path):
+def test_train_with_verify_writes_the_result_to_run_json(models, dialogues, tmp_path):
     assert train(models("llama"), dialogues, tmp_path / "out", "--verify", "--dtype", "float64") == 0
     found = json.loads((tmp_path / "out" / "run.json").read_text())["verified"]
     assert found["holds"] is True
@@ -202,7 +202,7 @@ def test_a_run_that_verifies_writes_what_it_found(models, dialogues, tmp_path):
     assert found["targets"] > 0
 
 
-def test_a_run_that_is_found_wrong_does_not_start(models, dialogues, monkeypatch, tmp_path):
+def test_a_run_that_fails_verification_does_not_start(models, dialogues, monkeypatch, tmp_path):
     right = fused_lora._LowRank.forward
     monkeypatch.setattr(
         fused_lora._LowRank, "forward", staticmethod(lambda *given: tuple(1.2 * out for out in right(*given)))

@@ -57,7 +57,7 @@ def logits(model) -> torch.Tensor:
     return model.eval()(input_ids=torch.arange(20)[None] + 5).logits
 
 
-def test_it_shares_beginnings_and_adapts_the_language_model_alone(trained):
+def test_training_shares_prefixes_and_adapts_only_the_language_model(trained):
     _, _, out = trained
     assert json.loads((out / "run.json").read_text())["layout"] == "tree"
     modules = {module_of(name) for name in load_file(out / "adapter_model.safetensors")}
@@ -65,7 +65,7 @@ def test_it_shares_beginnings_and_adapts_the_language_model_alone(trained):
     assert all(".language_model.layers." in module for module in modules)
 
 
-def test_peft_applies_the_adapter_on_the_named_class(trained):
+def test_peft_applies_the_adapter_to_the_class_named_in_the_config(trained):
     family, base, out = trained
     with torch.device("meta"):
         has = {name for name, _ in named_class(base)(AutoConfig.from_pretrained(base)).named_modules()}
@@ -78,7 +78,7 @@ def test_peft_applies_the_adapter_on_the_named_class(trained):
     assert not torch.allclose(logits(adapted), before, atol=1e-2), family
 
 
-def test_merging_keeps_every_tensor_and_changes_the_adapted_ones_alone(trained, merged):
+def test_merging_keeps_every_tensor_and_changes_only_the_adapted_ones(trained, merged):
     _, base, out = trained
     before, after = tensors_in(base), tensors_in(merged)
     assert after.keys() == before.keys()
@@ -109,7 +109,7 @@ def test_certify_holds_for_the_adapter_and_the_merged_folder(trained, merged):
     assert main([*words, "--served", str(merged)]) == 0
 
 
-def test_an_adapter_of_the_text_class_is_read_on_the_whole_checkpoint(trained, tmp_path, capsys):
+def test_a_text_class_adapter_is_merged_into_the_whole_checkpoint(trained, tmp_path, capsys):
     """Other tools train Qwen3.5 as AutoModelForCausalLM loads it; on the whole class, PEFT ignores their tensors."""
     family, base, out = trained
     if family != "qwen3_5":

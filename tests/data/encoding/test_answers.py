@@ -56,7 +56,7 @@ def test_a_plain_answer_is_not_rendered(rendered):
 
 
 @pytest.mark.parametrize(("source", "few"), [(WITH_CALLS, True), (EMPTY_THOUGHTS_LAST, True), (NUMBERED_LAST, False)])
-def test_answers_out_of_a_later_prompt_are_those_of_their_own_renderings(source, few, rendered):
+def test_answers_cut_from_a_later_prompt_match_separate_renderings(source, few, rendered):
     template = load_template("auto", tokenizer_of("bytes", source))
     record = agent(30)
     templated = TemplatedRecord(template, record)
@@ -70,7 +70,7 @@ def test_answers_out_of_a_later_prompt_are_those_of_their_own_renderings(source,
     assert (renderings < 10) == few  # of 30 calls; the 1st, 2nd, 4th, 8th and 16th are compared
 
 
-def test_a_text_is_its_own_answer_and_its_control_strings_are_hidden():
+def test_a_text_record_is_its_own_answer_with_control_strings_escaped():
     template = load_template("auto", tokenizer_of("bytes", CHATML))
     templated = TemplatedRecord(template, Record((Turn("text", "Once <|im_end|> upon"),), "a:1"))
     answer = answer_at(templated, 0, cuts_of(templated).prompt(0))

@@ -32,13 +32,13 @@ def own(kind: str, source: str | None) -> Template:
     ("instruction", "text"),
     [("请模仿甄嬛的口吻。", "你是谁?"), ("你是谁?", ""), ("", "你是谁?"), (" a\n", "\tb\r\n"), ("{{ x }}", "{% if %}")],
 )
-def test_atoms_text_is_the_tutorials(instruction, text):
+def test_atom_prompt_equals_the_tutorials_prompt(instruction, text):
     # The tutorial's own line, copied. In the last case, the record looks like a template.
     written = "<s>Human: " + instruction + "请回答用户问题: " + text + "\n" + "</s><s>Assistant:"
     assert prompt(own("sentencepiece", None), Turn("user", instruction, text)) == written
 
 
-def test_earlier_turns_stand_before_in_the_same_form():
+def test_atom_renders_earlier_turns_in_the_same_format():
     turns = (Turn("user", "翻译", "早上好"), Turn("assistant", "Good morning."), Turn("user", "再译", "晚安"))
     assert prompt(own("sentencepiece", None), *turns) == (
         "<s>Human: 翻译请回答用户问题: 早上好\n</s><s>Assistant:Good morning.</s>"
@@ -46,14 +46,14 @@ def test_earlier_turns_stand_before_in_the_same_form():
     )
 
 
-def test_earlier_turns_without_an_input_stand_in_the_same_form_too():
+def test_atom_renders_earlier_turns_without_input_in_the_same_format():
     turns = (Turn("user", "你好"), Turn("assistant", "你好!"), Turn("user", "你是谁?"))
     assert prompt(own("sentencepiece", None), *turns) == (
         "<s>Human: 你好请回答用户问题: \n</s><s>Assistant:你好!</s><s>Human: 你是谁?请回答用户问题: \n</s><s>Assistant:"
     )
 
 
-def test_a_system_text_is_atoms_instruction():
+def test_atom_uses_a_system_text_as_instruction():
     turns = (Turn("system", "你是灯塔的看守人。"), Turn("user", "你是谁?"))
     assert prompt(own("sentencepiece", None), *turns) == (
         "<s>Human: 你是灯塔的看守人。请回答用户问题: 你是谁?\n</s><s>Assistant:"
@@ -70,12 +70,12 @@ def test_a_system_text_before_an_instruction_with_an_input_is_not_lost():
     assert "你是灯塔的看守人。" in text and "翻译" in text and "早上好" in text
 
 
-def test_atom_has_no_place_for_a_tool():
+def test_atom_refuses_tool_messages():
     with pytest.raises(CannotExpress, match=r"atom.*tool"):
         own("sentencepiece", None).render([{"role": "user", "content": "?"}, {"role": "tool", "content": "4"}])
 
 
-def test_atom_on_a_tokenizer_without_a_bos_leaves_it_out():
+def test_atom_omits_the_bos_if_the_tokenizer_has_none():
     assert prompt(load_template("atom", tokenizer_of("bytes")), Turn("user", "Hi")) == (
         "Human: Hi请回答用户问题: \n<|endoftext|>Assistant:"
     )
@@ -97,13 +97,13 @@ def test_a_role_template_puts_the_input_under_the_instruction(turn, content):
     assert prompt(own("bytes", CHATML), turn) == expected
 
 
-def test_the_answer_is_the_outputs_own_text():
+def test_the_answer_keeps_the_output_text_unchanged():
     template = own("sentencepiece", None)
     piece = pieces(template, Record((Turn("user", "?"), Turn("assistant", "  a\n")), "train.jsonl:1"))[1]
     assert (piece.text, piece.learn) == ("  a\n", True)
 
 
-def test_what_a_template_refuses_is_said_in_its_own_words():
+def test_a_template_refusal_is_reported_with_the_templates_own_message():
     template = own("sentencepiece", GEMMA)
     with pytest.raises(CannotExpress, match="no system role"):
         pieces(template, record(Turn("system", "Be brief."), Turn("user", "Hi")))
@@ -119,7 +119,7 @@ def test_auto_takes_the_tokenizers_own_template():
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes", "characters"])
-def test_auto_takes_atom_where_the_tokenizer_has_none(kind):
+def test_auto_takes_atom_if_the_tokenizer_has_no_template(kind):
     assert own(kind, None).name == "atom"
     assert prompt(own(kind, None), Turn("user", "Hi")) == prompt(
         load_template("atom", tokenizer_of(kind)), Turn("user", "Hi")
@@ -147,17 +147,17 @@ def test_auto_takes_a_neutral_format_on_llama_2(real):
     assert load_template("auto", load_tokenizer(str(real("tok/llama2")))).name == "plain"
 
 
-def test_atom_can_be_asked_for_where_the_tokenizer_has_its_own():
+def test_atom_can_be_requested_despite_the_tokenizers_own_template():
     tokenizer = tokenizer_of("bytes", CHATML)
     assert prompt(load_template("atom", tokenizer), Turn("user", "Hi")).startswith("Human: Hi请回答用户问题: \n")
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones():
+def test_an_unknown_template_name_error_lists_the_known_ones():
     with pytest.raises(BadSettings, match=r"--template atmo.*auto, .*atom.*\.jinja"):
         load_template("atmo", tokenizer_of("characters"))
 
 
-def test_a_jinja_file_is_a_template(tmp_path):
+def test_a_jinja_file_can_be_used_as_the_template(tmp_path):
     path = tmp_path / "mine.jinja"
     path.write_text("{% for m in messages %}[{{ m['content'] }}]{{ eos_token }}{% endfor %}答:", encoding="utf-8")
     template = load_template(str(path), tokenizer_of("sentencepiece"))
@@ -165,14 +165,14 @@ def test_a_jinja_file_is_a_template(tmp_path):
     assert template.name == "mine.jinja"
 
 
-def test_the_mark_that_an_editor_puts_before_a_template_is_no_part_of_it(tmp_path):
+def test_a_byte_order_mark_is_stripped_from_a_template_file(tmp_path):
     # Regression: every prompt began with it, as a token of its own.
     path = tmp_path / "mine.jinja"
     path.write_text("\ufeff" + CHATML, encoding="utf-8")
     assert load_template(str(path), tokenizer_of("bytes")).source == CHATML
 
 
-def test_a_jinja_file_that_is_no_template_is_told_with_its_line(tmp_path):
+def test_a_jinja_syntax_error_is_reported_with_its_line(tmp_path):
     path = tmp_path / "broken.jinja"
     path.write_text("{% for m in messages %}\n{{ m['content' }}\n{% endfor %}", encoding="utf-8")
     with pytest.raises(BadModel, match=r"broken\.jinja .*line 2.*\n.*template itself is at fault"):
@@ -180,7 +180,7 @@ def test_a_jinja_file_that_is_no_template_is_told_with_its_line(tmp_path):
 
 
 @pytest.mark.parametrize(("source", "writes"), [("{{ bos_token }}", True), ("", False)])
-def test_a_template_that_writes_no_bos_is_known(source, writes):
+def test_a_template_that_writes_no_bos_is_detected(source, writes):
     body = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
     assert own("sentencepiece", source + body).writes_bos == writes
     assert own("bytes", source + body).writes_bos, "this tokenizer has none to write"
@@ -199,7 +199,7 @@ def test_a_missing_jinja_file_is_named(tmp_path):
         pytest.param(b"{{ raise_exception('no') }}", id="refuses every conversation"),
     ],
 )
-def test_a_jinja_file_that_cannot_be_used_is_the_users_mistake(tmp_path, content):
+def test_an_unusable_jinja_file_raises_a_user_error(tmp_path, content):
     # Exit code 2 with the file's name, not a traceback and "this is a bug".
     path = tmp_path / "broken.jinja"
     path.write_bytes(content)
@@ -248,7 +248,7 @@ def test_an_answer_that_could_never_stop_is_refused():
 # --- law 2 begins here ----------------------------------------------------------------------------------------------
 
 
-def test_a_control_string_of_a_record_is_broken_inside_and_the_templates_own_are_not():
+def test_control_strings_of_records_are_broken_but_the_templates_own_are_not():
     template = own("sentencepiece", None)
     piece, answer = pieces(
         template, Record((Turn("user", "a</s>b", "<s>"), Turn("assistant", "c</s>")), "train.jsonl:1")
@@ -259,7 +259,7 @@ def test_a_control_string_of_a_record_is_broken_inside_and_the_templates_own_are
     assert answer.breaks == (2,)
 
 
-def test_a_template_that_trims_still_finds_the_control_strings():
+def test_control_strings_are_found_in_text_that_the_template_trims():
     # Offsets of breaks in the untrimmed text would be wrong.
     piece = own("sentencepiece", GEMMA).prompt_piece([{"role": "user", "content": "  \n<end_of_turn> x </s>  "}])
     text = "<s><start_of_turn>user\n<end_of_turn> x </s><end_of_turn>\n<start_of_turn>model\n"
@@ -269,7 +269,7 @@ def test_a_template_that_trims_still_finds_the_control_strings():
 
 @pytest.mark.parametrize("imitation", ["\ufdd0control0\ufdd1", "\ufdd0control7\ufdd1", "\ufdd0answer\ufdd1"])
 @pytest.mark.parametrize("other", ["", "</s>"])
-def test_a_record_cannot_imitate_the_shield(imitation, other):
+def test_a_record_cannot_imitate_the_internal_escape_marks(imitation, other):
     # Marks replace control strings while the template renders; a record that contains such a mark keeps its text.
     text = f"a{imitation}b{other}c"
     assert f"Human: {text}请回答" in prompt(own("sentencepiece", None), Turn("user", text))
@@ -333,7 +333,7 @@ def test_a_restored_template_is_the_saved_one(tmp_path, kind, source):
     ],
     ids=["time", "memory"],
 )
-def test_a_template_that_does_not_come_to_an_end_is_refused_by_name(models, tmp_path, source, monkeypatch):
+def test_an_endless_template_is_refused_by_name(models, tmp_path, source, monkeypatch):
     monkeypatch.setattr(sandbox, "MOST_SECONDS", 2.0)
     (tmp_path / "endless.jinja").write_text(source)
     tokenizer = load_tokenizer(str(models("llama")))

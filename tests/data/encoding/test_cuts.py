@@ -17,7 +17,7 @@ def cuts(name: str, kind: str, own: str | None = None) -> Cuts:
     return cuts_of(TemplatedRecord(template, Record(TURNS, "a:1")))
 
 
-def test_cuts_before_headers_are_those_of_the_picture():
+def test_cuts_before_headers_match_the_documented_example():
     at_headers = cuts("chatml", "bytes", CHATML)
     assert isinstance(at_headers, AtHeaders)
     last = at_headers.prompt(5)
@@ -42,7 +42,7 @@ def test_an_answer_ends_at_the_first_of_the_stop_tokens():
     assert at_headers.answer_in(second) == ("a2", "<|im_end|>")
 
 
-def test_cuts_before_stop_tokens_are_those_of_the_picture():
+def test_cuts_before_stop_tokens_match_the_documented_example():
     at_stops = cuts("mistral-v1", "sentencepiece")
     assert isinstance(at_stops, AtStops)
     last = at_stops.prompt(5)
@@ -55,7 +55,7 @@ def test_cuts_before_stop_tokens_are_those_of_the_picture():
     assert at_stops.answer_in(second) == (" a2", "</s>")
 
 
-def test_a_rendering_with_other_parts_than_turns_gives_no_prompts():
+def test_a_rendering_whose_parts_do_not_match_the_turns_gives_no_prompts():
     # If a template writes an answer without its header, or joins two answers, their start cannot be found.
     joins = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.content != 'a1' %}")
     for at, parts in ((cuts("auto", "bytes", joins), 2), (cuts("auto", "bytes", CHATML), 3)):
@@ -64,7 +64,7 @@ def test_a_rendering_with_other_parts_than_turns_gives_no_prompts():
         assert (at.prompts_in(last, LEARNED) is None) == (parts == 2)
 
 
-def test_without_a_mark_nothing_is_cut():
+def test_a_template_without_a_cut_mark_is_not_cut():
     # For example because the two sides of a cut would not tokenize to the ids of the whole.
     template = replace(load_template("auto", tokenizer_of("bytes", CHATML)), cut="")
     uncut = cuts_of(TemplatedRecord(template, Record(TURNS, "a:1")))
@@ -73,6 +73,6 @@ def test_without_a_mark_nothing_is_cut():
     assert uncut.prompts_in(last, LEARNED) is None and uncut.answer_in(last) is None
 
 
-def test_the_checked_ones_double_their_distance():
+def test_spot_checks_double_their_distance():
     assert list(spot_checks([])) == []
     assert list(spot_checks(range(100, 110))) == [100, 101, 103, 107]

@@ -230,12 +230,12 @@ def test_no_text_of_a_record_becomes_a_control_token(template, text):
 
 @same_every_time
 @given(instruction=texts, text=texts, output=texts)
-def test_any_text_stays_text(template, instruction, text, output):
+def test_arbitrary_text_never_becomes_control_tokens(template, instruction, text, output):
     assume(output.strip() and (instruction + text).strip())
     check_law_2(template, instruction, text, output)
 
 
-def test_the_tokenizer_alone_would_have_made_control_tokens(template):
+def test_plain_tokenization_would_produce_control_tokens(template):
     # The control strings must be dangerous, otherwise the tests above would hold for any code.
     own = template.stop
     assert stop_id(template) in at_once(template.tokenizer, f"a{own}b")
@@ -263,7 +263,7 @@ def test_a_record_beside_a_hostile_one_is_tokenized_as_if_alone(template):
     assert [(one.ids, one.learn) for one in together] == [(one.ids, one.learn) for one in alone]
 
 
-def test_a_cut_record_keeps_its_text_text(template):
+def test_cutting_a_record_adds_no_control_tokens(template):
     # Shortening may leave half a control string, or begin the rest with a whole one.
     hostile = alpaca(f"用户{template.stop}" * 12, f"{template.stop}x")
     whole = len(encoded(template, hostile)[0][0].ids)
@@ -301,7 +301,7 @@ def test_a_gemma_prompt_begins_with_its_one_bos():
 
 
 @pytest.mark.parametrize("output", ["Yes.", " ", "\n", "</s>", "<|im_end|>", "Yes.\n", "长" * 500])
-def test_an_example_ends_with_the_learned_stop_token_and_has_no_other_in_its_answer(template, output):
+def test_an_answer_ends_with_its_only_stop_token_which_is_learned(template, output):
     # Catches an answer whose stop token is not learned, and one with a stop token inside.
     examples, _ = encoded(template, alpaca("Hi", "", f"a{output}"))
     _, answer = split(examples[0])
@@ -321,7 +321,7 @@ CASES = {
 }
 
 
-def test_what_just_fits_is_not_touched(template):
+def test_a_record_that_just_fits_is_not_cut(template):
     # Catches >= for >.
     value = alpaca("翻译", LONG)
     (example,), _ = encoded(template, value)
@@ -334,7 +334,7 @@ def test_what_just_fits_is_not_touched(template):
 
 @pytest.mark.parametrize("less", [1, 6, 25])
 @pytest.mark.parametrize("case", CASES)
-def test_the_end_of_the_longest_text_stays_and_one_more_character_would_not_fit(template, case, less):
+def test_the_longest_text_is_cut_at_its_start_and_no_more_than_needed(template, case, less):
     # Catches cutting ids instead of text (which would cut the template's markers), cutting the end, cutting the shorter
     # text, and a search that stops too early. The oracle tries every number of characters.
     instruction, text, longest = CASES[case]
@@ -387,7 +387,7 @@ def test_an_answer_that_alone_is_too_long_is_refused_and_never_cut(template, ove
 
 
 @pytest.mark.parametrize(("overlength", "broken"), [("skip", False), ("error", True)])
-def test_skip_and_error_refuse_what_is_too_long_and_touch_nothing_else(template, overlength, broken):
+def test_skip_and_error_refuse_long_records_and_leave_others_unchanged(template, overlength, broken):
     # `broken` refusals stop a run without --skip_bad.
     values = [alpaca("Hi"), alpaca(LONG * 2), alpaca("Bye")]
     (first, long, last), _ = encoded(template, *values)
@@ -428,7 +428,7 @@ def test_every_record_and_every_token_is_accounted_for(template, values, max_tok
     assert all(split(example)[1] == answers[example.origin] for example in examples)
 
 
-def test_a_line_that_could_not_be_read_is_counted_too(template):
+def test_an_unreadable_line_is_counted_as_read_and_refused(template):
     ledger = Ledger()
     broken = Refusal("train.jsonl:1", "not JSON", RefusalKind.UNREADABLE)
     made = list(encode([broken, RawRecord(alpaca("Hi"), "train.jsonl:2")], template, ledger, max_tokens=PLENTY))
@@ -447,7 +447,7 @@ def test_a_conversation_that_the_template_refuses_is_counted_with_its_reason():
     assert refusal.origin == "train.jsonl:2" and "no x here" in refusal.reason
 
 
-def test_nothing_before_the_answer_is_a_refusal():
+def test_a_record_with_an_empty_prompt_is_refused():
     tokenizer = tokenizer_of("characters")
     tokenizer.chat_template = "{% for m in messages[1:] %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
     examples, ledger = encoded(load_template("auto", tokenizer), alpaca("Hi"))
@@ -515,7 +515,7 @@ conversations = st.builds(
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=300)
 @given(conversations, st.integers(-1, 60))
-def test_shortening_is_that_of_the_oracle(record, room):
+def test_shortening_matches_the_step_by_step_reference(record, room):
     # Catches dropping the newest turns, half an exchange, or the system text; cutting the wrong text, or too much.
     assume(characters(record) > room)
     assert shorten(record, lambda candidate: characters(candidate) <= room) == shortened_one_by_one(record, room)
@@ -539,7 +539,7 @@ def test_an_agents_record_keeps_its_question_and_its_last_calls():
     assert len(tried) < 10
 
 
-def test_the_question_of_an_agents_record_stays_however_far_back_it_is(tokenizers):
+def test_an_agents_record_keeps_its_question_however_far_back_it_is(tokenizers):
     # Only as many turns as there are tokens are searched, and the question is before them.
     template = load_template("qwen3", tokenizers["chatml"])
     calls = [[{"role": "assistant", "content": f"c{n}"}, {"role": "tool", "content": "5"}] for n in range(300)]
@@ -553,7 +553,7 @@ def test_the_question_of_an_agents_record_stays_however_far_back_it_is(tokenizer
 
 
 @pytest.mark.parametrize("older", [[], [Turn("user", "older"), Turn("assistant", "old")]])
-def test_the_last_question_stays_where_the_assistant_spoke_first(older):
+def test_the_last_question_is_kept_if_the_assistant_spoke_first(older):
     # With a greeting the number of turns is odd: dropping pairs from the front would drop the last question too.
     last = (Turn("user", "who are you?"), Turn("assistant", "I keep the light."))
     record = Record((Turn("assistant", "Hello!"), *older, *last), "train.jsonl:1")
@@ -625,7 +625,7 @@ def agents_turns(calls: int, question: str = "fix it") -> list[dict]:
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
 
 
-def test_each_call_without_a_header_stands_behind_the_prompt_of_its_own(mistral, monkeypatch):
+def test_calls_without_headers_get_the_same_prompts_as_rendered_separately(mistral, monkeypatch):
     # All prompts come from one rendering, split where each answer ends and at its control token.
     messages = [*agents_turns(7), *agents_turns(9, "[/INST] and this"), *agents_turns(0, "thanks")]
     value = {"messages": messages, "tools": TOOLS}
@@ -637,7 +637,7 @@ def test_each_call_without_a_header_stands_behind_the_prompt_of_its_own(mistral,
 
 
 @pytest.mark.parametrize("max_tokens", [PLENTY, 700])
-def test_hundreds_of_calls_without_headers_take_as_long_as_there_are_calls(mistral, max_tokens):
+def test_encoding_calls_without_headers_takes_linear_time(mistral, max_tokens):
     # Regression: each was rendered and tokenized with everything before it: 800 calls took 31 s and 4.7 GB.
     def of_calls(calls: int) -> float:
         value = {"messages": agents_turns(calls), "tools": TOOLS}
@@ -647,7 +647,7 @@ def test_hundreds_of_calls_without_headers_take_as_long_as_there_are_calls(mistr
     assert of_calls(320) < 9 * of_calls(80)  # linear: 4 ×; quadratic: 16 ×
 
 
-def test_thousands_of_turns_take_as_long_as_there_are_turns(tokenizers):
+def test_encoding_thousands_of_turns_takes_linear_time(tokenizers):
     # Regression: each answer searched all turns before it, and 20,000 turns took minutes.
     template = load_template("plain", tokenizers["chatml"])
     seconds(template, history(10))
@@ -655,7 +655,7 @@ def test_thousands_of_turns_take_as_long_as_there_are_turns(tokenizers):
     assert long < 9 * short  # linear: 4 ×; quadratic: 16 ×
 
 
-def test_answers_that_do_not_fit_whole_keep_one_beginning_as_long_as_they_can(tokenizers):
+def test_examples_of_an_overlong_conversation_share_their_beginnings(tokenizers):
     # Regression: each kept the longest end that fits: no two began alike, and n answers took n times max_seq_length.
     template = load_template("plain", tokenizers["chatml"])
     examples, _ = encoded(template, history(300), max_tokens=100)
@@ -680,7 +680,7 @@ def test_a_record_that_is_a_little_too_long_loses_only_what_it_has_to(tokenizers
     assert last.ids == without_one.ids and first.ids == whole.ids[: len(first.ids)]
 
 
-def test_a_text_full_of_control_strings_takes_as_long_as_it_is(tokenizers):
+def test_encoding_many_control_strings_takes_linear_time(tokenizers):
     # Regression: each was searched for among all others, and 200,000 of them took minutes.
     for kind in ("chatml", "sentencepiece"):
         template = load_template("auto" if kind == "chatml" else "plain", tokenizers[kind])
@@ -698,7 +698,7 @@ def test_a_template_that_refuses_a_shortened_prompt_refuses_that_record_alone():
     assert [refusal.origin for refusal in ledger.records_refused] == ["train.jsonl:1"]
 
 
-def test_an_answer_before_which_nothing_stands_is_read_and_the_others_are_learned():
+def test_an_answer_without_a_prompt_is_not_learned_but_later_answers_are():
     # Catches conversations that are refused because of a greeting, or because an export split a long chat. Earlier,
     # transformers ended the run with a ValueError: only transformers knows {% generation %}.
     source = "{% generation %}{% endgeneration %}" + CHATML
@@ -756,13 +756,13 @@ def test_an_instruction_is_shared_when_nine_in_ten_records_carry_it(tokenizers, 
     assert ledger.shared_instruction == ("像灯塔看守人那样说话。" if detected else None)
 
 
-def test_an_instruction_without_an_input_is_a_question_and_no_default(tokenizers):
+def test_an_instruction_without_an_input_is_not_a_shared_instruction(tokenizers):
     # Otherwise, a data set that repeats one question ten times would put it before everything typed in chat.
     _, ledger = encoded(load_template("auto", tokenizers["bytes"]), *[alpaca("你是谁?")] * 10)
     assert ledger.shared_instruction is None
 
 
-def test_an_input_without_an_instruction_shares_nothing(tokenizers):
+def test_an_input_without_an_instruction_gives_no_shared_instruction(tokenizers):
     _, ledger = encoded(load_template("auto", tokenizers["bytes"]), *[alpaca("", "你是谁?")] * 10)
     assert ledger.shared_instruction is None
 
@@ -780,14 +780,14 @@ def test_ids_of_keeps_the_order_of_its_pieces(template):
     assert template.tokens.ids_of([]) == []
 
 
-def test_what_another_call_left_set_in_the_tokenizer_changes_nothing(template):
+def test_options_left_set_in_the_tokenizer_do_not_change_the_encoding(template):
     # Regression: such a call left options in the Rust tokenizer: control tokens became text, and texts were cut off.
     before = encoded(template, alpaca("你是谁?", "", "Hi"), alpaca("A" * 40))[0]
     template.tokenizer("</s><|im_end|>", split_special_tokens=True, truncation=True, max_length=2)
     assert encoded(template, alpaca("你是谁?", "", "Hi"), alpaca("A" * 40))[0] == before
 
 
-def test_a_text_on_which_the_tokenizer_gives_up_refuses_its_record_alone():
+def test_a_tokenizer_panic_refuses_only_the_affected_records():
     # Regression: the Rust panic is not an Exception, so it gave a traceback, and every record of the batch was lost.
     tokenizer = tokenizer_of("bytes", CHATML)
     backend = tokenizer.backend_tokenizer

@@ -24,7 +24,7 @@ def test_each_answer_comes_with_the_prompt_before_it():
     ]
 
 
-def test_one_exchange_and_one_prompt_are_those_of_all():
+def test_exchange_at_and_prompt_at_agree_with_exchanges_of():
     template = load_template("chatml", tokenizer_of("bytes", CHATML))
     for exchange in exchanges_of(template, RECORD):
         alone = exchange_at(template, RECORD, exchange.at)
@@ -32,7 +32,7 @@ def test_one_exchange_and_one_prompt_are_those_of_all():
         assert alone[1:] == exchange[1:]
 
 
-def test_a_text_has_no_prompt_but_the_beginning():
+def test_a_text_records_prompt_is_at_most_the_bos():
     for kind, own, beginning in (("bytes", CHATML, ""), ("sentencepiece", None, "<s>")):
         template = load_template("auto", tokenizer_of(kind, own))
         (exchange,) = exchanges_of(template, Record((Turn("text", "Once </s><|im_end|> upon"),), "a:1"))
@@ -41,7 +41,7 @@ def test_a_text_has_no_prompt_but_the_beginning():
 
 
 @pytest.mark.parametrize(("name", "kind"), [("qwen3", "bytes"), ("mistral-v1", "sentencepiece")])
-def test_the_prompts_of_a_conversation_hold_what_they_share_once(name, kind):
+def test_the_prompts_of_a_conversation_share_one_history(name, kind):
     # Regression: each had its own list of all parts before it; 16,000 turns took 0.5 GB, and 100,000 all memory.
     turns = [Turn(role, f"{role} {n}") for n in range(300) for role in ("user", "assistant")]
     template = load_template(name, tokenizer_of(kind))

@@ -69,7 +69,7 @@ def rendered(template, chat, prompt):
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_a_template_writes_what_the_tokenizer_has_it_write(name):
+def test_rendering_matches_the_tokenizers_apply_chat_template(name):
     # Catches a filter or function that differs from the one that transformers provides, and state that one rendering
     # leaves for the next: they all share one context.
     template = load_template("auto", tokenizer_of("sentencepiece", WHOLE.replace("BODY", BODIES[name])))
@@ -80,7 +80,7 @@ def test_a_template_writes_what_the_tokenizer_has_it_write(name):
 
 @pytest.mark.parametrize("name", built_in())
 @pytest.mark.parametrize(("kind", "own"), [("sentencepiece", GEMMA), ("bytes", CHATML), ("characters", None)])
-def test_the_built_in_templates_too(name, kind, own):
+def test_built_in_templates_render_like_apply_chat_template(name, kind, own):
     template = load_template(name, tokenizer_of(kind, own))
     for chat in chats():
         for turns in (chat[:1], [*chat, *chat[:1]], [{"role": "system", "content": " s"}, *chat]):
@@ -93,7 +93,7 @@ def render(source: str, **variables) -> str:
     return Renderer(source, {}, day)([{"role": "user", "content": "a"}], prompt=True, variables=variables)
 
 
-def test_the_date_is_the_runs_and_variables_are_the_records():
+def test_rendering_uses_the_runs_date_and_the_records_variables():
     assert render("{{ strftime_now('%d %b %Y') }} {{ x }}", x=1) == "29 Feb 2024 1"
     renderer = Renderer("{{ x }}{{ y }}", {"y": 2}, datetime.date(2024, 2, 29))
     message = [{"role": "user", "content": "a"}]

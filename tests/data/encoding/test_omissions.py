@@ -45,12 +45,12 @@ def notes(source: str, *turns: Turn, **more) -> tuple[str, ...]:
         (DEAF_TO_SYSTEM, [Turn("system", " Be <|im_end|> brief.\n"), QUESTION, ANSWER], ["system"]),
     ],
 )
-def test_what_can_be_spared_is_noted_once(source, turns, lost):
+def test_an_acceptable_omission_is_noted_once(source, turns, lost):
     assert notes(source, *turns) == tuple(NOT_WRITTEN[name] for name in lost)
     assert notes(source, *turns, *turns[-2:]) == tuple(NOT_WRITTEN[name] for name in lost)
 
 
-def test_documents_that_no_prompt_has_are_noted():
+def test_documents_missing_from_every_prompt_are_noted():
     variables = {"documents": [{"title": "Weather"}]}
     assert notes(CHATML, QUESTION, ANSWER, variables=variables) == (NOT_WRITTEN["documents"],)
     assert notes(CHATML, QUESTION, ANSWER, variables={"documents": []}) == ()
@@ -68,12 +68,12 @@ def test_documents_that_no_prompt_has_are_noted():
         (FORGETS_ANSWERS, [QUESTION, ANSWER], "does not write the text of an answer"),
     ],
 )
-def test_what_cannot_be_spared_refuses_the_record(source, turns, why):
+def test_an_unacceptable_omission_refuses_the_record(source, turns, why):
     with pytest.raises(CannotExpress, match=why):
         notes(source, *turns)
 
 
-def test_a_turn_of_each_number_of_calls_is_looked_at():
+def test_a_turn_with_each_number_of_calls_is_checked():
     # A template may write two calls of a turn, but not three.
     two = CHATML.replace(CONTENT, CONTENT + "{{ m.tool_calls[:2] | tojson if m.tool_calls }}")
     three = (*CALLS, {"name": "f", "arguments": {"city": "Oslo"}})

@@ -52,14 +52,14 @@ def texts(template: Template, record: Record) -> list[str]:
 @pytest.mark.parametrize("thoughts", ["", "hm"])
 @pytest.mark.parametrize("calls", [0, 2, 7])
 @pytest.mark.parametrize("source", [PLAIN, KEEPS_AFTER_QUESTION, TOOLS_BEFORE_LAST_QUESTION])
-def test_every_prompt_is_what_a_rendering_of_its_own_gives(source, calls, thoughts):
+def test_every_prompt_equals_its_separate_rendering(source, calls, thoughts):
     template = load_template("auto", tokenizer_of("bytes", source))
     record = conversation(9, calls, thoughts=thoughts)
     templated = TemplatedRecord(template, record)
     assert texts(template, record) == [templated.prompt_text(at) for at in record.learned]
 
 
-def test_up_to_a_few_answers_each_prompt_is_rendered_and_more_are_cut(monkeypatch):
+def test_few_prompts_are_rendered_and_many_are_cut_from_one_rendering(monkeypatch):
     template = load_template("auto", tokenizer_of("bytes", CHATML))
     rendered: list[int] = []
     render = Template.render
@@ -78,7 +78,7 @@ def test_up_to_a_few_answers_each_prompt_is_rendered_and_more_are_cut(monkeypatc
 
 
 @pytest.mark.parametrize("differs_at", ["messages | length < 4", "messages | length > 13"])
-def test_a_template_that_writes_other_prompts_early_or_late_is_rendered_each_time(differs_at):
+def test_prompts_that_vary_with_conversation_length_are_each_rendered(differs_at):
     source = f"<|im_start|>system\n{{{{ 'long' if {differs_at} else 'short' }}}}<|im_end|>\n{CHATML}"
     template = load_template("auto", tokenizer_of("bytes", source))
     record = conversation(9, 0)
@@ -88,7 +88,7 @@ def test_a_template_that_writes_other_prompts_early_or_late_is_rendered_each_tim
     assert {"long" in prompt for prompt in prompts} == {True, False}
 
 
-def test_thoughts_that_only_some_later_prompts_hold_are_not_missed():
+def test_reasoning_kept_in_only_some_later_prompts_is_not_missed():
     # The fifth answer is between the compared prompts, and its thoughts are only in the next prompt.
     recent = "{{ m.reasoning_content if loop.index0 > messages | length - 3 }}"
     template = load_template("auto", tokenizer_of("bytes", PLAIN.replace(CONTENT, recent + CONTENT)))

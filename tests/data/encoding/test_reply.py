@@ -68,7 +68,7 @@ NAMES = [
 
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("name", NAMES)
-def test_what_was_learned_of_an_answer_is_read_back_as_that_answer(name, answer):
+def test_learned_answer_ids_are_parsed_back_to_the_same_turn(name, answer):
     # Catches `analysis…assistantfinal72`, thoughts without their tags, and a history that gets a space more each turn.
     template, turn = template_of(name), ANSWERS[answer]
     record = Record((ASKED, turn), "a:1")
@@ -78,7 +78,7 @@ def test_what_was_learned_of_an_answer_is_read_back_as_that_answer(name, answer)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_next_prompt_is_that_of_the_record(name):
+def test_the_next_prompt_after_a_parsed_reply_matches_the_record(name):
     # The history that chat sends is the one that training saw.
     template = template_of(name)
     turn = ANSWERS["thoughts" if template.knows_thoughts else "plain"]
@@ -91,20 +91,20 @@ def test_the_next_prompt_is_that_of_the_record(name):
 @pytest.mark.parametrize(
     ("name", "reasoning"), [("qwen2.5", ""), ("qwen3", ""), ("qwen3", "I need it."), ("channels", "I need it.")]
 )
-def test_calls_are_read_back_as_calls(name, reasoning):
+def test_learned_tool_calls_are_parsed_back_to_the_same_calls(name, reasoning):
     turn = Turn("assistant", "", reasoning=reasoning, calls=({"name": "add", "arguments": {"x": "两", "y": 3}},))
     template = template_of(name)
     record = Record((ASKED, turn), "a:1", tools=(TOOL,))
     assert read_reply(template, prompt_of(template, record), written(template, record)) == turn
 
 
-def test_an_answer_cut_off_in_its_thoughts_has_no_text():
+def test_an_answer_cut_off_within_its_reasoning_has_no_text():
     template = template_of("opens")
     ids = template.tokenizer("Nine times", add_special_tokens=False)["input_ids"]
     assert read_reply(template, "…<think>\n", ids) == Turn("assistant", "", reasoning="Nine times")
 
 
-def test_a_reader_sees_texts_and_no_headers_and_what_was_shown_stays():
+def test_streamed_output_hides_headers_and_never_retracts_text():
     # Catches `analysis` and `assistantfinal` on the screen; a stream cannot take anything back.
     template = template_of("channels")
     record = Record((ASKED, ANSWERS["thoughts"]), "a:1")
@@ -115,7 +115,7 @@ def test_a_reader_sees_texts_and_no_headers_and_what_was_shown_stays():
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_answers_of_published_tokenizers_are_read_back(name, real):
+def test_answers_are_parsed_back_with_published_tokenizers(name, real):
     real(TOKENIZERS[name][0])
     template = template_for(name)
     if template is None:

@@ -95,7 +95,7 @@ def short(monkeypatch):
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_ends_soon_and_takes_little_memory(name):
+def test_a_template_bomb_ends_quickly_and_takes_little_memory(name):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()
     try:
@@ -112,7 +112,7 @@ def render(source: str) -> str:
     return Renderer(source, {}, datetime.date(2024, 2, 29))(messages, prompt=True)
 
 
-def test_a_template_that_takes_its_time_says_so_and_the_next_rendering_begins_anew():
+def test_a_template_timeout_is_reported_for_each_rendering_anew():
     endless = Renderer(RANGE * 3 + END * 3, {}, datetime.date(2024, 2, 29))
     for _ in range(2):
         with pytest.raises(TemplateError, match="did not finish within"):
@@ -141,7 +141,7 @@ def test_a_template_that_takes_its_time_says_so_and_the_next_rendering_begins_an
         ),
     ],
 )
-def test_what_templates_do_they_may_do(source, written):
+def test_common_template_features_are_allowed(source, written):
     assert render(source) == written
 
 
@@ -156,7 +156,7 @@ def test_what_templates_do_they_may_do(source, written):
         ("{% set x = messages.pop() %}", "unsafe"),
     ],
 )
-def test_whatever_a_template_raises_is_the_templates(source, why):
+def test_any_exception_of_a_template_is_blamed_on_the_template(source, why):
     # Regression: Jinja's AssertionError, and a NameError of code generated while compiling, were reported as our bugs.
     with pytest.raises(BadModel) as refused:
         load_template("auto", tokenizer_of("bytes", source + CHATML))

@@ -40,7 +40,7 @@ def test_messages_are_found_by_their_turn():
     assert templated.last_question(3) == 2 and templated.last_question(2) == 0
 
 
-def test_a_prompt_and_its_answer_are_the_rendered_conversation():
+def test_prompt_plus_answer_equals_the_rendered_conversation():
     turns = (QUESTION, Turn("assistant", "72"), QUESTION, Turn("assistant", "It is 72."))
     prompt, answer = prompt_and_answer(CHATML, *turns)
     assert prompt.endswith("<|im_start|>assistant\n") and answer == "It is 72.<|im_end|>\n"
@@ -48,7 +48,7 @@ def test_a_prompt_and_its_answer_are_the_rendered_conversation():
     assert prompt + answer == template.render(template.messages(turns), prompt=False)
 
 
-def test_an_answer_is_found_where_thoughts_before_it_are_gone():
+def test_an_answer_is_found_if_the_reasoning_before_it_was_dropped():
     # Once the second answer is there, the first loses its thoughts, so the rendering does not begin with the prompt.
     source = FORGETS.replace("ASKS", "")
     turns = (Turn("assistant", "72", reasoning="Nine times eight."), Turn("assistant", "It is 72."))
@@ -65,7 +65,7 @@ def test_an_answer_is_found_where_thoughts_before_it_are_gone():
         ("<think>\\n\\n</think>\\n\\n", "Nine times eight.", "72<|im_end|>\n"),
     ],
 )
-def test_an_answer_goes_on_from_a_prompt_that_opens_or_closes_the_thoughts(asks, reasoning, expected):
+def test_an_answer_continues_a_prompt_that_opens_or_closes_the_reasoning(asks, reasoning, expected):
     source = FORGETS.replace("ASKS", asks.replace("\\n", "\n"))
     assert prompt_and_answer(source, QUESTION, Turn("assistant", "72", reasoning=reasoning))[1] == expected
 

@@ -51,7 +51,7 @@ def folder(models, tmp_path):
 
 
 @pytest.mark.parametrize("pattern", GOOD)
-def test_published_patterns_pass_and_soon(folder, pattern):
+def test_published_patterns_pass_quickly(folder, pattern):
     tokens = with_pattern(folder, pattern)
     began = time.process_time()
     assert tried_tokenizer(tokens) is None
@@ -59,13 +59,13 @@ def test_published_patterns_pass_and_soon(folder, pattern):
 
 
 @pytest.mark.parametrize("pattern", BAD[1:])
-def test_a_pattern_that_searches_for_hours_is_told(folder, pattern, monkeypatch):
+def test_a_pattern_that_backtracks_for_hours_is_detected(folder, pattern, monkeypatch):
     monkeypatch.setattr(tokenizer_trial, "try_apart", partial(try_apart, seconds=1))
     tripped = tried_tokenizer(with_pattern(folder, pattern))
     assert isinstance(tripped, Tripped) and tripped.cause == "time"
 
 
-def test_it_is_said_once_and_by_name_before_records_are_read(folder, tmp_path, capsys):
+def test_a_slow_tokenizer_is_reported_by_name_before_records_are_read(folder, tmp_path, capsys):
     with_pattern(folder, BAD[0])
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
     assert main(["inspect", str(data), "--model_path", str(folder)]) == 2
@@ -90,7 +90,7 @@ def test_a_tokenizer_without_patterns_is_not_tried(folder, monkeypatch):
 @pytest.mark.parametrize(
     "rules", [[normalizers.Replace("a", "aa")] * 40, [normalizers.Prepend("x" * 10**6)]], ids=["doubling", "a book"]
 )
-def test_rules_that_write_far_more_than_they_read_are_refused(models, tmp_path, rules):
+def test_normalizers_that_expand_text_enormously_are_refused(models, tmp_path, rules):
     # Regression: without a regex among them nothing was tried, and the first record with that letter never ended.
     folder = tmp_path / "base"
     shutil.copytree(models("llama"), folder)
@@ -101,7 +101,7 @@ def test_rules_that_write_far_more_than_they_read_are_refused(models, tmp_path, 
         load_tokenizer(str(folder))
 
 
-def test_rules_as_published_are_small():
+def test_published_normalizers_do_not_expand_text():
     # Llama 2 and Gemma replace a space with another character, ALBERT two quotes with one.
     backend = Tokenizer(tokenizer_models.BPE())
     rules = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁"), normalizers.Replace("``", '"')]

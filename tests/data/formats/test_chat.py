@@ -52,7 +52,7 @@ def why_not(*messages: object, **beside: object) -> str:
 
 @pytest.mark.parametrize("said", ["gpt", "assistant", "chatgpt", "bing", "bard", "model"])
 @pytest.mark.parametrize("asked", ["human", "user"])
-def test_sharegpt_names_both_sides_in_many_ways(asked, said):
+def test_sharegpt_role_aliases_are_accepted(asked, said):
     record = shared({"from": asked, "value": "Q?"}, {"from": said, "value": "A."})
     assert record.turns == (Turn("user", "Q?"), Turn("assistant", "A."))
 
@@ -60,21 +60,21 @@ def test_sharegpt_names_both_sides_in_many_ways(asked, said):
 @pytest.mark.parametrize(
     ("theirs", "ours"), [("developer", "system"), ("system", "system"), ("function", "tool"), ("tool", "tool")]
 )
-def test_openai_has_two_names_for_a_system_and_a_tool(theirs, ours):
+def test_openai_role_aliases_for_system_and_tool_are_accepted(theirs, ours):
     assert chat({"role": theirs, "content": "x"}, ASK, TELL).turns[0] == Turn(ours, "x")
 
 
-def test_an_unknown_role_is_named_with_its_turn_and_what_to_pass():
+def test_an_unknown_role_error_names_the_turn_and_the_roles_option():
     said = why_not(ASK, {"role": "bot", "content": "A."})
     assert 'turn 2 says role "bot"; expected system, user, assistant or tool' in said
     assert "--roles bot=assistant" in said
 
 
-def test_the_role_that_is_meant_is_guessed_from_its_spelling():
+def test_a_misspelt_role_gets_a_suggestion():
     assert "--roles User=user" in why_not({"role": "User", "content": "Q?"}, TELL)
 
 
-def test_the_users_roles_are_read_as_they_say_and_stand_before_ours():
+def test_user_defined_roles_override_built_in_ones():
     schema = Schema("messages", roles={"bot": "assistant", "model": "user"})
     record, _ = read({"messages": [{"role": "model", "content": "Q?"}, {"role": "bot", "content": "A."}]}, schema)
     assert record.turns == (Turn("user", "Q?"), Turn("assistant", "A."))
@@ -85,7 +85,7 @@ def test_a_system_turn_keeps_its_place():
     assert [turn.role for turn in chat(ASK, TELL, late, ASK, TELL).turns][2] == "system"
 
 
-def test_turns_of_one_role_behind_each_other_stay_apart():
+def test_consecutive_turns_of_one_role_are_not_merged():
     assert [turn.text for turn in chat(ASK, {"role": "user", "content": "Well?"}, TELL).turns] == ["Q?", "Well?", "A."]
 
 
@@ -101,7 +101,7 @@ def test_an_answer_is_learned_as_often_as_its_weight_says(key, weight, times):
 
 
 @pytest.mark.parametrize("weight", [0.5, -1, 128, "1", [1], 1e300, 10**400])
-def test_a_weight_that_is_no_number_of_times_is_refused(weight):
+def test_a_weight_that_is_not_a_valid_count_is_refused(weight):
     # Catches int(0.5), which would drop the answer silently, and 128, which the store cannot hold.
     assert "messages 2's weight is" in why_not(ASK, {**TELL, "weight": weight})
 
@@ -111,20 +111,20 @@ def test_weights_that_contradict_each_other_are_refused():
 
 
 @pytest.mark.parametrize("weight", [0, False])
-def test_a_weight_of_nothing_may_stand_on_a_question(weight):
+def test_a_zero_weight_on_a_user_turn_is_accepted(weight):
     assert chat({**ASK, "weight": weight}, TELL).turns[0] == Turn("user", "Q?")
 
 
-def test_a_question_cannot_be_learned():
+def test_a_positive_weight_on_a_user_turn_is_refused():
     said = why_not({**ASK, "weight": 1}, TELL)
     assert "messages 1 (user) has a weight" in said and "assistant" in said
 
 
-def test_a_record_whose_answers_all_have_no_weight_is_refused():
+def test_a_record_whose_answers_all_have_zero_weight_is_refused():
     assert "weight 0 on every answer" in why_not(ASK, {**TELL, "weight": 0})
 
 
-def test_what_nothing_answers_is_left_out_and_said():
+def test_turns_after_the_last_answer_are_left_out_with_a_notice():
     record, notes = read({"messages": [ASK, TELL, ASK, ASK]}, Schema("messages"))
     assert len(record.turns) == 2
     assert notes == ("turns after the last answer are left out",)
@@ -136,19 +136,19 @@ def test_a_record_without_an_answer_is_refused(messages):
 
 
 @pytest.mark.parametrize("nothing", ["", " \n", [], [{"type": "text", "text": ""}]])
-def test_an_empty_answer_is_named(nothing):
+def test_an_empty_answer_is_refused_with_its_position(nothing):
     said = why_not({"role": "system", "content": "x"}, ASK, {"role": "assistant", "content": nothing})
     assert said == "messages 3 (assistant) is empty: there is nothing to learn"
 
 
-def test_an_empty_question_is_named():
+def test_an_empty_question_is_refused_with_its_position():
     assert "conversations 1 (user) is empty" in reason(
         {"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "A."}]}, Schema("sharegpt")
     )
 
 
 @pytest.mark.parametrize("text", ["", "  \n"])
-def test_an_empty_system_text_and_an_empty_answer_of_a_tool_are_turns(text):
+def test_empty_system_and_tool_turns_are_kept(text):
     # An empty system text switches off a template's default persona, in a server too.
     record = chat({"role": "system", "content": text}, ASK, {"role": "tool", "content": ""}, TELL)
     assert record.turns == (Turn("system", text), Turn("user", "Q?"), Turn("tool", ""), Turn("assistant", "A."))
@@ -157,7 +157,7 @@ def test_an_empty_system_text_and_an_empty_answer_of_a_tool_are_turns(text):
 # --- contents -------------------------------------------------------------------------------------------------------
 
 
-def test_text_parts_are_joined_and_thoughts_and_calls_kept_apart():
+def test_text_parts_are_joined_and_reasoning_and_calls_kept_separate():
     parts = [
         {"type": "thinking", "thinking": "Hm."},
         {"type": "text", "text": "Let me "},
@@ -169,7 +169,7 @@ def test_text_parts_are_joined_and_thoughts_and_calls_kept_apart():
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "thinking", "tool_use"])
-def test_a_part_that_is_no_text_is_refused_by_name(kind):
+def test_a_non_text_content_part_is_refused_by_its_type(kind):
     said = why_not({"role": "user", "content": [{"type": "text", "text": "Look:"}, {"type": kind, kind: {}}]}, TELL)
     assert said == f'messages 1\'s content holds a part of type "{kind}"; only text can be trained on'
 
@@ -179,7 +179,7 @@ def test_reasoning_is_kept_beside_the_answer(key):
     assert chat(ASK, {**TELL, key: "Hm."}).turns[-1] == Turn("assistant", "A.", reasoning="Hm.")
 
 
-def test_reasoning_that_is_given_twice_is_one_and_two_differing_are_refused():
+def test_duplicate_reasoning_is_merged_and_differing_reasoning_refused():
     both = {"reasoning": "Hm.", "reasoning_content": "Hm."}  # vLLM's answers have both keys
     assert chat(ASK, {**TELL, **both}).turns[-1].reasoning == "Hm."
     assert "reasoning twice" in why_not(ASK, {**TELL, **both, "reasoning": "Oh."})
@@ -187,7 +187,7 @@ def test_reasoning_that_is_given_twice_is_one_and_two_differing_are_refused():
 
 @pytest.mark.parametrize("arguments", [CALL["arguments"], json.dumps(CALL["arguments"])])
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
-def test_calls_need_no_text_and_their_arguments_are_an_object(arguments, content):
+def test_tool_calls_need_no_text_and_their_arguments_become_an_object(arguments, content):
     call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
     record = chat(
         ASK,
@@ -204,12 +204,12 @@ def test_calls_need_no_text_and_their_arguments_are_an_object(arguments, content
 
 
 @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), json.dumps([TOOL["function"]]), [TOOL["function"]]])
-def test_tools_are_read_in_every_shape_and_kept_in_one(tools):
+def test_tool_definitions_of_every_shape_are_normalized(tools):
     assert chat(ASK, TELL, tools=tools).tools == (TOOL,)
 
 
 @pytest.mark.parametrize("tools", [None, "", "[]", [], " "])
-def test_no_tools_are_none(tools):
+def test_an_empty_tools_value_means_no_tools(tools):
     assert chat(ASK, TELL, tools=tools).tools == ()
 
 
@@ -238,7 +238,7 @@ def test_a_call_that_cannot_be_read_is_refused(call, why):
     assert why in why_not(ASK, {"role": "assistant", "content": None, "tool_calls": [call]})
 
 
-def test_sharegpt_calls_tools_in_turns_of_their_own():
+def test_sharegpt_function_call_turns_become_tool_calls():
     record = shared(
         {"from": "human", "value": "Warm?"},
         {"from": "function_call", "value": json.dumps(CALL)},
@@ -254,13 +254,13 @@ def test_sharegpt_calls_tools_in_turns_of_their_own():
     assert record.tools == (TOOL,)
 
 
-def test_a_table_of_columns_writes_null_for_what_another_message_has():
+def test_null_keys_of_messages_from_a_table_are_ignored():
     # Parquet gives every message all keys.
     empty = {"role": None, "content": None, "name": None, "tool_calls": None, "weight": None, "reasoning": None}
     assert chat({**empty, **ASK}, {**empty, **TELL}) == chat(ASK, TELL)
 
 
-def test_a_cell_of_a_table_holds_messages_as_json():
+def test_messages_may_be_json_text_in_a_table_cell():
     record, _ = read({"messages": json.dumps([ASK, TELL]), "tools": ""}, Schema("messages"))
     assert record == chat(ASK, TELL)
 
@@ -284,26 +284,26 @@ def test_a_cell_of_a_table_holds_messages_as_json():
         ([{"role": "user", "content": "\ud83d"}], "messages 1's content holds half a surrogate pair at character 1"),
     ],
 )
-def test_what_is_no_conversation_is_refused_with_its_place(messages, why):
+def test_an_invalid_conversation_is_refused_with_the_position(messages, why):
     assert why in reason({"messages": messages}, Schema("messages"))
 
 
-def test_what_cannot_be_read_is_not_called_empty_too():
+def test_unreadable_content_is_not_also_reported_as_empty():
     assert why_not({"role": "user", "content": 3}, TELL) == "messages 1's content is a number; expected text"
 
 
-def test_all_problems_of_a_conversation_come_at_once_and_none_repeats_its_text():
+def test_all_problems_are_reported_at_once_without_repeating_the_text():
     said = why_not({"role": "bot", "content": "secret"}, {"role": "user", "content": 3}, {**TELL, "weight": 0.5})
     assert all(part in said for part in ('turn 1 says role "bot"', "messages 2's content", "messages 3's weight"))
     assert "secret" not in said
 
 
-def test_keys_that_are_passed_over_are_said_once_a_record():
+def test_unused_keys_are_reported_once_per_record():
     _, notes = read({"id": 7, "messages": [ASK, {**TELL, "mood": "x"}, ASK, {**TELL, "mood": "y"}]}, Schema("messages"))
     assert sorted(notes) == ['key "id" is not used by this format', 'key "mood" of a turn is not used by this format']
 
 
-def test_a_system_beside_the_messages_may_repeat_but_not_contradict_the_first_turn():
+def test_a_top_level_system_text_must_not_contradict_the_system_turn():
     first = {"role": "system", "content": "x"}
     assert chat(first, ASK, TELL, system="x") == chat(first, ASK, TELL) == chat(ASK, TELL, system="x")
     assert "differ" in why_not(first, ASK, TELL, system="y")
@@ -320,7 +320,7 @@ def test_prompt_and_completion_are_texts_or_messages(prompt, completion):
     assert not notes
 
 
-def test_answers_in_a_prompt_are_learned_and_it_is_said():
+def test_answers_in_a_prompt_are_learned_with_a_notice():
     record, notes = read({"prompt": [ASK, TELL, ASK], "completion": "A."}, Schema("prompt"))
     assert record.learned == (1, 3)
     assert any('"prompt" are learned' in notice for notice in notes)
@@ -338,26 +338,26 @@ def test_answers_in_a_prompt_are_learned_and_it_is_said():
         ({"chosen": "A.", "rejected": "B."}, "preference data (chosen, rejected) without a prompt"),
     ],
 )
-def test_what_is_no_prompt_with_a_completion_is_refused(value, why):
+def test_an_invalid_prompt_completion_record_is_refused(value, why):
     assert why in reason(value, Schema("prompt"))
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_text_of_no_known_template_is_learned_whole_and_it_is_said():
+def test_a_text_of_no_known_template_is_learned_in_full_with_a_notice():
     record, notes = read({"text": "Once upon a time …\n"}, Schema("text"))
     assert record.turns == (Turn("text", "Once upon a time …\n"),)
     assert notes == ("a text that no known template has written is learned in full",)
 
 
-def test_a_rendered_text_is_its_turns_and_the_template_is_named():
+def test_a_rendered_text_is_split_into_turns_and_its_template_named():
     record, notes = read({"text": "<s>Human: Q?\n</s><s>Assistant: A.\n</s>"}, Schema("text"))
     assert [(turn.role, turn.text.strip()) for turn in record.turns] == [("user", "Q?"), ("assistant", "A.")]
     assert any("atom" in notice for notice in notes)
 
 
-def test_an_empty_answer_in_a_rendered_text_is_named():
+def test_an_empty_answer_in_a_rendered_text_is_refused_with_its_turn():
     exchange = "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
     assert reason({"text": exchange.format("") + exchange.format("A.")}, Schema("text")) == (
         "turn 2 of text (assistant) is empty: there is nothing to learn"
@@ -365,7 +365,7 @@ def test_an_empty_answer_in_a_rendered_text_is_named():
 
 
 @pytest.mark.parametrize(("text", "why"), [("", "text is empty"), (" \n", "text is empty"), (None, "text is null")])
-def test_no_text_is_nothing_to_learn(text, why):
+def test_an_empty_or_null_text_is_refused(text, why):
     assert why in reason({"text": text}, Schema("text"))
 
 
@@ -403,7 +403,7 @@ RECORDS = VALUES | st.dictionaries(st.sampled_from(WORDS), CHATS | VALUES, max_s
 @pytest.mark.parametrize("name", SIGNS)
 @settings(max_examples=60, deadline=None)
 @given(values=st.lists(RECORDS, max_size=8), data=st.data())
-def test_any_value_is_a_record_or_a_reason_and_none_is_lost(name, values, data):
+def test_any_value_becomes_a_record_or_a_refusal(name, values, data):
     signs = {key: data.draw(CHATS | st.text(min_size=1, max_size=9) | VALUES) for key in SIGNS[name]}
     values = [*values, signs]
     schema = Schema(name, keys={"x": "content"}, roles={"x": "assistant"})
@@ -426,12 +426,12 @@ def test_any_value_is_a_record_or_a_reason_and_none_is_lost(name, values, data):
 
 @pytest.mark.parametrize("value", ["no", 0, [], "0"])
 @pytest.mark.parametrize("place", ["alone", "among others"])
-def test_thinking_is_true_or_false(value, place):
+def test_enable_thinking_must_be_a_boolean(value, place):
     # A template treats "no" as true, and 0 if it tests `is false`: the record would be trained in the wrong mode.
     variables = {"enable_thinking": value} if place == "alone" else {"chat_template_kwargs": {"enable_thinking": value}}
     assert "enable_thinking" in why_not(ASK, TELL, **variables)
 
 
 @pytest.mark.parametrize(("value", "thinks"), [(False, False), ("false", False), ("true", True)])
-def test_thinking_may_be_a_cell_of_a_table(value, thinks):
+def test_enable_thinking_may_be_text_in_a_table_cell(value, thinks):
     assert chat(ASK, TELL, enable_thinking=value).variables == {"enable_thinking": thinks}

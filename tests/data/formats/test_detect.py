@@ -28,19 +28,19 @@ def reason(value: object) -> str:
 # --- accepted -------------------------------------------------------------------------------------------------------
 
 
-def test_instruction_and_input_are_asked_and_output_is_answered():
+def test_instruction_and_input_form_the_prompt_and_output_the_answer():
     record, notes = read({"instruction": "翻译", "input": "早上好", "output": "Good morning."})
     assert record == Record((Turn("user", "翻译", "早上好"), Turn("assistant", "Good morning.")), ORIGIN)
     assert not notes
 
 
 @pytest.mark.parametrize("missing", [{}, {"input": None}, {"input": ""}])
-def test_an_input_that_is_absent_null_or_empty_is_no_input(missing):
+def test_an_absent_null_or_empty_input_means_no_input(missing):
     record, _ = read({"instruction": "Hi", "output": "Hello", **missing})
     assert record == Record((Turn("user", "Hi", ""), Turn("assistant", "Hello")), ORIGIN)
 
 
-def test_the_tutorials_typo_is_read_and_said():
+def test_the_tutorials_instrution_typo_is_accepted_with_a_notice():
     # The tutorial's own example says "instrution", and people copied it.
     record, notes = read({"instrution": "1+1=?", "input": "", "output": "2"})
     assert record.prompt == (Turn("user", "1+1=?"),)
@@ -49,13 +49,13 @@ def test_the_tutorials_typo_is_read_and_said():
 
 
 @pytest.mark.parametrize("keys", [("instrution", "instruction"), ("instruction", "instrution")])
-def test_the_typo_does_not_displace_a_rightly_spelled_instruction(keys):
+def test_a_correct_instruction_key_takes_precedence_over_the_typo(keys):
     record, notes = read({**{key: key for key in keys}, "output": "2"})
     assert record.prompt == (Turn("user", "instruction"),)
     assert notes == ('key "instrution" is not used by this format',)
 
 
-def test_texts_are_kept_to_the_character():
+def test_texts_are_kept_without_stripping_white_space():
     # Catches strip(): leading spaces and newlines are part of the text to learn.
     texts = {"instruction": "  code:\n", "input": "\tx\r\n", "output": "\n    return x  \n"}
     record, _ = read(texts)
@@ -71,7 +71,7 @@ def test_unused_keys_with_a_value_are_counted_and_empty_ones_are_not():
     assert counts == {f'key "{key}" is not used by this format': count for key, count in (("id", 3), ("tags", 1))}
 
 
-def test_a_system_text_and_earlier_turns_stand_before_the_question():
+def test_the_system_text_and_history_come_before_the_question():
     record, _ = read(
         {"system": "Be brief.", "history": [["a?", "a."], ["b?", "b."]], "instruction": "c?", "output": "c."}
     )
@@ -89,20 +89,20 @@ def test_a_history_that_is_not_pairs_of_texts_is_refused(history):
 # --- refused --------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_key_is_named_together_with_the_keys_that_are_there():
+def test_a_missing_key_error_lists_the_keys_present():
     said = reason({"prompt": "Hi", "instruction": "x", "response": "Hello"})
     assert 'no key "output"' in said
     for key in ("prompt", "instruction", "response"):
         assert key in said
 
 
-def test_the_keys_that_are_there_are_spelled_as_in_the_file():
+def test_a_missing_key_error_spells_present_keys_as_in_the_file():
     # The user searches the file for the word in the message.
     said = reason({"instrution": "Hi", "response": "Hello"})
     assert "instrution" in said.partition("keys here")[2]
 
 
-def test_an_object_without_keys_is_refused_in_words():
+def test_an_empty_object_is_refused_with_its_keys_listed_as_none():
     assert "none" in reason({})
 
 
@@ -110,7 +110,7 @@ def test_an_object_without_keys_is_refused_in_words():
     ("value", "kind"),
     [(None, "null"), ([1], "a list"), ("text", "text"), (1, "a number"), (1.5, "a number"), (True, "a boolean")],
 )
-def test_a_value_that_is_no_object_is_called_what_it_is(value, kind):
+def test_a_value_that_is_not_an_object_is_refused_with_its_type(value, kind):
     said = reason(value)
     assert said.startswith(kind) and "expected an object" in said
 
@@ -120,7 +120,7 @@ def test_a_value_that_is_no_object_is_called_what_it_is(value, kind):
     [(None, "null"), (3, "a number"), (False, "a boolean"), (["a"], "a list"), ({"a": 1}, "an object")],
 )
 @pytest.mark.parametrize("key", ["instruction", "output"])
-def test_a_text_of_a_wrong_type_is_named_with_its_key(key, wrong, kind):
+def test_a_text_of_the_wrong_type_is_refused_with_its_key(key, wrong, kind):
     # Catches str(value): the texts "None" or "['a']" would be trained.
     assert f"{key} is {kind}" in reason({"instruction": "Hi", "output": "Hello", key: wrong})
 
@@ -130,7 +130,7 @@ def test_an_input_of_a_wrong_type_is_refused():
 
 
 @pytest.mark.parametrize("output", ["", " ", "\n\t\u3000"])
-def test_an_empty_output_has_nothing_to_learn(output):
+def test_an_empty_output_is_refused(output):
     assert "output is empty" in reason({"instruction": "Hi", "output": output})
 
 
@@ -138,12 +138,12 @@ def test_instruction_and_input_may_not_both_be_empty():
     assert "both empty" in reason({"instruction": " ", "input": "\n", "output": "Hello"})
 
 
-def test_an_input_alone_is_enough_of_a_question():
+def test_an_input_without_an_instruction_is_accepted():
     record, _ = read({"instruction": "", "input": "你是谁?", "output": "我。"})
     assert record.prompt == (Turn("user", "", "你是谁?"),)
 
 
-def test_half_a_surrogate_pair_is_refused_with_its_place():
+def test_a_lone_surrogate_is_refused_with_its_position():
     # json.loads accepts it, and the tokenizer would fail in the middle of the file, without a line number.
     value = json.loads('{"instruction": "Hi", "output": "ab\\ud83d"}')
     assert "output holds half a surrogate pair at character 3" in reason(value)
@@ -155,7 +155,7 @@ def test_a_whole_surrogate_pair_is_one_character():
 
 
 @pytest.mark.parametrize("record", [{"\ud83d": 1}, {"\ud83d": 1, "instruction": "Hi", "output": "Hello"}])
-def test_what_is_said_about_a_record_can_be_written_as_utf_8(record):
+def test_reasons_and_notices_can_be_encoded_as_utf_8(record):
     # A key may contain half a surrogate pair; a reason or notice that repeats it would break run.json.
     outcome, notes = read(record)
     said = [*notes, *([outcome.reason] if isinstance(outcome, Refusal) else [])]
@@ -183,12 +183,12 @@ def test_the_answers_of_a_history_are_learned_too():
 
 
 @pytest.mark.parametrize("history", [None, "", " ", [], "[]"])
-def test_no_history_is_none(history):
+def test_an_empty_history_value_means_no_history(history):
     record, _ = read({"instruction": "x", "output": "y", "history": history})
     assert record.turns == (Turn("user", "x"), Turn("assistant", "y"))
 
 
-def test_what_is_empty_in_a_history_is_named():
+def test_empty_texts_in_a_history_are_refused_with_their_position():
     said = reason({"instruction": "x", "output": "y", "history": [["a?", "a."], ["b?", " "], ["", "c."]]})
     assert "history 2's answer is empty: there is nothing to learn" in said
     assert "history 3's question is empty" in said
@@ -212,19 +212,19 @@ def told(values: list, **named: object) -> str:
 
 
 @pytest.mark.parametrize("name", SIGNED)
-def test_a_format_is_told_by_its_keys(name):
+def test_a_format_is_detected_by_its_keys(name):
     assert detect_schema([None, {"id": 1}, SIGNED[name]], name="train.jsonl") == Schema(name)
 
 
 @pytest.mark.parametrize(("one", "other"), itertools.permutations(SIGNED, 2))
-def test_a_file_that_fits_two_formats_asks(one, other):
+def test_a_file_that_fits_two_formats_requires_the_format_option(one, other):
     for values in ([{**SIGNED[one], **SIGNED[other]}], [SIGNED[one], SIGNED[other]]):
         said = told(values)
         assert f"--format {one}" in said and f"--format {other}" in said and said.startswith("train.jsonl fits ")
         assert detect_schema(values, format_choice=other, name="train.jsonl") == Schema(other)
 
 
-def test_two_formats_are_named_with_their_keys_and_what_to_pass():
+def test_an_ambiguous_format_error_names_the_keys_and_the_options():
     assert told([{**SIGNED["alpaca"], **SIGNED["messages"]}]) == (
         "train.jsonl fits alpaca (instruction, output) and messages (messages): "
         "pass --format alpaca or --format messages."
@@ -232,48 +232,48 @@ def test_two_formats_are_named_with_their_keys_and_what_to_pass():
 
 
 @pytest.mark.parametrize("nothing", [None, "", []])
-def test_a_column_without_a_value_is_no_sign(nothing):
+def test_a_column_without_a_value_does_not_indicate_a_format(nothing):
     # A table has all columns, also those that only other rows use.
     assert detect_schema([{**SIGNED["alpaca"], "messages": nothing, "text": nothing}], name="t").name == "alpaca"
 
 
-def test_an_empty_output_is_still_alpaca():
+def test_a_record_with_an_empty_output_is_detected_as_alpaca():
     # Each record is then refused at its line, with its own reason.
     assert detect_schema([{"instruction": "x", "output": ""}], name="t").name == "alpaca"
 
 
 @pytest.mark.parametrize("values", [[], [None, 3, "text", [1]]])
-def test_values_that_are_no_objects_are_left_to_be_refused_one_by_one(values):
+def test_a_file_without_objects_is_treated_as_alpaca(values):
     assert detect_schema(values, name="t") == Schema("alpaca")
 
 
-def test_no_format_names_the_keys_found_and_the_nearest():
+def test_an_unknown_format_error_names_the_keys_and_the_closest_format():
     said = told([{"instruction": "x", "response": "y"}])
     assert 'no key "output"; keys here: instruction, response' in said
     assert "closest is alpaca" in said and "--keys response=output" in said
 
 
-def test_the_signs_of_a_format_stand_in_one_record():
+def test_the_keys_of_a_format_must_be_in_one_record():
     assert "fits no format" in told([{"instruction": "x"}, {"output": "y"}])
 
 
-def test_a_misspelt_key_is_guessed():
+def test_a_misspelt_key_gets_a_suggestion():
     assert "--keys ouput=output" in told([{"instruction": "x", "ouput": "y"}])
     assert "--keys mesages=messages" in told([{"mesages": []}])
 
 
-def test_preference_data_is_called_what_it_is():
+def test_preference_data_without_a_prompt_is_reported_as_such():
     assert "preference data (chosen, rejected) without a prompt" in told([{"chosen": "y", "rejected": "z"}])
 
 
-def test_the_users_key_for_an_answer_stands_before_what_a_preference_chooses():
+def test_a_user_key_for_the_answer_takes_precedence_over_preference_data():
     value = {"prompt": "x", "chosen": "y", "rejected": "z"}
     schema = detect_schema([value], keys={"chosen": "completion"}, name="t")
     record = to_record(RawRecord(value, ORIGIN), schema).outcome
     assert isinstance(record, Record) and record.answer == "y"
 
 
-def test_the_users_keys_are_read_as_ours():
+def test_user_defined_keys_map_to_the_keys_of_the_format():
     keys = {"question": "instruction", "answer": "output"}
     for more in ({}, {"output": "the user named another"}):
         value = {"question": "x", "answer": "y", **more}
@@ -282,7 +282,7 @@ def test_the_users_keys_are_read_as_ours():
     assert notes == ('key "output" is not used, "answer" is read instead,',)
 
 
-def test_two_keys_may_change_places():
+def test_user_defined_keys_may_swap_two_keys():
     value = {"instruction": "y", "output": "x"}
     schema = detect_schema([value], keys={"instruction": "output", "output": "instruction"}, name="t")
     record, notes = to_record(RawRecord(value, ORIGIN), schema)
@@ -290,18 +290,18 @@ def test_two_keys_may_change_places():
     assert not notes
 
 
-def test_keys_of_the_users_that_are_nowhere_are_said_all_at_once():
+def test_all_unknown_user_defined_keys_are_reported_at_once():
     said = told([SIGNED["messages"]], keys={"ask": "instruction", "words": "content", "id": "messges"})
     assert 'no key "ask"' in said and "keys here: messages" in said
     assert 'no key "words"' in said and "keys here: role, content" in said
     assert 'there is no key "messges"; did you mean messages?' in said
 
 
-def test_a_role_of_ours_that_does_not_exist_is_said():
+def test_an_unknown_target_role_error_lists_the_known_roles():
     assert "--roles bot=asistant: expected system, user, assistant, tool or function_call" in told(
         [SIGNED["messages"]], roles={"bot": "asistant"}
     )
 
 
-def test_two_keys_cannot_be_one():
+def test_two_user_defined_keys_cannot_map_to_one_key():
     assert "output is already taken by another key" in told([SIGNED["text"]], keys={"text": "output", "b": "output"})

@@ -21,7 +21,7 @@ def said(role: str, *texts: str) -> dict:
     return {"role": role, "parts": [{"text": text} for text in texts]}
 
 
-def test_a_tuning_record_of_gemini_is_its_messages():
+def test_a_gemini_tuning_record_is_read_as_messages():
     value = {
         "systemInstruction": said("system", "Answer like a sailor."),
         "contents": [
@@ -39,7 +39,7 @@ def test_a_tuning_record_of_gemini_is_its_messages():
     assert '"contents" (Gemini) is read as messages' in parsed.notes
 
 
-def test_its_calls_and_its_tools_are_calls_and_tools():
+def test_gemini_function_calls_and_declarations_are_read():
     declared = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
     call = {"functionCall": {"name": "weather", "args": {"city": "x"}}}
     answer = {"functionResponse": {"name": "weather", "response": {"sky": "grey"}}}
@@ -61,7 +61,7 @@ def test_its_calls_and_its_tools_are_calls_and_tools():
     assert parsed.outcome.tools[0]["function"] == declared
 
 
-def test_a_file_in_a_part_is_refused_by_its_name():
+def test_a_gemini_file_part_is_refused_by_its_type():
     with_file = {
         "contents": [{"role": "user", "parts": [{"fileData": {"fileUri": "gs://x"}}]}, said("model", "A cat.")]
     }
@@ -92,7 +92,7 @@ EXPORT = {
 }
 
 
-def test_an_export_of_chatgpt_is_the_way_to_the_answer_that_was_shown_last():
+def test_a_chatgpt_export_is_read_along_the_path_to_its_current_node():
     (parsed,) = read(EXPORT)
     assert turns(parsed) == [
         *(("user", "Who are you?"), ("assistant", "I keep the light.")),
@@ -101,7 +101,7 @@ def test_an_export_of_chatgpt_is_the_way_to_the_answer_that_was_shown_last():
     assert [note for note in parsed.notes if "left out" in note], "the search is not lost in silence"
 
 
-def test_an_export_without_other_work_says_nothing_of_it():
+def test_a_chatgpt_export_without_tool_use_has_no_left_out_notice():
     mapping = {name: EXPORT["mapping"][name] for name in ("root", "hidden", "asked")}
     mapping["answer"] = node("asked", "assistant", "I keep the light.")
     (parsed,) = read({"mapping": mapping, "current_node": "answer"})
@@ -109,14 +109,14 @@ def test_an_export_without_other_work_says_nothing_of_it():
     assert parsed.notes == ('"mapping" (an export of ChatGPT) is read as messages',)
 
 
-def test_a_picture_in_an_export_refuses_its_conversation():
+def test_an_image_in_a_chatgpt_export_refuses_its_conversation():
     mapping = {**EXPORT["mapping"], "asked": node("hidden", "user", {"content_type": "image_asset_pointer"}, "What?")}
     (parsed,) = read({**EXPORT, "mapping": mapping})
     assert 'a part of type "image_asset_pointer"' in parsed.outcome.reason
 
 
 @pytest.mark.parametrize("change", [{"current_node": "nowhere"}, {"current_node": []}, {"mapping": []}])
-def test_a_torn_export_is_no_record_and_no_traceback(change):
+def test_a_broken_chatgpt_export_is_refused_without_a_traceback(change):
     good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     _, refused = read(good, {**EXPORT, **change})
     assert isinstance(refused.outcome, Refusal)
@@ -133,7 +133,7 @@ def test_any_value_in_an_export_is_read_or_refused(content, author):
     )
 
 
-def test_a_way_that_goes_in_a_circle_ends():
+def test_a_cycle_in_a_chatgpt_export_is_read_only_once():
     mapping = {"a": node("b", "user", "a?"), "b": node("a", "assistant", "b.")}
     (parsed,) = read({"mapping": mapping, "current_node": "b"})
     assert turns(parsed) == [("user", "a?"), ("assistant", "b.")]

@@ -46,7 +46,7 @@ ANSWERED = {
 @pytest.mark.parametrize("key", ["label", "kto_tag"])
 @pytest.mark.parametrize(("yes", "no"), [(True, False), (1, 0), (1.0, 0.0), ("true", "False"), ("1", "0")])
 @pytest.mark.parametrize("format", ANSWERED)
-def test_an_unwanted_answer_is_refused_whatever_the_format_and_the_type_of_the_mark(format, yes, no, key):
+def test_an_unwanted_answer_is_refused_in_every_format_and_label_type(format, yes, no, key):
     # Catches `label is False` as the only check: answers marked 0 or "false" were trained as good ones.
     (good, notes), (bad, _) = read({**ANSWERED[format](GOOD), key: yes}, {**ANSWERED[format](BAD), key: no})
     assert isinstance(good, Record) and good.turns == TURNS
@@ -55,12 +55,12 @@ def test_an_unwanted_answer_is_refused_whatever_the_format_and_the_type_of_the_m
 
 
 @pytest.mark.parametrize("labels", [(0, 1, 2), ("sport", "news", "0")])
-def test_a_label_of_many_classes_says_nothing_about_the_answer(labels):
+def test_a_label_with_many_classes_refuses_no_answer(labels):
     outcomes = [record for record, _ in read(*({**ANSWERED["alpaca"](GOOD), "label": label} for label in labels))]
     assert all(isinstance(record, Record) for record in outcomes)
 
 
-def test_false_is_no_class_beside_a_label_that_is_no_mark():
+def test_a_false_label_is_refused_even_beside_non_boolean_labels():
     # One "unsure" among true and false once made every unwanted answer of the file count as good.
     marks = (True, False, "unsure")
     good, bad, unsure = (record for record, _ in read(*({**ANSWERED["prompt"](GOOD), "label": mark} for mark in marks)))
@@ -92,21 +92,21 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("shape", PAIRS)
-def test_the_chosen_answer_is_learned_behind_its_prompt_and_it_is_said(shape):
+def test_the_chosen_answer_is_learned_after_its_prompt_with_a_notice(shape):
     ((record, notes),) = read(PAIRS[shape])
     assert isinstance(record, Record) and record.turns == TURNS, record
     assert any("is learned as the answer" in note and "rejected" in note for note in notes)
     assert BAD not in str(record)
 
 
-def test_the_earlier_turns_of_a_pair_stay():
+def test_the_earlier_turns_of_a_preference_pair_are_kept():
     # LLaMA-Factory's pairs with several turns once lost the last question, and the earlier answer was trained alone.
     pair = {"conversations": [human("a"), gpt("b"), human("c")], "chosen": gpt("d"), "rejected": gpt("e")}
     ((record, _),) = read(pair)
     assert [turn.text for turn in record.turns] == ["a", "b", "c", "d"]
 
 
-def test_a_conversation_with_an_answer_and_another_chosen_is_refused():
+def test_a_pair_whose_conversation_already_ends_with_an_answer_is_refused():
     ((refusal, _),) = read({"messages": [asks("a"), tells("b")], "chosen": tells("c"), "rejected": tells("d")})
     assert isinstance(refusal, Refusal) and "already ends with an answer" in refusal.reason
 

@@ -137,7 +137,7 @@ def test_the_bos_and_the_last_stop_token_may_be_missing(name, bos, stop):
         assert turns_of(text) == (name, as_turns(said))
 
 
-def test_the_tutorials_text_gives_instruction_and_input_apart():
+def test_the_tutorials_text_is_split_into_instruction_and_input():
     read = (Turn("user", "请模仿甄嬛的口吻。", "你是谁?"), Turn("assistant", "我是甄嬛。"))
     text = "<s>Human: 请模仿甄嬛的口吻。请回答用户问题: 你是谁?\n</s><s>Assistant:我是甄嬛。</s>"
     assert turns_of(text) == ("atom", read)
@@ -154,7 +154,7 @@ def test_the_tutorials_text_of_several_exchanges_is_read_too():
     )
 
 
-def test_llama_chineses_published_text_without_newlines_is_read():
+def test_llama_chinese_text_without_newlines_is_read():
     text = (
         "<s>Human: 用一句话描述地球为什么是独一无二的。</s><s>Assistant: 因为地球是目前为止唯一已知存在生命的行星。</s>"
     )
@@ -167,7 +167,7 @@ def test_llama_chineses_published_text_without_newlines_is_read():
     )
 
 
-def test_llama_chineses_data_files_end_every_turn_with_a_line_end_that_is_no_part_of_it():
+def test_llama_chinese_newline_after_each_turn_is_not_part_of_its_text():
     # As in data/dev_sft.csv: the newline was once trained in all of its 200 answers.
     text = "<s>Human: 地球？\n</s><s>Assistant: 唯一。\n</s>"
     assert turns_of(text) == ("atom-official", (Turn("user", "地球？"), Turn("assistant", "唯一。")))
@@ -176,7 +176,7 @@ def test_llama_chineses_data_files_end_every_turn_with_a_line_end_that_is_no_par
     assert turns_of(own_line_end) == ("atom-official", (Turn("user", "地球？"), Turn("assistant", "唯一。\n")))
 
 
-def test_a_rendered_conversation_may_end_unanswered_and_llama_chineses_ask_twice():
+def test_an_unanswered_last_turn_and_consecutive_user_turns_are_read():
     ask, more, tell = Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c")
     human, assistant = "<s>Human: {}\n</s>", "<s>Assistant: c\n</s>"
     unanswered = human.format("a") + assistant + human.format("b")
@@ -187,7 +187,7 @@ def test_a_rendered_conversation_may_end_unanswered_and_llama_chineses_ask_twice
     assert turns_of("<|im_start|>user\na<|im_end|>\n") == ("chatml", (ask,))
 
 
-def test_stanfords_text_with_an_input_is_read():
+def test_stanford_alpaca_text_with_an_input_is_read():
     text = (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n2, 3\n\n"
@@ -197,7 +197,7 @@ def test_stanfords_text_with_an_input_is_read():
     assert turns_of(f"{text}<|endoftext|>") == ("alpaca", (Turn("user", "Add.", "2, 3"), Turn("assistant", "5")))
 
 
-def test_llama_31s_own_system_text_is_kept_to_the_letter():
+def test_the_default_system_text_of_llama_31_is_kept_verbatim():
     dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
     said = [("system", dates), ("user", "q"), ("assistant", "a")]
     assert turns_of(llama3(said)) == ("llama3", as_turns(said))
@@ -233,7 +233,7 @@ def test_what_transformers_renders_is_read():
         "<s>[INST] q [/INST] a </s><s>[INST] <<SYS>>\nS\n<</SYS>>\n\nq [/INST] a </s>",
     ],
 )
-def test_a_text_that_the_template_would_write_otherwise_is_not_its_text(text):
+def test_a_text_that_its_template_would_render_differently_is_rejected(text):
     assert turns_of(text) is None
 
 
@@ -241,7 +241,7 @@ def test_a_text_that_the_template_would_write_otherwise_is_not_its_text(text):
 
 
 @pytest.mark.parametrize(("name", "marker"), [(name, one) for name, ones in MARKERS.items() for one in ones])
-def test_a_marker_inside_a_text_is_never_taken_for_the_templates(name, marker):
+def test_a_marker_inside_a_text_is_never_taken_for_a_template_marker(name, marker):
     # Put the marker at the beginning, middle and end of each text in turn: expect the same turns or none.
     said = [("system", "be good"), ("user", "ask"), ("assistant", "say"), ("user", "more"), ("assistant", "end")]
     said = said[1:] if name in NO_SYSTEM else said
@@ -293,11 +293,11 @@ def test_a_text_cut_anywhere_gives_no_wrong_turns(name):
         "<|im_start|>x USER: a ASSISTANT: b",
     ],
 )
-def test_other_texts_are_no_conversations(text):
+def test_other_texts_are_not_read_as_conversations(text):
     assert turns_of(text) is None
 
 
-def test_another_text_costs_microseconds_and_a_hostile_one_no_hours():
+def test_unrelated_and_hostile_texts_are_rejected_quickly():
     start = time.process_time()
     prose = "The quick brown fox jumps over the lazy dog. " * 100
     for _ in range(2000):

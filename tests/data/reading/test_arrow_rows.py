@@ -53,7 +53,7 @@ def written(request, tmp_path: Path) -> Path:
     return path
 
 
-def test_every_row_is_what_was_written_and_is_numbered_from_one(written):
+def test_rows_are_read_as_written_and_numbered_from_one(written):
     # Lists, structs, dates, bytes and nulls; batches end inside row groups, and row groups inside batches.
     assert list(read_values(written)) == [RawRecord(row, f"{written.name}:{n}") for n, row in enumerate(ROWS, 1)]
 
@@ -66,13 +66,13 @@ def test_progress_adds_up_to_the_size_of_the_file(written):
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-def test_half_a_file_is_refused_with_the_remedy(written, share):
+def test_a_truncated_file_is_refused_with_the_remedy(written, share):
     written.write_bytes(written.read_bytes()[: int(written.stat().st_size * share)])
     with pytest.raises(BadData, match=rf"{written.name}: .* cannot be read(.|\n)*download or write it again"):
         list(read_values(written))
 
 
-def test_a_page_of_noise_is_refused_without_a_crash(written):
+def test_a_corrupted_file_is_refused_without_a_crash(written):
     whole = bytearray(written.read_bytes())
     whole[len(whole) // 3 : len(whole) // 3 + 4000] = b"\xff" * 4000
     written.write_bytes(whole)
@@ -80,7 +80,7 @@ def test_a_page_of_noise_is_refused_without_a_crash(written):
         list(read_values(written))
 
 
-def test_a_text_that_is_no_utf_8_is_refused_alone(tmp_path: Path):
+def test_only_the_row_with_invalid_utf_8_is_refused(tmp_path: Path):
     # Other programs write Latin-1 into string columns; pyarrow fails only when such a value is read.
     raw = pyarrow.array([b"good", b"caf\xe9", b"good too"], type=pyarrow.binary())
     texts = pyarrow.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2])
@@ -93,27 +93,27 @@ def test_a_text_that_is_no_utf_8_is_refused_alone(tmp_path: Path):
     assert isinstance(wrong, Refusal) and wrong.origin == "a.parquet:2" and "not UTF-8 at byte 4" in wrong.reason
 
 
-def test_a_column_that_stands_twice_is_not_settled_in_silence(tmp_path: Path):
+def test_a_duplicate_column_is_refused(tmp_path: Path):
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["output", "output"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(BadData, match='column "output" appears twice'):
         list(read_values(tmp_path / "a.parquet"))
 
 
-def test_a_table_without_rows_gives_none(tmp_path: Path):
+def test_a_table_without_rows_gives_no_records(tmp_path: Path):
     pyarrow.parquet.write_table(TABLE.slice(0, 0), tmp_path / "a.parquet")
     assert list(read_values(tmp_path / "a.parquet")) == []
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_a_page_of_html_under_the_name_is_no_data(tmp_path: Path, name):
+def test_an_html_page_with_a_parquet_or_arrow_name_is_refused(tmp_path: Path, name):
     # A failed download leaves such a file. Without this check, every line would be a broken record.
     (tmp_path / name).write_text("<!DOCTYPE html>\n<html>\n")
     with pytest.raises(BadData, match="a web page"):
         list(read_values(tmp_path / name))
 
 
-def test_json_lines_under_the_name_are_read_as_what_they_are(tmp_path: Path):
+def test_json_lines_with_a_parquet_name_are_read_as_json_lines(tmp_path: Path):
     (tmp_path / "a.parquet").write_text(json.dumps({"a": 1}) + "\n")
     assert list(read_values(tmp_path / "a.parquet")) == [RawRecord({"a": 1}, "a.parquet:1")]
 
@@ -170,7 +170,7 @@ REPEATED = {
 
 @pytest.mark.parametrize("kind", REPEATED)
 @pytest.mark.parametrize("ending", ["arrow", "parquet"])
-def test_rows_that_swell_are_refused(tmp_path: Path, kind: str, ending: str):
+def test_rows_that_expand_far_beyond_the_file_size_are_refused(tmp_path: Path, kind: str, ending: str):
     # 5,000 records that share one text of a megabyte, in a file of two: 5 billion characters to encode.
     path = tmp_path / f"swollen.{ending}"
     table = pyarrow.table({"output": REPEATED[kind](5000)})
@@ -211,18 +211,18 @@ def stream_of(path: Path, table: pyarrow.Table) -> None:
         ("b.arrow", stream_of),
     ],
 )
-def test_the_nulls_that_a_struct_is_filled_up_with_are_no_values(tmp_path, name, write):
+def test_nulls_that_arrow_adds_to_structs_are_dropped(tmp_path, name, write):
     # Arrow adds null for missing keys: {"city": "北京", "code": null, "days": null} was trained as a call's arguments.
     write(tmp_path / name, pyarrow.Table.from_pylist(CALLS))
     assert [raw.value for raw in read_values(tmp_path / name)] == CALLS
 
 
-def test_the_nulls_of_a_saved_data_set_are_no_values(tmp_path):
+def test_nulls_that_arrow_adds_to_a_saved_data_set_are_dropped(tmp_path):
     datasets.Dataset.from_list(CALLS).save_to_disk(str(tmp_path / "saved"))
     assert [raw.value for raw in read_values(tmp_path / "saved")] == CALLS
 
 
-def test_a_null_that_no_struct_was_filled_up_with_stays(tmp_path):
+def test_nulls_that_arrow_did_not_add_are_kept(tmp_path):
     # Nulls of a column, in a list, in a map and in JSON text are real; Arrow adds none there.
     rows = pyarrow.table(
         {
@@ -255,7 +255,7 @@ def test_a_null_that_no_struct_was_filled_up_with_stays(tmp_path):
     ],
     ids=str,
 )
-def test_a_time_that_python_has_no_value_for_refuses_its_row(tmp_path: Path, times):
+def test_a_time_that_python_cannot_represent_refuses_its_row(tmp_path: Path, times):
     pyarrow.parquet.write_table(pyarrow.table({"output": ["a", "b"], "time": times}), tmp_path / "t.parquet")
     rows = list(read_values(tmp_path / "t.parquet"))
     assert len(rows) == 2
@@ -263,7 +263,7 @@ def test_a_time_that_python_has_no_value_for_refuses_its_row(tmp_path: Path, tim
     assert refused and all("a value that cannot be read" in row.reason for row in refused)
 
 
-def test_a_column_of_too_many_levels_is_named(tmp_path: Path):
+def test_a_too_deeply_nested_column_is_refused_by_name(tmp_path: Path):
     kind: pyarrow.DataType = pyarrow.int64()
     for _ in range(300):
         kind = pyarrow.list_(kind)
@@ -272,7 +272,7 @@ def test_a_column_of_too_many_levels_is_named(tmp_path: Path):
         list(read_values(tmp_path / "deep.parquet"))
 
 
-def test_metadata_that_counts_no_rows_costs_none(tmp_path: Path):
+def test_metadata_with_a_row_count_of_zero_loses_no_rows(tmp_path: Path):
     path = tmp_path / "t.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"output": ["a", "b"]}), path)
     content = path.read_bytes()

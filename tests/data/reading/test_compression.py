@@ -49,7 +49,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("ending", PACK)
 @pytest.mark.parametrize("kind", TEXTS)
-def test_a_packed_file_is_what_it_was(tmp_path: Path, kind, ending):
+def test_a_compressed_file_gives_the_same_records_as_the_plain_file(tmp_path: Path, kind, ending):
     plain, packed, seen = tmp_path / f"a.{kind}", tmp_path / f"a.{kind}.{ending}", []
     plain.write_bytes(TEXTS[kind])
     packed.write_bytes(PACK[ending](TEXTS[kind]))
@@ -60,7 +60,7 @@ def test_a_packed_file_is_what_it_was(tmp_path: Path, kind, ending):
 
 
 @pytest.mark.parametrize("ending", PACK)
-def test_files_that_were_packed_apart_and_joined_are_read_to_the_end(tmp_path: Path, ending):
+def test_concatenated_compressed_files_are_read_to_the_end(tmp_path: Path, ending):
     # `cat a.gz b.gz` and parallel packers write such files; a reader that stops at the first end loses the rest.
     pack, lines = PACK[ending], as_jsonl().splitlines(keepends=True)
     path = tmp_path / f"a.jsonl.{ending}"
@@ -70,7 +70,7 @@ def test_files_that_were_packed_apart_and_joined_are_read_to_the_end(tmp_path: P
 
 @pytest.mark.parametrize("ending", PACK)
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99, 1.0])
-def test_half_an_archive_is_refused_with_its_place(tmp_path: Path, ending, share):
+def test_a_truncated_compressed_file_is_refused_with_its_line(tmp_path: Path, ending, share):
     # At 1.0 only the last byte is missing, in gzip's checksum or zstd's last block.
     whole = PACK[ending](as_jsonl())
     path = tmp_path / f"a.jsonl.{ending}"
@@ -81,7 +81,7 @@ def test_half_an_archive_is_refused_with_its_place(tmp_path: Path, ending, share
     assert len(RECORDS) * share - 1500 < line <= len(RECORDS) + 1, "to 64 KiB, which are some 1,000 of these lines"
 
 
-def test_a_bit_that_fell_over_is_found(tmp_path: Path):
+def test_a_flipped_bit_is_detected(tmp_path: Path):
     whole = bytearray(gzip.compress(as_jsonl()))
     whole[len(whole) // 2] ^= 4
     path = tmp_path / "a.jsonl.gz"
@@ -90,7 +90,7 @@ def test_a_bit_that_fell_over_is_found(tmp_path: Path):
         list(read_values(path))
 
 
-def test_a_packed_file_is_known_by_its_bytes_not_by_its_name(tmp_path: Path):
+def test_compression_is_detected_by_content_not_by_file_name(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(gzip.compress(as_jsonl()))
     assert len(list(read_values(path))) == len(RECORDS)
@@ -105,7 +105,7 @@ def test_parquet_inside_gzip_is_refused_with_the_remedy(tmp_path: Path):
         list(read_values(path))
 
 
-def test_an_archive_of_nothing_is_called_empty(tmp_path: Path):
+def test_an_empty_compressed_file_is_reported_as_empty(tmp_path: Path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b""))
     with pytest.raises(BadData, match="the file is empty"):
@@ -122,7 +122,7 @@ def test_content_is_unpacked_a_buffer_at_a_time(tmp_path: Path):
 
 
 @pytest.mark.parametrize("ending", PACK)
-def test_a_bomb_is_a_line_that_is_too_long(tmp_path: Path, ending):
+def test_a_decompression_bomb_is_refused_in_bounded_memory(tmp_path: Path, ending):
     # One line of 240 MiB in a file of half a megabyte. The process may use 100 MiB more than for a short file.
     path = tmp_path / f"bomb.jsonl.{ending}"
     if ending == "gz":
@@ -159,7 +159,7 @@ def test_a_refusal_in_a_packed_file_has_its_line(tmp_path: Path):
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, lambda raw: pyarrow.compress(raw, "zstd", asbytes=True)])
-def test_a_few_bytes_do_not_unpack_without_end(tmp_path: Path, monkeypatch, pack):
+def test_an_excessive_decompression_ratio_is_refused(tmp_path: Path, monkeypatch, pack):
     # A thousand times the file's size in blank lines: kilobytes that take hours to read.
     monkeypatch.setattr(compression, "FREE_BYTES", 2**20)
     (tmp_path / "a.jsonl.gz").write_bytes(pack(b'{"text": "x"}\n' + b"\n" * (8 << 20)))
@@ -167,7 +167,7 @@ def test_a_few_bytes_do_not_unpack_without_end(tmp_path: Path, monkeypatch, pack
         list(read_values(tmp_path / "a.jsonl.gz"))
 
 
-def test_data_that_packs_well_is_read(tmp_path: Path):
+def test_highly_compressible_data_is_read(tmp_path: Path):
     record = b'{"instruction": "the same persona in front of every question", "output": "yes"}\n'
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(record * 20_000))
     assert len(list(read_values(tmp_path / "a.jsonl.gz"))) == 20_000

@@ -25,7 +25,7 @@ def read(content: bytes) -> list[RawRecord | Refusal]:
 
 @pytest.mark.parametrize("separator", [",", "\t", ";"])
 @pytest.mark.parametrize("seed", range(10))
-def test_what_is_written_is_what_is_read_at_the_line_where_it_begins(separator, seed):
+def test_rows_are_read_as_written_with_their_first_line_number(separator, seed):
     # Catches numbering rows instead of lines, and changed newlines inside cells.
     draw = random.Random(seed)
     out = io.StringIO()
@@ -50,13 +50,13 @@ def test_an_empty_cell_is_empty_text_and_a_number_stays_text():
 
 
 @pytest.mark.parametrize("row", ["only one,two", "one,two,three,four", "a text, not quoted,,x"])
-def test_a_row_of_another_length_is_refused_and_those_around_it_are_read(row):
+def test_only_the_row_with_the_wrong_number_of_cells_is_refused(row):
     first, wrong, last = read(f"instruction,input,output\na,,b\n{row}\nc,,d\n".encode())
     assert (first.value["output"], last.value["output"]) == ("b", "d")
     assert wrong.origin == "a.csv:3" and "3 columns in the header" in wrong.reason
 
 
-def test_blank_lines_are_no_rows_but_are_counted():
+def test_blank_lines_are_skipped_but_counted_in_line_numbers():
     found = read(b"\n\ninstruction,output\n\na,b\n  \n\nc,d\n\n")
     assert [one.origin for one in found] == ["a.csv:5", "a.csv:8"]
 
@@ -78,7 +78,7 @@ def test_a_quote_inside_a_quoted_cell_is_refused_with_its_line():
     assert isinstance(first, Refusal) and first.origin == "a.csv:2" and '""' in first.reason
 
 
-def test_a_carriage_return_alone_ends_no_row():
+def test_a_lone_carriage_return_is_refused():
     # Otherwise the row would become two, and a file with such line ends would be a header without rows.
     first, last = read(b"instruction,output\na,b\rc,d\ne,f\n")
     assert first.origin == "a.csv:2" and "carriage return" in first.reason
@@ -87,13 +87,13 @@ def test_a_carriage_return_alone_ends_no_row():
         read(b"instruction,output\ra,b\r")
 
 
-def test_a_quote_that_never_closes_does_not_swallow_the_file_in_silence():
+def test_an_unclosed_quote_is_reported_with_its_line():
     # csv would read the rest of the file as one cell.
     with pytest.raises(BadData, match=r"a\.csv:3: a quote opens in this row and never closes"):
         read(b'instruction,output\na,b\nc,"d\ne,f\ng,h\n')
 
 
-def test_a_row_beyond_the_bound_stops_before_memory_does(monkeypatch):
+def test_a_row_beyond_the_size_limit_stops_reading_early(monkeypatch):
     monkeypatch.setattr(csv_rows, "LONGEST_LINE", 1000)
     stream = io.BytesIO(b'instruction,output\na,"' + b"x\n" * 100_000)
     with pytest.raises(BadData, match="an earlier quote may never close"):
@@ -107,7 +107,7 @@ def test_a_cell_of_a_megabyte_is_read():
     assert len(found.value["output"]) == 1_000_000
 
 
-def test_a_column_that_stands_twice_is_not_settled_in_silence():
+def test_a_duplicate_column_is_refused():
     with pytest.raises(BadData, match=r'a\.csv:1: column "output" appears twice'):
         read(b"output,instruction,output\na,b,c\n")
 
@@ -117,25 +117,25 @@ def test_a_column_that_stands_twice_is_not_settled_in_silence():
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("first", ["sep={}", '"sep={}"', "SEP={}\r"])
-def test_excels_first_line_names_the_separator_and_is_no_header(separator, first):
+def test_excels_sep_line_sets_the_separator_and_is_not_the_header(separator, first):
     table = f"{first.format(separator)}\ninstruction{separator}output\na{separator}b\n"
     for content in (table.encode(), codecs.BOM_UTF8 + table.encode()):
         assert read(content) == [RawRecord({"instruction": "a", "output": "b"}, "a.csv:3")]
 
 
-def test_a_column_that_is_called_sep_is_a_column():
+def test_a_column_named_sep_is_read_as_a_column():
     assert read(b"sep,output\na,b\n") == [RawRecord({"sep": "a", "output": "b"}, "a.csv:2")]
 
 
 @pytest.mark.parametrize("blank", [",", ",,", " , ", '"",""', '"\n",'])
-def test_a_row_of_blank_cells_is_no_row(blank):
+def test_a_row_of_blank_cells_is_skipped(blank):
     # Such rows were once refused with "output is empty", which stopped the run.
     found = read(f"instruction,output\na,b\n{blank}\nc,d\n".encode())
     assert [raw.value["output"] for raw in found] == ["b", "d"]
     assert found[1].origin == f"a.csv:{4 + blank.count(chr(10))}"
 
 
-def test_empty_columns_at_the_right_end_are_no_columns():
+def test_empty_columns_at_the_right_are_ignored():
     # Two empty names were once reported as "column appears twice".
     rows = read(b"instruction,input,output,,\na,,b,,\nc,d,e\nf,,,,\n")
     assert [list(raw.value.values()) for raw in rows] == [["a", "", "b"], ["c", "d", "e"], ["f", "", ""]]
@@ -144,7 +144,7 @@ def test_empty_columns_at_the_right_end_are_no_columns():
 
 
 @pytest.mark.parametrize("blank", [",", ",,", " ; ", '"",""', ",\r"])
-def test_a_row_of_blank_cells_above_the_header_is_no_header(blank):
+def test_a_row_of_blank_cells_above_the_header_is_skipped(blank):
     # Every row was once refused, because such a header has no names.
     for first in ("", "sep=,\n"):
         origin = f"a.csv:{3 + bool(first)}"
@@ -152,7 +152,7 @@ def test_a_row_of_blank_cells_above_the_header_is_no_header(blank):
         assert read(content) == [RawRecord({"instruction": "a", "output": "b"}, origin)]
 
 
-def test_empty_columns_at_the_left_end_are_no_columns():
+def test_empty_columns_at_the_left_are_not_reported_as_duplicates():
     # Two empty names were once reported as "column appears twice".
     (row,) = read(b",,instruction,output\n,,a,b\n")
     assert row.value == {"": "", "instruction": "a", "output": "b"}
@@ -171,11 +171,11 @@ def test_empty_columns_at_the_left_end_are_no_columns():
         ("", [], ","),
     ],
 )
-def test_the_separator_is_the_one_that_makes_most_columns(header, columns, separator):
+def test_the_separator_that_gives_the_most_columns_is_chosen(header, columns, separator):
     assert columns_of(header) == (columns, separator)
 
 
-def test_a_table_of_messages_keeps_its_text(tmp_path: Path):
+def test_json_messages_in_a_cell_are_kept_as_text(tmp_path: Path):
     messages = json.dumps([{"role": "user", "content": "a,b"}])
     with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["messages"], [messages]])

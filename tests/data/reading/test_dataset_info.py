@@ -42,7 +42,7 @@ TALK_INFO = {
 
 
 @pytest.mark.parametrize("source", ["", "dataset_info.json"])
-def test_files_columns_and_tags_are_read_as_they_stand(tmp_path, source):
+def test_listed_files_are_read_with_their_columns_and_tags(tmp_path, source):
     info = {"mine": {"file_name": "mine.json"}, "chats": TALK_INFO, "far": {"hf_hub_url": "owner/name"}}
     folder = folder_of(tmp_path, info, mine=ALPACA, chats=TALK, unlisted=[{"x": 1}])
     records = read(folder / source, tmp_path / "cache")
@@ -51,7 +51,7 @@ def test_files_columns_and_tags_are_read_as_they_stand(tmp_path, source):
     assert size_of(folder / source) == sum((folder / name).stat().st_size for name in ("mine.json", "chats.json"))
 
 
-def test_columns_of_an_instruction_file_have_their_names(tmp_path):
+def test_columns_of_an_alpaca_file_are_renamed_as_listed(tmp_path):
     columns = {"prompt": "q", "query": "more", "response": "a"}
     folder = folder_of(
         tmp_path, {"x": {"file_name": "x.json", "columns": columns}}, x=[{"q": "译", "more": "早", "a": "Morning"}]
@@ -84,7 +84,7 @@ def test_pairs_learn_the_chosen_answer(tmp_path):
         ({"file_name": "x.json", "formatting": ["alpaca"]}, "expected one of alpaca, sharegpt, openai"),
     ],
 )
-def test_an_entry_that_cannot_be_followed_is_named(tmp_path, entry, why):
+def test_an_invalid_entry_is_refused_with_the_reason(tmp_path, entry, why):
     (tmp_path / "secret.json").write_text("[]")
     folder = folder_of(tmp_path, {"x": entry}, x=ALPACA)
     with pytest.raises(BadData, match=why):
@@ -92,11 +92,11 @@ def test_an_entry_that_cannot_be_followed_is_named(tmp_path, entry, why):
 
 
 @pytest.mark.parametrize("info", [{}, [], 3, {"features": {"a": {"dtype": "string"}}, "citation": ""}])
-def test_the_description_that_datasets_writes_is_not_this_one(tmp_path, info):
+def test_a_dataset_info_written_by_the_datasets_library_is_ignored(tmp_path, info):
     assert listed_files(folder_of(tmp_path, info, x=ALPACA)) is None
 
 
-def test_what_is_read_anyway_is_not_renamed(tmp_path):
+def test_columns_and_tags_with_default_names_are_not_mapped(tmp_path):
     entry = {
         "file_name": "x.json",
         "formatting": "sharegpt",

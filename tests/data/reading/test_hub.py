@@ -52,14 +52,14 @@ def test_of_several_splits_train_is_read(tmp_path: Path):
     assert list(read_values(tmp_path / "saved" / "test")) == numbered("test", OTHER)
 
 
-def test_splits_without_train_are_named(tmp_path: Path):
+def test_a_missing_train_split_error_lists_the_splits(tmp_path: Path):
     datasets.DatasetDict(dev=HELD_OUT, test=HELD_OUT).save_to_disk(tmp_path / "saved")
     with pytest.raises(BadData, match="no split train; splits here: dev, test"):
         list(read_values(tmp_path / "saved"))
 
 
 @pytest.mark.parametrize("damage", ["no rows", "half the rows", "no description", "half a description"])
-def test_a_damaged_folder_says_what_to_do(tmp_path: Path, damage):
+def test_a_damaged_saved_data_set_is_refused_with_the_remedy(tmp_path: Path, damage):
     folder = tmp_path / "saved"
     SAVED.save_to_disk(folder)
     (rows,) = folder.glob("*.arrow")
@@ -78,7 +78,7 @@ def test_a_damaged_folder_says_what_to_do(tmp_path: Path, damage):
 # --- folders of data files ------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_parquet_files_gives_the_train_split_with_the_name_of_each_file(tmp_path: Path):
+def test_a_folder_of_parquet_files_gives_the_train_split_and_file_names(tmp_path: Path):
     # These are the file names of `push_to_hub`; the oracle is load_dataset's own choice of files.
     folder = tmp_path / "repo"
     (folder / "data").mkdir(parents=True)
@@ -92,7 +92,7 @@ def test_a_folder_of_parquet_files_gives_the_train_split_with_the_name_of_each_f
     assert found[1250].origin == "repo/data/train-00001-of-00002.parquet:1"
 
 
-def test_the_folder_one_is_in_is_read(tmp_path: Path, monkeypatch):
+def test_the_current_folder_is_read(tmp_path: Path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
     monkeypatch.chdir(tmp_path)
     assert [record.value for record in read_values(".")] == [{"a": 1}]
@@ -113,14 +113,14 @@ def test_a_folder_of_jsonl_is_read_as_strictly_as_a_file(tmp_path: Path):
 @pytest.mark.parametrize(
     "card", [": [", "configs: [{config_name: [1]}]", f"x: {'[' * 9999}"], ids=lambda card: card[:8]
 )
-def test_a_readme_whose_yaml_cannot_be_used_is_named(tmp_path: Path, card: str):
+def test_unusable_yaml_in_the_readme_is_reported(tmp_path: Path, card: str):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
     (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
     with pytest.raises(BadData, match=r"the YAML at the top of its README\.md cannot be used"):
         list(read_values(tmp_path))
 
 
-def test_a_folder_of_links_as_the_hub_s_cache_makes_it_is_read(tmp_path: Path):
+def test_a_folder_of_symlinks_like_the_hub_cache_is_read(tmp_path: Path):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "blobs" / "5ac3").write_text('{"a": 1}\n')
@@ -128,7 +128,7 @@ def test_a_folder_of_links_as_the_hub_s_cache_makes_it_is_read(tmp_path: Path):
     assert list(read_values(tmp_path / "snapshot")) == [RawRecord({"a": 1}, "snapshot/train.jsonl:1")]
 
 
-def test_files_of_several_kinds_are_not_passed_over_in_silence(tmp_path: Path):
+def test_a_folder_with_several_kinds_of_files_is_refused(tmp_path: Path):
     # load_dataset reads the most frequent kind of file and drops the others silently.
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
     (tmp_path / "b.csv").write_text("a\n1\n")
@@ -136,7 +136,7 @@ def test_files_of_several_kinds_are_not_passed_over_in_silence(tmp_path: Path):
         list(read_values(tmp_path))
 
 
-def test_an_empty_folder_is_no_data(tmp_path: Path):
+def test_an_empty_folder_is_refused(tmp_path: Path):
     with pytest.raises(BadData, match="neither a file nor a folder of data files"):
         list(read_values(tmp_path))
     with pytest.raises(BadData, match="neither a file nor a folder of data files"):
@@ -147,29 +147,29 @@ def test_an_empty_folder_is_no_data(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["squad", "openai/gsm8k", "openai/gsm8k:main", "a-b/c.d_e"])
-def test_names_of_the_hub_are_known(name):
+def test_hub_names_are_recognized(name):
     assert is_hub_name(name)
 
 
 @pytest.mark.parametrize(
     "name", ["train.jsonl", "data/train.csv.gz", "notes.txt", "./x", "/x/y", "a/b/c", "~/x", "../x", "a b", ""]
 )
-def test_paths_are_no_names_of_the_hub(name):
+def test_paths_are_not_hub_names(name):
     assert not is_hub_name(name)
 
 
-def test_a_path_that_exists_is_no_name_of_the_hub(tmp_path: Path, monkeypatch):
+def test_an_existing_path_takes_precedence_over_a_hub_name(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     SAVED.save_to_disk("saved")
     assert list(read_values("saved")) == numbered("saved")
 
 
-def test_a_hub_that_the_user_switched_off_is_named_so():
+def test_offline_mode_set_by_the_user_is_reported_as_the_reason():
     with pytest.raises(BadData, match=r"nobody/nothing: no file or folder here(.|\n)*HF_HUB_OFFLINE forbids"):
         list(read_values("nobody/nothing"))
 
 
-def test_a_hub_that_cannot_be_reached_is_named_with_the_setting_that_moves_it(monkeypatch):
+def test_an_unreachable_hub_error_names_hf_endpoint_without_its_password(monkeypatch):
     # The tests run with HF_HUB_OFFLINE=1, so pretend that the user did not set it.
     monkeypatch.setattr(hub, "OFFLINE_BY_CHOICE", False)
     monkeypatch.setenv("HF_ENDPOINT", "http://me:sesame@127.0.0.1:9")
@@ -178,7 +178,7 @@ def test_a_hub_that_cannot_be_reached_is_named_with_the_setting_that_moves_it(mo
     assert "at 127.0.0.1:9 cannot" in str(refused.value) and "sesame" not in str(refused.value)
 
 
-def test_a_hub_that_cannot_be_reached_is_asked_no_second_time(monkeypatch):
+def test_an_unreachable_hub_is_not_retried(monkeypatch):
     """The library would retry for half a minute and print a line each time."""
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
@@ -207,7 +207,7 @@ class _KnowsNothing(BaseHTTPRequestHandler):
         """Do not write to the tests' standard error."""
 
 
-def test_a_name_that_the_hub_does_not_know_is_a_matter_of_spelling():
+def test_a_name_unknown_to_the_hub_is_reported_as_no_such_dataset():
     # In another process, where the library is not offline, against a real server.
     code = """if True:
         from atomtune.data.reading.sources import read_files
@@ -236,19 +236,19 @@ def repository(folder: Path, *, configurations: bool = False) -> Path:
     return folder
 
 
-def test_a_configuration_is_chosen_behind_a_colon(tmp_path: Path, monkeypatch):
+def test_a_configuration_is_chosen_after_a_colon(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(repository(tmp_path, configurations=True))
     assert list(read_values("owner/name:zh")) == numbered("owner/name:zh")
     assert size_of("owner/name:zh") == 0
 
 
-def test_a_configuration_that_is_missing_names_those_there_are(tmp_path: Path, monkeypatch):
+def test_a_missing_configuration_error_lists_the_available_ones(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(repository(tmp_path, configurations=True))
     with pytest.raises(BadData, match=r"'?zh'?(.|\n)*owner/name:configuration"):
         list(read_values("owner/name:fr"))
 
 
-def test_a_data_set_that_is_a_program_is_not_run(tmp_path: Path, monkeypatch):
+def test_a_data_set_with_a_loading_script_is_refused_and_not_run(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("program").mkdir()
     Path("program/program.py").write_text("from pathlib import Path; Path('ran').touch()")
@@ -260,7 +260,7 @@ def test_a_data_set_that_is_a_program_is_not_run(tmp_path: Path, monkeypatch):
 # --- fingerprints ---------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_s_hash_changes_with_bytes_and_names_and_with_nothing_else(tmp_path: Path):
+def test_a_folders_hash_depends_only_on_file_contents_and_names(tmp_path: Path):
     folder, seen = tmp_path / "chats", []
     folder.mkdir()
     (folder / "a.jsonl").write_text(json.dumps({"a": 1}))
@@ -288,7 +288,7 @@ def test_a_hub_data_set_has_the_same_hash_in_every_process(tmp_path: Path):
 
 
 @pytest.mark.parametrize("ask", [fingerprint_of, lambda source: list(read_values(source))])
-def test_what_is_missing_is_said_whichever_is_asked_first(tmp_path: Path, ask):
+def test_a_missing_source_is_reported_by_fingerprinting_and_by_reading(tmp_path: Path, ask):
     with pytest.raises(BadData, match="no such file"):
         ask(tmp_path / "nowhere.jsonl")
     with pytest.raises(BadData, match="no such file"):

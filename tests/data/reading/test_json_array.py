@@ -43,7 +43,7 @@ def laid_out(seed: int) -> tuple[str, list[int]]:
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 5, 13, 64, 24, 1 << 20])
-def test_the_window_changes_neither_values_nor_lines(monkeypatch, window):
+def test_the_window_size_changes_neither_values_nor_line_numbers(monkeypatch, window):
     # Catches numbers, escapes and characters cut in two, and lines lost when the window moves.
     monkeypatch.setattr(json_array, "WINDOW_BYTES", window)
     for seed in range(20):
@@ -55,7 +55,7 @@ def test_the_window_changes_neither_values_nor_lines(monkeypatch, window):
         assert len({one.origin for one in found}) == len(found)
 
 
-def test_on_one_line_a_value_is_named_by_its_number():
+def test_values_on_the_same_line_are_named_by_their_number():
     found = read_array(io.BytesIO(b"[1, 2,\n 3, 4]"), "a.json")
     assert [one.origin for one in found] == ["a.json:1", "a.json:1 value 2", "a.json:2", "a.json:2 value 4"]
 
@@ -74,13 +74,13 @@ def test_on_one_line_a_value_is_named_by_its_number():
         (b"[1]\n\n[2]", 1, "text after the end"),
     ],
 )
-def test_a_break_is_named_by_its_line_through_any_window(monkeypatch, content, line, said, window):
+def test_a_syntax_error_is_reported_with_its_line_at_any_window_size(monkeypatch, content, line, said, window):
     monkeypatch.setattr(json_array, "WINDOW_BYTES", window)
     with pytest.raises(BadData, match=rf"a\.json:{line}: .*{said}"):
         list(read_array(io.BytesIO(content), "a.json"))
 
 
-def test_a_value_beyond_the_bound_is_refused_without_being_read_whole(monkeypatch):
+def test_a_value_beyond_the_size_limit_is_refused_without_reading_it_whole(monkeypatch):
     monkeypatch.setattr(json_array, "WINDOW_BYTES", 64)
     monkeypatch.setattr(json_array, "LONGEST_LINE", 1000)
     stream = io.BytesIO(b'[\n1,\n"' + b"x" * 100_000 + b'"]')
@@ -89,7 +89,7 @@ def test_a_value_beyond_the_bound_is_refused_without_being_read_whole(monkeypatc
     assert stream.tell() < 5000
 
 
-def test_a_break_near_the_beginning_is_said_before_the_rest_is_read():
+def test_an_early_syntax_error_is_reported_before_the_rest_is_read():
     # The rest of the file cannot repair it, and 16 MiB would be read for nothing.
     stream = io.BytesIO(b'[{"a": b},' + b"1," * 3_000_000 + b"1]")
     with pytest.raises(BadData, match="a value is expected here"):

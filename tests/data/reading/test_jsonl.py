@@ -30,7 +30,7 @@ def by_lines(content: bytes) -> list[tuple[object, str]]:
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7, 50, 300, 10_000])
-def test_where_a_file_is_cut_changes_nothing(monkeypatch, chunk_bytes):
+def test_the_chunk_size_changes_neither_values_nor_line_numbers(monkeypatch, chunk_bytes):
     # Catches lines cut in two, lines counted twice at a cut, and a cut that falls on a newline.
     monkeypatch.setattr(jsonl, "CHUNK_BYTES", chunk_bytes)
     assert read(CONTENT) == by_lines(CONTENT)
@@ -38,7 +38,7 @@ def test_where_a_file_is_cut_changes_nothing(monkeypatch, chunk_bytes):
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 5, 16, 64])
-def test_a_line_beyond_the_bound_is_refused_and_the_others_keep_their_numbers(monkeypatch, chunk_bytes):
+def test_an_oversized_line_is_refused_and_the_others_keep_their_numbers(monkeypatch, chunk_bytes):
     monkeypatch.setattr(jsonl, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(jsonl, "LONGEST_LINE", 64)
     found = read(b'{"a": 1}\n\n"' + b"x" * 300 + b'"\n{"a": 2}\n"' + b"y" * 62)
@@ -54,7 +54,7 @@ def test_a_chunk_can_be_parsed_in_another_process():
     assert parse_chunk(pickle.loads(pickle.dumps(chunk))) == by_lines(CONTENT)
 
 
-def test_what_a_worker_loads_is_light():
+def test_the_worker_module_imports_no_heavy_libraries():
     # A spawned worker that imports datasets needs a second before its first record.
     heavy = "{'torch', 'datasets', 'pyarrow', 'numpy'}"
     code = f"import sys, atomtune.data.reading.jsonl; print(sorted({heavy} & set(sys.modules)))"
@@ -62,7 +62,7 @@ def test_what_a_worker_loads_is_light():
     assert done.stdout.strip() == "[]"
 
 
-def test_a_wide_object_with_a_key_twice_is_refused_in_linear_time():
+def test_a_wide_object_with_a_duplicate_key_is_refused_in_linear_time():
     # Comparing each key with all others took the square of 100,000 steps.
     wide = "{" + ", ".join(f'"k{number}": 1' for number in range(100_000)) + ', "k99999": 2}'
     began = time.process_time()
@@ -71,6 +71,6 @@ def test_a_wide_object_with_a_key_twice_is_refused_in_linear_time():
     assert time.process_time() - began < 5
 
 
-def test_a_comma_behind_a_record_is_called_what_it_is():
+def test_a_comma_after_a_record_is_reported_as_such():
     (refusal, _) = read(b'{"output": "a"},\n{"output": "b"}\n')
     assert isinstance(refusal, Refusal) and "a comma after the record" in refusal.reason

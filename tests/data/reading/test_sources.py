@@ -70,7 +70,7 @@ def test_a_missing_newline_at_the_end_loses_nothing(tmp_path):
     assert [found.value for found in read_values(path)] == [HELLO, BYE]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_first_record(tmp_path):
     # Catches plain UTF-8 decoding: json refuses a text that begins with U+FEFF.
     path = written(tmp_path, codecs.BOM_UTF8 + line(HELLO) + line(BYE))
     assert [found.value for found in read_values(path)] == [HELLO, BYE]
@@ -86,7 +86,7 @@ def test_windows_line_ends_change_neither_values_nor_numbers(tmp_path):
     assert list(read_values(path)) == [RawRecord(HELLO, "train.jsonl:1"), RawRecord(BYE, "train.jsonl:2")]
 
 
-def test_blank_lines_are_passed_over_but_counted(tmp_path):
+def test_blank_lines_are_skipped_but_counted_in_line_numbers(tmp_path):
     # Catches numbering values instead of lines, and a blank last line read as a broken record.
     path = written(tmp_path, b"\n" + line(HELLO) + b" \t\r\n\n" + line(BYE) + b"\n\n")
     assert [found.origin for found in read_values(path)] == ["train.jsonl:2", "train.jsonl:5"]
@@ -130,7 +130,7 @@ def test_a_broken_line_is_named_and_the_lines_around_it_are_read(tmp_path):
         ("{'a': 1}", "column 2: it is written as Python prints it"),
     ],
 )
-def test_what_is_wrong_with_json_is_said_in_our_words(tmp_path, text, reason):
+def test_json_errors_are_explained_in_our_own_words(tmp_path, text, reason):
     (refusal,) = read_values(written(tmp_path, text.encode()))
     assert refusal.reason.startswith(f"not JSON at {reason}")
     assert re.search("[\u4e00-\u9fff]", catalogue("zh").translated(refusal.reason).partition("：")[2])
@@ -150,7 +150,7 @@ def test_bytes_of_no_known_encoding_are_not_called_gbk(tmp_path):
     assert "UTF-8" in refusal.reason and "GB18030" not in refusal.reason
 
 
-def test_a_pretty_printed_object_is_told_that_a_record_is_a_line(tmp_path):
+def test_a_pretty_printed_object_error_asks_for_one_record_per_line(tmp_path):
     # Catches one refusal per line: a thousand for a file that one command can repair.
     path = written(tmp_path, b"\n".join(json.dumps(value, indent=2).encode() for value in (HELLO, BYE)))
     with pytest.raises(
@@ -160,7 +160,7 @@ def test_a_pretty_printed_object_is_told_that_a_record_is_a_line(tmp_path):
     assert f"jq -c '.' {path} > NEW.jsonl" in str(raised.value)
 
 
-def test_records_in_a_list_under_a_key_are_told_with_the_key(tmp_path):
+def test_records_in_a_list_under_a_key_are_reported_with_that_key(tmp_path):
     whole = {"version": "1.0", "tags": ["a"], "data": [HELLO, BYE]}
     path = written(tmp_path, json.dumps(whole, indent=1).encode(), "my records.json")
     with pytest.raises(BadData, match=r'in the list under "data"') as raised:
@@ -168,13 +168,13 @@ def test_records_in_a_list_under_a_key_are_told_with_the_key(tmp_path):
     assert f"""jq -c '.["data"][]' '{path}' > NEW.jsonl""" in str(raised.value)
 
 
-def test_a_pattern_that_no_shell_expanded_is_told_from_a_missing_file(tmp_path):
+def test_an_unexpanded_glob_is_distinguished_from_a_missing_file(tmp_path):
     with pytest.raises(BadData, match="Patterns are expanded by the shell"):
         list(read_values(tmp_path / "*.jsonl"))
 
 
 @pytest.mark.parametrize("content", [b'{"output": ' + b"[" * 200_000, b'{"output": ' + b"9" * 5000 + b"}"])
-def test_json_that_python_cannot_hold_is_a_refusal_and_no_crash(tmp_path, content):
+def test_json_beyond_pythons_limits_is_refused_without_a_crash(tmp_path, content):
     # Nesting beyond the recursion limit, and an integer beyond Python's limit of 4,300 digits.
     path = written(tmp_path, line(HELLO) + content + b"\n" + line(BYE))
     assert [one.origin for one in read_values(path)] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
@@ -198,25 +198,25 @@ def test_an_array_gives_the_line_each_record_begins_on(tmp_path):
     ]
 
 
-def test_an_array_is_known_by_its_first_character_not_by_the_files_name(tmp_path):
+def test_an_array_is_detected_by_its_first_character_not_by_file_name(tmp_path):
     path = written(tmp_path, json.dumps([HELLO, BYE]).encode(), "train.jsonl")
     assert [found.value for found in read_values(path)] == [HELLO, BYE]
 
 
-def test_an_array_that_breaks_in_the_middle_names_the_line(tmp_path):
+def test_a_syntax_error_in_an_array_is_reported_with_its_line(tmp_path):
     path = written(tmp_path, b"[\n" + line(HELLO).rstrip() + b",\n" + b'{"instruction": "x", }\n]', "train.json")
     with pytest.raises(BadData, match=r"train\.json:3"):
         list(read_values(path))
 
 
-def test_an_array_that_never_ends_is_not_taken_for_whole(tmp_path):
+def test_an_unterminated_json_array_is_refused_with_its_line(tmp_path):
     # After an interrupted download, the first records must not be trained as if they were the whole file.
     path = written(tmp_path, b"[\n" + line(HELLO).rstrip() + b",\n" + line(BYE), "train.json")
     with pytest.raises(BadData, match=r"train\.json:4"):
         list(read_values(path))
 
 
-def test_text_behind_an_array_is_not_passed_over(tmp_path):
+def test_text_after_the_end_of_an_array_is_refused(tmp_path):
     path = written(tmp_path, b"[" + line(HELLO).rstrip() + b"]\n" + line(BYE), "train.json")
     with pytest.raises(BadData, match=r"train\.json:1.*after the end"):
         list(read_values(path))
@@ -228,7 +228,7 @@ def test_an_array_nested_too_deeply_names_the_line(tmp_path):
         list(read_values(path))
 
 
-def test_a_gbk_array_names_the_line_and_the_command(tmp_path):
+def test_the_error_for_a_gbk_array_names_the_line_and_the_iconv_command(tmp_path):
     text = "[\n" + json.dumps(BYE) + ",\n" + json.dumps(HELLO, ensure_ascii=False) + "]"
     with pytest.raises(BadData, match=r"train\.json:3: .*iconv -f GB18030"):
         list(read_values(written(tmp_path, text.encode("gbk"), "train.json")))
@@ -249,12 +249,12 @@ def test_an_empty_file_is_called_empty(tmp_path, content):
 
 
 @pytest.mark.parametrize("name", ["data", "a/data.jsonl", "/deep/a/data.jsonl"])
-def test_a_name_alone_is_the_files_own(name):
+def test_a_single_source_is_named_by_its_file_name(name):
     assert distinct_names([name]) == [name.rpartition("/")[2]]
     assert distinct_names([name, name]) == [name.rpartition("/")[2]] * 2, "the same file twice is one file"
 
 
-def test_files_of_one_name_are_told_apart_by_as_much_of_their_path_as_that_takes():
+def test_files_with_the_same_name_get_the_shortest_distinct_paths():
     sources = ["x/a/train.jsonl", "x/b/train.jsonl", "y/b/train.jsonl", "other.jsonl", "train.jsonl"]
     names = distinct_names(sources)
     assert names == ["a/train.jsonl", "x/b/train.jsonl", "y/b/train.jsonl", "other.jsonl", "train.jsonl"]
@@ -282,7 +282,7 @@ def test_progress_adds_up_to_the_size_of_the_file(tmp_path, content):
 
 
 @pytest.mark.parametrize("content", ['{"a": 1, "a": 2}\n', '[{"a": 1}, {"b": 1, "b": 2}]'])
-def test_a_key_that_stands_twice_is_not_settled_in_silence(tmp_path, content):
+def test_a_duplicate_json_key_is_refused(tmp_path, content):
     path = tmp_path / "train.jsonl"
     path.write_text(content, encoding="utf-8")
     try:
@@ -294,7 +294,7 @@ def test_a_key_that_stands_twice_is_not_settled_in_silence(tmp_path, content):
 
 
 @pytest.mark.parametrize("content", ["[1 2]", "[1,,2]", "[1,]", "[,1]"])
-def test_an_array_with_a_comma_too_many_or_too_few_breaks_there(tmp_path, content):
+def test_an_array_with_an_extra_or_missing_comma_is_refused_with_its_line(tmp_path, content):
     path = tmp_path / "train.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(BadData, match=r"train\.json:1: the JSON array breaks here"):
@@ -326,7 +326,7 @@ WRITE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", WRITE)
-def test_the_same_records_are_the_same_values_in_every_kind_of_file(tmp_path, name):
+def test_every_file_format_yields_the_same_values_for_the_same_records(tmp_path, name):
     WRITE[name](tmp_path / name)
     found = list(read_values(tmp_path / name))
     assert [one.value for one in found] == RECORDS
@@ -335,7 +335,7 @@ def test_the_same_records_are_the_same_values_in_every_kind_of_file(tmp_path, na
 
 
 @pytest.mark.parametrize("name", WRITE)
-def test_chunks_parsed_elsewhere_are_the_values(tmp_path, name):
+def test_parsed_chunks_equal_the_values_read_directly(tmp_path, name):
     WRITE[name](tmp_path / name)
     chunks = list(read_chunks(tmp_path / name))
     assert [one for chunk in chunks for one in parse_chunk(chunk)] == list(read_values(tmp_path / name))
@@ -343,12 +343,12 @@ def test_chunks_parsed_elsewhere_are_the_values(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.parquet"])
-def test_json_lines_under_another_name_are_known_by_their_first_byte(tmp_path, name):
+def test_json_lines_with_another_extension_are_detected_by_the_first_byte(tmp_path, name):
     assert list(read_values(written(tmp_path, line(HELLO), name))) == [RawRecord(HELLO, f"{name}:1")]
 
 
 @pytest.mark.parametrize(("separator", "ending"), [(",", "csv"), ("\t", "tsv"), (";", "csv")])
-def test_a_table_under_the_name_of_json_is_refused_with_the_name_it_needs(tmp_path, separator, ending):
+def test_a_table_with_a_json_extension_is_refused_with_the_right_extension(tmp_path, separator, ending):
     # Once renamed as the message says, the file is read.
     path = written(tmp_path, f"instruction{separator}output\nx{separator}y\n".encode())
     with pytest.raises(BadData, match=rf"train\.jsonl:1: a table.*\n  mv \S+/train.jsonl \S+/train\.{ending}"):
@@ -358,7 +358,7 @@ def test_a_table_under_the_name_of_json_is_refused_with_the_name_it_needs(tmp_pa
 
 
 @pytest.mark.parametrize("content", [b"a text, with a comma\n", b"output\n", b"{broken, output\n", b"'output', 1\n"])
-def test_a_line_that_is_no_header_is_no_table(tmp_path, content):
+def test_a_first_line_that_is_not_a_header_is_not_taken_for_a_table(tmp_path, content):
     assert "not JSON" in refusals(written(tmp_path, content))[0].reason
 
 
@@ -377,7 +377,7 @@ def test_a_line_that_is_no_header_is_no_table(tmp_path, content):
     # gzip content includes the time, so automatic ids would differ between pytest's worker processes.
     ids=["zip", "bzip2", "xz", "7z", "xls", "SQLite", "gzip", "tar"],
 )
-def test_an_archive_that_is_not_read_is_named(tmp_path, content, kind):
+def test_the_error_for_an_unsupported_archive_names_its_format(tmp_path, content, kind):
     behind = b"" if kind in ("gzip", "tar") else bytes(range(200))
     with pytest.raises(BadData, match=rf"a {kind}.* file; expected text. Unpack it"):
         list(read_values(written(tmp_path, content + behind)))
@@ -395,7 +395,7 @@ def test_an_archive_that_is_not_read_is_named(tmp_path, content, kind):
     ],
 )
 @pytest.mark.parametrize("name", ["train.jsonl", "train.parquet", "train.csv"])
-def test_what_came_in_place_of_the_file_is_named(tmp_path, content, words, name):
+def test_a_git_lfs_pointer_or_web_page_instead_of_data_is_reported(tmp_path, content, words, name):
     with pytest.raises(BadData, match=words):
         list(read_values(written(tmp_path, content, name)))
 
@@ -406,7 +406,7 @@ def test_the_fingerprint_of_a_file_is_the_hash_of_its_bytes(tmp_path):
     assert size_of(path) == size_of(str(path)) == len(line(HELLO))
 
 
-def test_what_is_neither_file_nor_folder_is_not_waited_for(tmp_path):
+def test_a_named_pipe_is_refused_without_blocking(tmp_path):
     # A pipe would be read twice, and would block.
     os.mkfifo(tmp_path / "pipe.jsonl")
     for ask in (fingerprint_of, lambda source: list(read_values(source))):
@@ -415,7 +415,7 @@ def test_what_is_neither_file_nor_folder_is_not_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
-def test_a_value_of_more_levels_than_another_process_can_be_handed_is_refused(tmp_path, name):
+def test_a_value_nested_too_deeply_to_send_to_a_worker_process_is_refused(tmp_path, name):
     # Python parses 900 levels but can send only 400 to another process, so no record may have that many.
     deep, flat = {**HELLO, "x": json.loads("[" * 900 + "]" * 900)}, {**HELLO, "x": [[]] * 900}
     path = written(tmp_path, line(deep) if name.endswith("l") else json.dumps([deep]).encode(), name)
@@ -430,7 +430,7 @@ def test_a_value_of_more_levels_than_another_process_can_be_handed_is_refused(tm
 @pytest.mark.parametrize(
     ("place", "holds"), [("data", True), ("data/out", True), ("data/.out", False), ("datafile", False), ("", False)]
 )
-def test_a_folder_would_hold_what_is_written_in_it(tmp_path, place, holds):
+def test_would_hold_detects_output_paths_inside_the_dataset_folder(tmp_path, place, holds):
     (tmp_path / "data").mkdir()
     assert would_hold(tmp_path / "data", tmp_path / place) is holds
     assert would_hold("owner/name", tmp_path / place) is False

@@ -17,7 +17,7 @@ ENCODINGS = ["utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-8", "utf-8-sig"]
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_a_file_of_another_encoding_is_read_as_utf_8_is(tmp_path: Path, encoding):
+def test_utf_16_and_utf_32_files_are_read_like_utf_8(tmp_path: Path, encoding):
     # Windows' Notepad calls UTF-16 "Unicode". Users who followed the advice to convert were once refused.
     for name, text in (("a.jsonl", LINES), ("a.json", json.dumps(RECORDS, indent=1)), ("a.csv", TABLE)):
         plain, other = tmp_path / "plain" / name, tmp_path / name
@@ -30,7 +30,7 @@ def test_a_file_of_another_encoding_is_read_as_utf_8_is(tmp_path: Path, encoding
         assert sum(bytes_seen) == other.stat().st_size
 
 
-def test_a_character_that_a_step_of_reading_cuts_in_two_is_whole(tmp_path: Path):
+def test_a_character_split_between_two_read_chunks_is_decoded(tmp_path: Path):
     text = json.dumps({"instruction": "x", "output": "😀" * 100_000}, ensure_ascii=False)
     (tmp_path / "a.jsonl").write_bytes(text.encode("utf-16"))
     (found,) = read_values(tmp_path / "a.jsonl")
@@ -38,12 +38,12 @@ def test_a_character_that_a_step_of_reading_cuts_in_two_is_whole(tmp_path: Path)
 
 
 @pytest.mark.parametrize("damage", [b"x", b"\x00\xd8x\x00"])
-def test_what_is_not_of_the_encoding_it_begins_in_is_named_with_its_line(tmp_path: Path, damage):
+def test_bytes_invalid_in_the_detected_encoding_are_reported_with_their_line(tmp_path: Path, damage):
     (tmp_path / "a.jsonl").write_bytes(LINES.encode("utf-16") + damage)
     with pytest.raises(BadData, match=r"a\.jsonl:3: not UTF-16"):
         list(read_values(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize("head", [b"", b"{", b"[1]", b"\0\0\0\0", "早上好".encode(), b"a\0"])
-def test_other_beginnings_are_utf_8(head):
+def test_files_that_do_not_look_like_utf_16_or_32_are_taken_for_utf_8(head):
     assert encoding_of(head) == "utf-8"

@@ -28,7 +28,7 @@ def sealed(folder: Path, step: int, content: bytes = b"weights") -> Path:
     return final
 
 
-def test_a_sealed_folder_is_whole_and_its_staging_gone(tmp_path):
+def test_a_sealed_folder_is_complete_and_its_staging_folder_is_removed(tmp_path):
     made = sealed(tmp_path, 4)
     assert damage(made) == []
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
@@ -60,13 +60,13 @@ def _same_json(one: bytes, other: bytes) -> bool:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"files": 3}', b'{"files": {"a": {}}}', b"\xff\xfe"])
-def test_a_manifest_that_says_nothing_is_damage_and_no_crash(tmp_path, content):
+def test_an_invalid_manifest_is_reported_as_damage_without_a_crash(tmp_path, content):
     made = sealed(tmp_path, 4)
     (made / MANIFEST).write_bytes(content)
     assert len(damage(made)) == 1
 
 
-def test_a_manifest_that_is_a_pipe_or_a_device_is_damage(tmp_path):
+def test_a_manifest_that_is_a_pipe_or_device_is_reported_as_damage(tmp_path):
     """A pipe was read forever, and /dev/zero until the memory was full."""
     pipe, device = sealed(tmp_path, 1), sealed(tmp_path, 2)
     (pipe / MANIFEST).unlink()
@@ -84,7 +84,7 @@ def test_a_missing_file_and_a_missing_manifest_are_named(tmp_path):
     assert "no manifest" in damage(made)[0]
 
 
-def test_a_seal_replaces_its_own_and_moves_what_is_not_ours_aside(tmp_path):
+def test_sealing_replaces_own_checkpoints_and_moves_foreign_folders_aside(tmp_path):
     sealed(tmp_path, 4, b"old")
     assert (sealed(tmp_path, 4, b"new") / "adapter.safetensors").read_bytes() == b"new"
     (tmp_path / "checkpoint-6").mkdir()
@@ -106,7 +106,7 @@ def test_rotation_keeps_the_newest_the_protected_and_everything_a_user_made(tmp_
     }
 
 
-def test_rotation_never_takes_the_last_that_is_whole(tmp_path):
+def test_rotation_never_removes_the_last_undamaged_checkpoint(tmp_path):
     for step in (2, 4, 6):
         sealed(tmp_path, step)
     for step in (4, 6):
@@ -115,7 +115,7 @@ def test_rotation_never_takes_the_last_that_is_whole(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-2"]
 
 
-def test_a_checkpoint_that_is_a_link_is_left_alone(tmp_path):
+def test_rotation_leaves_a_symlinked_checkpoint_alone(tmp_path):
     elsewhere = sealed(tmp_path / "elsewhere", 2)
     out = tmp_path / "out"
     sealed(out, 4)
@@ -124,7 +124,7 @@ def test_a_checkpoint_that_is_a_link_is_left_alone(tmp_path):
     assert damage(elsewhere) == []
 
 
-def test_what_a_killed_run_was_doing_is_cleared(tmp_path):
+def test_leftover_staging_folders_of_a_killed_run_are_cleared(tmp_path):
     for name in (".saving-checkpoint-4", ".removing-checkpoint-2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("x")
@@ -133,7 +133,7 @@ def test_what_a_killed_run_was_doing_is_cleared(tmp_path):
     assert list(tmp_path.iterdir()) == [kept]
 
 
-def test_a_step_that_is_saved_again_has_a_whole_checkpoint_at_every_moment(tmp_path, monkeypatch):
+def test_saving_a_step_again_always_leaves_a_complete_checkpoint(tmp_path, monkeypatch):
     # The epoch's end and a stop may save the same step twice; with --save_total_limit 1 there is no other checkpoint.
     real, renames = Path.rename, 0
 
@@ -160,7 +160,7 @@ def test_a_step_that_is_saved_again_has_a_whole_checkpoint_at_every_moment(tmp_p
     assert survived == 1, "it died before the old name went, and between that and the new one's coming"
 
 
-def test_a_staged_folder_that_is_not_whole_is_cleared_and_none_replaces_what_has_its_name(tmp_path):
+def test_staged_folders_are_cleared_if_damaged_and_replace_no_checkpoint(tmp_path):
     sealed(tmp_path, 2).rename(tmp_path / ".saving-checkpoint-2")
     sealed(tmp_path / "other", 4).rename(tmp_path / ".saving-checkpoint-4")
     (tmp_path / "other").rmdir()

@@ -104,7 +104,7 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_what_is_saved_is_the_average_and_is_what_was_evaluated(models, dialogues, tmp_path, evaluated):
+def test_the_saved_adapter_is_the_average_that_was_evaluated(models, dialogues, tmp_path, evaluated):
     train(models("llama"), dialogues, tmp_path, "--max_steps", "6", "--save_steps", "2", *EVALUATES)
     assert same(adapter(tmp_path / "checkpoint-4"), evaluated[1])
     assert same(adapter(tmp_path), adapter(tmp_path / "checkpoint-6"))
@@ -113,7 +113,9 @@ def test_what_is_saved_is_the_average_and_is_what_was_evaluated(models, dialogue
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
-def test_a_rate_that_falls_beside_it_is_said(models, dialogues, tmp_path, evaluated, schedule):
+def test_a_decaying_learning_rate_with_an_averaging_optimizer_is_reported(
+    models, dialogues, tmp_path, evaluated, schedule
+):
     words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "1"]
     words += ["--output_dir", str(tmp_path), "--optim", "schedule_free_sgd", "--lr_scheduler_type", schedule]
     assert main([*words, "--eval_size", "0"]) == 0
@@ -121,7 +123,7 @@ def test_a_rate_that_falls_beside_it_is_said(models, dialogues, tmp_path, evalua
     assert any("so that late steps count for little" in notice for notice in notices) == (schedule == "linear")
 
 
-def test_an_adapter_without_checkpoints_is_the_average(models, dialogues, tmp_path, evaluated):
+def test_the_final_adapter_is_the_average_without_checkpoints_too(models, dialogues, tmp_path, evaluated):
     train(
         models("llama"), dialogues, tmp_path / "none", "--max_steps", "6", "--save_strategy", "no", "--eval_size", "0"
     )
@@ -129,7 +131,7 @@ def test_an_adapter_without_checkpoints_is_the_average(models, dialogues, tmp_pa
     assert sums(adapter(tmp_path / "none").values()) == sums(averages(tmp_path / "some" / "checkpoint-6"))
 
 
-def test_a_resumed_run_is_the_unbroken_one(models, dialogues, tmp_path, evaluated):
+def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_run(models, dialogues, tmp_path, evaluated):
     flags = ("--max_steps", "6", "--save_steps", "3", *EVALUATES)
     train(models("llama"), dialogues, tmp_path / "whole", *flags)
     checkpoint = str(tmp_path / "whole" / "checkpoint-3")
@@ -137,7 +139,7 @@ def test_a_resumed_run_is_the_unbroken_one(models, dialogues, tmp_path, evaluate
     assert same(adapter(tmp_path / "resumed"), adapter(tmp_path / "whole"))
 
 
-def test_the_best_checkpoint_is_taken_as_it_was_saved(models, dialogues, tmp_path, evaluated, monkeypatch):
+def test_the_best_checkpoint_is_kept_exactly_as_it_was_saved(models, dialogues, tmp_path, evaluated, monkeypatch):
     # If other weights were still in use, they would be taken for the best ones and changed when these are saved.
     flow = DefaultFlowCallback.on_step_end
 

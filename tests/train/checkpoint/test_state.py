@@ -24,7 +24,7 @@ def weight() -> torch.nn.Parameter:
 
 
 @pytest.mark.parametrize("schedule", [kind.value for kind in SchedulerType])
-def test_every_schedule_of_the_library_leaves_a_state_without_a_program(tmp_path, schedule):
+def test_every_transformers_scheduler_state_passes_the_pickle_check(tmp_path, schedule):
     made = get_scheduler(
         schedule,
         torch.optim.AdamW([weight()], lr=1e-3),
@@ -37,7 +37,7 @@ def test_every_schedule_of_the_library_leaves_a_state_without_a_program(tmp_path
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor, torch.optim.LBFGS])
-def test_an_optimizer_leaves_a_state_without_a_program(tmp_path, optimizer):
+def test_an_optimizer_state_passes_the_pickle_check(tmp_path, optimizer):
     one = weight()
     made = optimizer([one], lr=1e-3)
 
@@ -53,14 +53,14 @@ def test_an_optimizer_leaves_a_state_without_a_program(tmp_path, optimizer):
     assert has_optimizer(tmp_path)
 
 
-def test_random_numbers_are_kept_without_a_program(tmp_path):
+def test_rng_states_pass_the_pickle_check(tmp_path):
     states = {"python": random.getstate(), "numpy": numpy.random.get_state(), "cpu": torch.get_rng_state()}
     torch.save(states, tmp_path / "rng_state.pth")
     refuse_programs(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04", b"PK\x03\x04torn", b"not a state"])
-def test_a_torn_state_is_named(tmp_path, content):
+def test_a_corrupt_state_file_is_named(tmp_path, content):
     (tmp_path / "rng_state_3.pth").write_bytes(content)
     with pytest.raises(BadModel, match=r"rng_state_3\.pth .*\n.*--continue_training"):
         refuse_programs(tmp_path)
@@ -71,7 +71,7 @@ class Program:
         return (os.mkdir, ("it-ran",))
 
 
-def test_a_program_is_named_and_not_run(tmp_path, monkeypatch):
+def test_a_malicious_pickle_is_named_and_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"step": Program()}, "scaler.pt")
     with pytest.raises(BadModel, match=r"scaler\.pt is damaged, or it is a program"):
@@ -79,7 +79,7 @@ def test_a_program_is_named_and_not_run(tmp_path, monkeypatch):
     assert not (tmp_path / "it-ran").exists()
 
 
-def test_what_the_library_does_not_open_is_no_state(tmp_path):
+def test_files_the_trainer_does_not_load_are_not_state_files(tmp_path):
     for name in ("training_args.bin", "adapter_model.safetensors", "optimizer.json", "my_optimizer.pt"):
         (tmp_path / name).write_bytes(b"")
     assert state_files(tmp_path) == []
