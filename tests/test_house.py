@@ -173,7 +173,6 @@ PRIVATE = {
         "Trainer._load_best_model",
         "Trainer._load_from_checkpoint",
         "Trainer._load_optimizer_and_scheduler",
-        "Trainer._push_from_checkpoint",
         "Trainer._save_checkpoint",
         "Trainer._save_optimizer_and_scheduler",
         "Trainer._save_rng_state",

@@ -19,6 +19,8 @@ RECORD = {
         "dataset_path": {"value": "/home/me/private/talk.jsonl", "source": "--dataset_path"},
         "output_dir": {"value": "/home/me/out", "source": "--output_dir"},
         "hub_token": {"value": "(not kept)", "source": "--hub_token"},
+        "template": {"value": "/home/me/secret/own.jinja", "source": "--template"},
+        "deepspeed": {"value": "~/private/zero3.json", "source": "--deepspeed"},
         "lora_rank": {"value": 8, "source": "default"},
         "warmup_steps": {"value": 3, "source": "--warmup_steps"},
         "eval_size": {"value": 0.0, "source": "default"},
@@ -64,7 +66,8 @@ def test_the_card_contains_no_paths_and_no_record_text(card_of_run, tmp_path):
     assert str(tmp_path) not in card
     assert not any(record["output"] in card for record in DIALOGUES if len(record["output"]) > 2)
     card = model_card(RECORD, METADATA, [])
-    assert "/home/me" not in card and "Be brief." not in card and "hub_token" not in card
+    assert "/home/me" not in card and "~" not in card and "Be brief." not in card and "hub_token" not in card
+    assert "own.jinja" in card and "zero3.json" in card
     assert "`talk.jsonl`" in card and "`warmup_steps`" in card and "`eval_size`" not in card
 
 

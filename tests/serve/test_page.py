@@ -1,14 +1,17 @@
 """The page of `atomtune web`, used in a real browser; its server is the command in its own process."""
 
 import contextlib
+import http.server
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -248,11 +251,56 @@ def test_text_that_looks_like_a_tag_is_shown(opened):
 
 
 @needs_browser
+@pytest.mark.parametrize("before", ["", "a ``` b "], ids=["outside_code", "after_backticks"])
+def test_a_picture_on_another_host_is_not_loaded(opened, before):
+    # It would tell that host what the model was made to write into the address.
+    with http.server.HTTPServer(("127.0.0.1", 0), NotesPaths) as host:
+        threading.Thread(target=host.serve_forever, daemon=True).start()
+        question = f"{before}![picture](http://127.0.0.1:{host.server_port}/seen)"
+        tab = opened()
+        tab.ask(question)
+        playwright.expect(tab.page.locator("#tuned .message.bot")).to_have_count(1, timeout=20_000)
+        tab.page.evaluate("address => { new Image().src = address }", f"http://127.0.0.1:{host.server_port}/policy")
+        tab.page.wait_for_timeout(1_000)
+        host.shutdown()
+    assert NotesPaths.paths == []
+
+
+class NotesPaths(http.server.BaseHTTPRequestHandler):
+    paths: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.paths.append(self.path)
+        self.send_error(404)
+
+
+@needs_browser
 def test_a_conversation_is_saved_as_a_record_that_training_reads(opened, tmp_path):
     tab = opened()
     tab.ask("晚安")
     tab.shows("tuned", "晚安，愿你好梦。")
     assert [message["content"] for message in saved_by(tab.page)] == ["晚安", "晚安，愿你好梦。"]
+    tab.ask("Who are you?")
+    playwright.expect(tab.page.locator("#tuned .message.bot")).to_have_count(2, timeout=20_000)
+    playwright.expect(tab.page.locator("#typed [data-testid='submit-button']")).to_be_visible()
+    tab.page.wait_for_timeout(1_000)  # until the button has the new file
+    assert [message["role"] for message in saved_by(tab.page)] == ["user", "assistant"] * 2
+
+
+@needs_browser
+def test_the_files_of_a_conversation_are_removed_when_it_is_left(browser, by_heart, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with Web("--adapter_path", str(by_heart), "--max_new_tokens", "40") as web, new_page(browser) as page:
+        tab = Tab(page, web.address)
+        for count in (1, 2):
+            tab.ask("晚安")
+            playwright.expect(page.locator("#tuned .message.bot")).to_have_count(count, timeout=20_000)
+            page.wait_for_selector("#save")
+        page.wait_for_timeout(1_000)
+        assert len(list(tmp_path.rglob("conversation.jsonl"))) == 1
+        page.click("#new")
+        playwright.expect(page.locator("#save")).to_be_hidden()
+        assert list(tmp_path.rglob("conversation.jsonl")) == []
 
 
 def saved_by(page: "playwright.Page") -> list[dict]:

@@ -9,7 +9,7 @@ import yaml
 from transformers import TrainingArguments, training_args
 
 from atomtune.errors import BadSettings
-from atomtune.settings.fields import ChatSettings, MergeSettings
+from atomtune.settings.fields import ChatSettings, EvaluateSettings, MergeSettings
 from atomtune.settings.flags import types_of
 from atomtune.settings.library import library_settings, library_types
 from atomtune.settings.names import RENAMED
@@ -473,6 +473,15 @@ def test_a_list_may_be_words_or_words_with_commas(flags):
 @pytest.mark.parametrize("text", ["[q_proj, v_proj]", "q_proj,v_proj", "\n- q_proj\n- v_proj"])
 def test_a_list_in_yaml_may_be_a_list_or_words_with_commas(run_yaml, text):
     assert run_yaml(f"lora_targets: {text}\n").lora.lora_targets == ["q_proj", "v_proj"]
+
+
+def test_a_folder_with_a_comma_in_its_name_is_one_folder(tmp_path):
+    # Regression: --adapter_path out,lr=1e-4, which our own next commands print, became two folders.
+    folder = tmp_path / "out,lr=1e-4"
+    folder.mkdir()
+    for words, folders in (([str(folder), "b"], [str(folder), "b"]), (["a,b"], ["a", "b"])):
+        settings = read_settings(EvaluateSettings, ["--adapter_path", *words], command="evaluate")
+        assert settings.adapter_path == folders
 
 
 def test_one_word_is_a_list_of_one(run_yaml):

@@ -34,3 +34,17 @@ def test_each_figure_is_labelled_for_pages_too_narrow_for_column_headings():
         with spoken(language):
             html = page(sweep, title="sweep", image="", commands=[])
         assert re.findall('<td data-model="(.*?)">', html) == names * 2
+
+
+def test_trials_from_before_a_setting_was_tried_do_not_stop_the_report():
+    # Regression: resumed with one more --try, the best trial had a setting that the earlier ones lack: KeyError.
+    sweep = Sweep(status="finished", shared={}, tried={"lora_rank": ("8", "16")})
+    for trial in [
+        *TRIALS,
+        *(
+            Trial(2 + n, {"lora_rank": rank}, status="finished", eval_loss=loss, best_step=45)
+            for n, (rank, loss) in enumerate([("8", 2.3), ("16", 2.2)], start=1)
+        ),
+    ]:
+        sweep = sweep.with_trial(trial)
+    assert "Its lora_rank is the highest of those tried: a higher one may be better still." in list(sentences(sweep))

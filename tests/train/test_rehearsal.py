@@ -6,7 +6,10 @@ import pytest
 
 import atomtune.train.model  # noqa: F401  # `atomtune.train` is also a function
 from atomtune.cli import main
+from atomtune.errors import BadSettings
+from atomtune.settings.read import read_train
 from atomtune.train import arguments
+from atomtune.train.rehearsal import rehearse
 
 
 @pytest.fixture
@@ -132,6 +135,19 @@ def test_an_output_layer_tied_to_the_embedding_is_refused_as_target(refused):
 def test_an_untied_output_layer_may_be_a_target(models, dialogues, tmp_path):
     words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "2"]
     assert main([*words, "--output_dir", str(tmp_path / "out"), "--lora_targets", "q_proj", "lm_head"]) == 0
+
+
+def test_a_batch_size_that_is_found_by_trying_is_refused(refused):
+    said = refused("--auto_find_batch_size")
+    assert "--auto_find_batch_size: it would repeat steps" in said and "--per_device_train_batch_size" in said
+
+
+def test_skipping_steps_with_deepspeed_is_refused(models):
+    settings = read_train(["--model_path", str(models("llama")), "--dataset_path", "x.jsonl", "--skip_nonfinite", "2"])
+    args = arguments.trainer_arguments(settings)
+    args.deepspeed = "zero2.json"  # as an argument it would need the package
+    with pytest.raises(BadSettings, match="--skip_nonfinite: DeepSpeed has changed the weights"):
+        rehearse(settings, args)
 
 
 def test_a_push_to_a_hub_that_cannot_be_reached_is_refused(refused, monkeypatch):

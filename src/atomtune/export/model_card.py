@@ -183,11 +183,18 @@ def _settings(settings: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "", "All others have their defaults; `run.json` of the run lists every one."])
 
 
+def _is_a_place(value: str) -> bool:
+    """Whether a value is a file or folder of this machine."""
+    return value.startswith("~") or Path(value).is_absolute() or (len(value) < 256 and Path(value).exists())
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(str(part) for part in value)
+        return ", ".join(_shown(part) for part in value)
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
+    if isinstance(value, str) and _is_a_place(value):  # a template's file, a file with DeepSpeed's settings
+        return shown_base(value)
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 

@@ -1,10 +1,12 @@
 """Page: the layout of `atomtune web` and what a click does, in English or Chinese depending on the browser.
 
-It is built with Gradio. The page loads nothing from other machines: no fonts, no analytics, no share link.
+It is built with Gradio. The page loads nothing from other machines: no fonts, no analytics, no share link, and no
+picture that an answer names.
 """
 
 import os
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -19,6 +21,9 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio reads it when it is i
 
 import gradio
 from gradio.blocks import Block
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from atomtune.choices import RUN_RECORD
 from atomtune.console import shortened
@@ -72,8 +77,10 @@ _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans CJK SC", "PingFan
 _HEIGHT = "max(300px, calc(100dvh - 280px))"
 #: Seconds between two updates of an answer that is being written, because each update draws all of it.
 _FRAME = 0.1
-#: Code in Markdown: fenced, or between backticks.
-_CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
+#: Code in Markdown: fenced, or between backticks. Three backticks within a line open no fence.
+_CODE = re.compile(r"(^[ \t]*```[^`\n]*(?:\n.*?(?:^[ \t]*```|\Z)|\Z)|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
+#: What the browser may load. Gradio's own page has inline styles and scripts.
+_OWN_ORIGIN = " ".join(("default-src", "'self'", "'unsafe-inline'", "'unsafe-eval'", "data:", "blob:"))
 
 #: Values of the boxes, by box.
 Values = dict[Any, Any]
@@ -83,11 +90,13 @@ Values = dict[Any, Any]
 class Talk:
     """One conversation in one browser tab; starting a new conversation creates another object.
 
-    stop  ends the answer to the last question; None if no question is waiting
+    stop   ends the answer to the last question; None if no question is waiting
+    saved  the folder of the file that the save button offers; None before the first answer
     """
 
     exchanges: list[Exchange] = field(default_factory=list)
     stop: threading.Event | None = None
+    saved: Path | None = None
 
     def ask(self, before: list[Exchange], question: str) -> None:
         """Append a question after these exchanges; it waits for its answer."""
@@ -283,11 +292,12 @@ class Page:
 
     def settle(self, values: Values, request: gradio.Request) -> tuple[Any, ...]:
         """After an answer: the present conversation, and the button that saves it as a record for `train`."""
-        exchanges = self._talks[request.session_hash].exchanges
+        talk = self._talks[request.session_hash]
         button = gradio.DownloadButton(visible=False)
-        if exchanges:
-            conversation = conversation_of(self.tuned, exchanges, self._system_of(values))
-            file = Path(tempfile.mkdtemp(dir=self._saved.path)) / "conversation.jsonl"
+        if talk.exchanges:
+            conversation = conversation_of(self.tuned, talk.exchanges, self._system_of(values))
+            talk.saved = talk.saved or Path(tempfile.mkdtemp(dir=self._saved.path))
+            file = talk.saved / "conversation.jsonl"
             conversation.save(file)
             button = gradio.DownloadButton(value=str(file), visible=True)
         return *self._drawn(request), button
@@ -297,8 +307,11 @@ class Page:
         _end_answer(self._talks[request.session_hash])
 
     def leave(self, request: gradio.Request) -> None:
-        """Forget this tab's conversation and end its answer."""
-        _end_answer(self._talks.pop(request.session_hash, Talk()))
+        """Forget this tab's conversation with its file, and end its answer."""
+        talk = self._talks.pop(request.session_hash, Talk())
+        _end_answer(talk)
+        if talk.saved is not None:
+            shutil.rmtree(talk.saved, ignore_errors=True)
 
     def _asking(self, values: Values) -> Asking:
         return Asking(
@@ -363,6 +376,7 @@ class Page:
             theme=theme,
             css=_CSS,
             i18n=self._word,
+            app_kwargs={"middleware": [Middleware(_only_from_here)]},
         )
 
     def wait(self, *, opens: str | None = None) -> None:
@@ -417,14 +431,31 @@ def _end_answer(talk: Talk) -> None:
         talk.stop.set()
 
 
+def _only_from_here(app: ASGIApp) -> ASGIApp:
+    """Let the browser load only what this server sends.
+
+    An answer may name a picture on another machine, and whoever wrote a text that the model reads could so learn of it.
+    """
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(event: Message) -> None:
+            if event["type"] == "http.response.start":
+                MutableHeaders(scope=event)["Content-Security-Policy"] = _OWN_ORIGIN
+            await send(event)
+
+        await app(scope, receive, send_with_policy)
+
+    return answer
+
+
 def as_markdown(text: str) -> str:
-    """A text for a box that renders Markdown; what looks like a tag outside of code is escaped."""
-    return _outside_code(text, lambda part: part.replace("&", "&amp;").replace("<", "&lt;"))
+    """A text for a box that renders Markdown; outside of code, what looks like a tag or a picture is escaped."""
+    return _outside_code(text, lambda part: part.replace("&", "&amp;").replace("<", "&lt;").replace("![", "&#33;["))
 
 
 def from_markdown(text: str) -> str:
     """The inverse of `as_markdown`, for a question that was edited on the page."""
-    return _outside_code(text, lambda part: part.replace("&lt;", "<").replace("&amp;", "&"))
+    return _outside_code(text, lambda part: part.replace("&#33;[", "![").replace("&lt;", "<").replace("&amp;", "&"))
 
 
 def _outside_code(text: str, change: Callable[[str], str]) -> str:

@@ -279,7 +279,7 @@ def _demo_entries(reader: EntryReader) -> dict[str, Entry]:
 def _validated(group: type[S], entries: Mapping[str, Entry], problems: list[str]) -> S | None:
     """A class filled from the entries; None, with a problem added, if one of them is invalid."""
     types, infos = types_of((group,)), field_infos([group])
-    values = {name: _value(entries[name], types[name]) for name in types if name in entries}
+    values = {name: _value(entries[name], types[name], infos[name]) for name in types if name in entries}
     try:
         return group(**values)
     except ValidationError as error:
@@ -313,16 +313,22 @@ def _holds_mappings(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(item, dict) for item in value)
 
 
-def _value(entry: Entry, kind: Any) -> Any:
-    """The value for a setting; list settings accept one word, several words, or words joined by commas."""
+def _value(entry: Entry, kind: Any, info: FieldInfo) -> Any:
+    """The value for a setting; list settings accept one word, several words, or words joined by commas.
+
+    A folder that is there under the whole word is one folder, even with a comma in its name.
+    """
     if "true" in typing.get_args(kind):  # auto|true|false, in any spelling
         return str(entry.value).lower()
     if typing.get_origin(kind) is not list:
         return entry.value
     words = entry.value if isinstance(entry.value, list) else [entry.value]
+    extra = info.json_schema_extra
+    is_folders = isinstance(extra, dict) and extra["value"] == "FOLDER"
     parts: list[str] = []
     for word in words:
-        parts += str(word).split(",")
+        is_one = is_folders and Path(str(word)).exists()
+        parts += [str(word)] if is_one else str(word).split(",")
     return [part for part in parts if part]
 
 

@@ -57,7 +57,8 @@ def _at_an_end(sweep: Sweep, best: Trial) -> Iterator[str]:
     """A sentence for each setting whose best value is the lowest or highest tried: a better one may lie beyond it."""
     for name, word in best.settings.items():
         try:
-            numbers = sorted({float(trial.settings[name]) for trial in sweep.ranked()})
+            # a resumed sweep may try a setting that its earlier trials left as it was
+            numbers = sorted({float(trial.settings[name]) for trial in sweep.ranked() if name in trial.settings})
             value = float(word)
         except ValueError:
             continue

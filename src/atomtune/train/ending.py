@@ -10,10 +10,12 @@ from atomtune.console import program
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import printable
 from atomtune.disk import publish
+from atomtune.hub_reach import endpoint_shown
 from atomtune.model.adapter import refuse_empty
 from atomtune.model.adapter_folder import CERTIFICATE, WEIGHTS
 from atomtune.model.memory import peak_bytes
 from atomtune.train.checkpoint.atomic import staged
+from atomtune.train.hub_upload import HubUpload
 from atomtune.train.outcome import Outcome, outcome
 from atomtune.train.progress import LossPicture
 from atomtune.train.report_page import write_page
@@ -37,6 +39,25 @@ def finish(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Los
         _say_no_report(run, f"{stop} received while the report was written")
     except OSError as error:
         _say_no_report(run, f"the report could not be written ({error})")
+    if trainer.upload is not None:
+        _upload(run, trainer.upload, trainer.adapter_files)
+
+
+def _upload(run: RunContext, upload: HubUpload, adapter_files: list[str]) -> None:
+    """Upload the adapter to the hub, and say where it is or how to try again."""
+    folder, repo = run.args.output_dir, upload.repo
+    run.console.say(f"uploading the adapter to {repo} …")
+    try:
+        arrived = upload.finish(Path(folder), adapter_files)
+    except KeyboardInterrupt as stop:
+        run.console.notice(f"{stop} received during the upload.")
+        arrived = False
+    if arrived:
+        run.console.say(f"uploaded: {endpoint_shown()}/{repo}")
+    else:
+        again = shlex.join(["hf", "upload", repo, folder, ".", *(f"--include={name}" for name in adapter_files)])
+        run.console.notice(f"The adapter is saved here, but is not on the hub. Upload it: {again}")
+    run.record.update(notices=run.console.notices)
 
 
 def _say_waiting(run: RunContext, trainer: LoraTrainer, ledger: Ledger) -> None:
@@ -135,7 +156,7 @@ def _save_adapter(run: RunContext, trainer: LoraTrainer) -> None:
     if is_first:
         trainer.refuse_replaced_folder()
     with staged(folder / "adapter", clears=is_first) as staging:
-        trainer.save_model(str(staging))
+        trainer.save_model(str(staging), _internal_call=True)  # otherwise the Trainer uploads its own choice of files
         if is_first:
             (folder / CERTIFICATE).unlink(missing_ok=True)  # it certifies the weights that are now replaced
             publish(staging, folder, last=WEIGHTS)

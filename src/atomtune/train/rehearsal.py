@@ -54,6 +54,17 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
         problems.append("--dataloader_persistent_workers needs --dataloader_num_workers of 1 or more.")
     if args.fsdp and args.world_size <= 1:
         problems.append("--fsdp is not used here: it needs several processes on GPUs. Leave it out.")
+    if args.deepspeed and settings.run.skip_nonfinite:
+        # its engine makes the update within the backward pass, before a loss can be looked at
+        problems.append(
+            "--skip_nonfinite: DeepSpeed has changed the weights before a step can be skipped. Leave it out."
+        )
+    if args.auto_find_batch_size:
+        # the library would start again at step 0 with the weights and the optimizer of the steps already made
+        problems.append(
+            "--auto_find_batch_size: it would repeat steps on weights that these steps have already changed. Leave it "
+            "out, and pass a smaller --per_device_train_batch_size; `atomtune plan` computes which one fits."
+        )
     if args.torch_compile:
         # torch.compile does not support the attention over rows, and every batch has another length.
         problems.append(

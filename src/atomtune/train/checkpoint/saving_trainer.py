@@ -20,6 +20,7 @@ from atomtune.model.adapter_folder import AdapterMetadata
 from atomtune.train.checkpoint.atomic import checkpoints, damage, rotate, seal, staged
 from atomtune.train.checkpoint.start import STATE, step_of
 from atomtune.train.checkpoint.state import WEIGHTS_ONLY, has_optimizer
+from atomtune.train.hub_upload import HubUpload
 from atomtune.train.ranks import on_any_rank
 
 #: How many saves in a row may fail before the run ends.
@@ -58,6 +59,10 @@ class SavingTrainer(Trainer):
         self.tokenizer_to_save, self.metadata, self.facts, self.notice = tokenizer, metadata, facts, notice
         self.resumed_from, self.failed_saves = resumed_from, 0
         self._folder_identity = identity_of(Path(self.args.output_dir))
+        #: The names of the files that the last save_model wrote.
+        self.adapter_files: list[str] = []
+        sends = self.args.push_to_hub and self.is_world_process_zero()
+        self.upload = HubUpload(str(self.hub_model_id), self.args, notice) if sends else None
 
     def refuse_replaced_folder(self) -> None:
         """Raise RunFailed if another folder has replaced the one in which this run started."""
@@ -87,6 +92,7 @@ class SavingTrainer(Trainer):
         self.tokenizer_to_save.save_pretrained(folder)
         self.metadata.save(folder)
         write_text(folder / _CARD, self.card(self.state.log_history))  # replaces PEFT's template of a model card
+        self.adapter_files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
 
     def take_averaged_weights(self) -> None:
         """Switch schedule_free_* optimizers to the averaged weights, which are the run's result.
@@ -145,9 +151,8 @@ class SavingTrainer(Trainer):
     def _seal_checkpoint(self, staging: Path, final: Path) -> None:
         if self.args.should_save:
             seal(staging, final, {**self.facts, "step": self.state.global_step})
-            if self.args.push_to_hub:
-                # Does what --push_to_hub and --hub_strategy say; there is no public method
-                self._push_from_checkpoint(str(final))
+            if self.upload is not None:
+                self.upload.send_checkpoint(final, self.adapter_files)
 
     def _give_up(self, error: BaseException | None) -> None:
         """Continue training without this checkpoint.
