@@ -298,6 +298,7 @@ class Page:
             conversation = conversation_of(self.tuned, talk.exchanges, self._system_of(values))
             talk.saved = talk.saved or Path(tempfile.mkdtemp(dir=self._saved.path))
             file = talk.saved / "conversation.jsonl"
+            file.unlink(missing_ok=True)  # `save` appends
             conversation.save(file)
             button = gradio.DownloadButton(value=str(file), visible=True)
         return *self._drawn(request), button
