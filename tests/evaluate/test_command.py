@@ -426,3 +426,12 @@ def test_an_early_stop_leaves_a_sample_of_all_record_lengths(models, tmp_path, m
     assert all(max(batch) - min(batch) <= 4 for batch in seen), "batches of like length"
     half = [length for batch in seen[: len(seen) // 2] for length in batch]
     assert min(half) < lengths[-8], "the first half has some of the shortest fifth"
+def test_records_that_a_streamed_run_was_trained_on_are_reported(models, tmp_path, capsys):
+    """Regression: a streamed run stored another hash of the same file, so nothing was said."""
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
+    run = trained_on_part(models, tmp_path, data, "streamed", "--streaming")
+    words = ["--adapter_path", str(run), "--dataset_path", str(data), "--output_dir", str(tmp_path / "report")]
+    assert evaluate(*words, "--no_generate", "--no_probe") == 0
+    assert f"{run} was trained on 8 of these 8 records" in " ".join(capsys.readouterr().out.split())
+
+

@@ -1,6 +1,5 @@
 """Dataset: the records of one run, read, checked, mixed, and split into training and evaluation."""
 
-import hashlib
 import itertools
 import random
 from collections.abc import Iterator
@@ -18,8 +17,8 @@ from atomtune.choices import RUN_RECORD
 from atomtune.console import Console
 from atomtune.data.cache import EncodedData, Rules, concatenate, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.ledger import Ledger, refuse_broken, refuse_unusable
-from atomtune.data.reading.sources import distinct_names, fingerprint_of, size_of
+from atomtune.data.ledger import Ledger, first_few, refuse_broken, refuse_unusable
+from atomtune.data.reading.sources import distinct_names, fingerprint_of, joint_fingerprint, size_of
 from atomtune.data.records import Record
 from atomtune.errors import BadSettings, listing
 from atomtune.settings.train_settings import TrainSettings
@@ -163,7 +162,7 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
     stream = Stream(
         settings.dataset_paths, template, rules, buffer=settings.shuffle_buffer, seed=run.args.seed, check=check
     )
-    data_hash = hashlib.sha256("".join(map(fingerprint_of, settings.dataset_paths)).encode()).hexdigest()
+    data_hash = joint_fingerprint([fingerprint_of(source) for source in settings.dataset_paths])
     run.record.update(data={"path": settings.dataset_path, "sha256": data_hash})
     run.console.say(
         f"streaming {', '.join(settings.dataset_paths)}: records are encoded while training and shuffled in a buffer "
