@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import answering_as, load_another, load_trained, refuse_damaged
-from atomtune.model.adapter_folder import AdapterMetadata, base_of, short_names, templates_of
+from atomtune.model.adapter_folder import AdapterMetadata, base_of, repeated, short_names, templates_of
 from atomtune.model.base_as_trained import base_spec, quantize_as_trained
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
@@ -130,9 +129,8 @@ def load_models(settings: EvaluateSettings, candidates: Candidates, console: Con
 
 def _refuse_repeated(folders: Sequence[Path]) -> None:
     """Raise BadSettings if a folder is named twice: both would get the same name, and their figures would be mixed."""
-    counts = Counter(folder.resolve() for folder in folders)
-    if repeated := [str(folder) for folder, count in counts.items() if count > 1]:
-        raise BadSettings([f"--adapter_path names {repeated[0]} more than once. Name each adapter once."])
+    if twice := repeated(folders):
+        raise BadSettings([f"--adapter_path names {twice[0]} more than once. Name each adapter once."])
 
 
 def _common_base(settings: EvaluateSettings, folders: Sequence[Path]) -> str:

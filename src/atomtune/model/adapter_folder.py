@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, field, fields
 from datetime import date
@@ -217,6 +218,12 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     return names
+
+
+def repeated(folders: Iterable[Path]) -> list[Path]:
+    """The folders that are named more than once, also in another spelling: `out`, `out/` and `./out` are one."""
+    counts = Counter(folder.resolve() for folder in folders)
+    return [folder for folder, count in counts.items() if count > 1]
 
 
 def adapter_config(folder: Path) -> PeftConfig:
