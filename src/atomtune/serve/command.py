@@ -269,7 +269,9 @@ def running(plan: Plan, settings: ServeSettings, console: Console) -> Iterator[S
         raise BadSettings(problems)
     first = plan.models[0].folder
     console.say(f"starting {plan.engine} on {', '.join(str(model.folder) for model in plan.models)} …")
-    stops = stop_ids_on(plan.base, plan.template) if plan.base else []  # a merged folder or a GGUF has its own
+    stops: list[int] = []  # a merged folder or a GGUF has its own
+    if plan.base:
+        stops = stop_ids_on(plan.base, plan.template, trust_remote_code=settings.trust_remote_code)
     view = ServedFolder(first, base=plan.base, stop_ids=stops)
     with view if plan.engine != "llama.cpp" else contextlib.nullcontext(first) as folder:
         environment = dict.fromkeys(KEY_VARIABLES, plan.api_key) if plan.api_key else {}
