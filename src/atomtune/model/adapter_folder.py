@@ -68,7 +68,7 @@ class AdapterMetadata:
     base: str = ""  # fingerprint of the weights it was trained on
     quantize: Quantize | None = None  # quantization of the base in training
     dtype: Dtype = "auto"  # dtype of the base before quantization; "auto" in files of older versions
-    max_seq_length: Annotated[int, Field(ge=1)] = 256
+    max_seq_length: Annotated[int, Field(ge=1)] | None = None  # None: another tool trained it
 
     def save(self, folder: Path) -> None:
         write_text(folder / METADATA, json.dumps(asdict(self), ensure_ascii=False, indent=2) + "\n")
