@@ -237,7 +237,8 @@ def _say_overlap(run: RunContext, learned: list[datasets.Dataset], evaluate: dat
     if origins:
         run.console.notice(
             f"{len(origins):,} of {len(evaluate):,} evaluation records are nearly the same as a training record or ask "
-            f"the same: {_first_few(origins)}. Their loss shows what was memorised, not what was learned."
+            f"the same: {first_few(origins, all_in=RUN_RECORD)}. Their loss shows what was memorised, not what was "
+            "learned."
         )
 
 
@@ -291,7 +292,7 @@ def _about_template(ledger: Ledger, template: Template) -> Iterator[str]:
         yield (
             f"template {template.name} writes an earlier answer differently once another turn follows it. In these "
             "records every answer is therefore an example of its own, with the prompt that a server would send: "
-            f"{_first_few(ledger.split_origins)}."
+            f"{first_few(ledger.split_origins, all_in=RUN_RECORD)}."
         )
     if template.why:
         yield f"{template.why}."
@@ -314,11 +315,11 @@ def _about_records(ledger: Ledger) -> Iterator[str]:
     if ledger.records_copied:
         yield f"Exact copies of earlier records: {ledger.records_copied:,}. Copies are trained on as well."
     if ledger.cut_origins:
-        yield f"shortened to fit --max_seq_length: {_first_few(ledger.cut_origins)}."
+        yield f"shortened to fit --max_seq_length: {first_few(ledger.cut_origins, all_in=RUN_RECORD)}."
     if ledger.control_origins:
         yield (
             "the text of these records contains control tokens such as an end-of-turn mark; they are kept as plain "
-            f"text: {_first_few(ledger.control_origins)}."
+            f"text: {first_few(ledger.control_origins, all_in=RUN_RECORD)}."
         )
     if ledger.unknown_tokens:
         yield (
@@ -330,8 +331,3 @@ def _about_records(ledger: Ledger) -> Iterator[str]:
     refused = [f"{refusal.origin}  {refusal.reason}" for refusal in ledger.records_refused if not refusal.broken]
     if refused:
         yield f"not trained on:\n{listing(refused, 5)}"
-
-
-def _first_few(origins: list[str], shown: int = 5) -> str:
-    rest = len(origins) - shown
-    return ", ".join(origins[:shown]) + (f" and {rest:,} more (all in run.json)" if rest > 0 else "")
