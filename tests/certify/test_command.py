@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from atomtune.certify import command
+from atomtune.certify.prompts import OUR_OWN, CertPrompt
 from atomtune.cli import main
 from atomtune.engines.engine import Request, UnknownTokens
 from atomtune.engines.served_folder import ServedFolder
@@ -239,6 +241,59 @@ def test_an_unwritable_certificate_folder_is_refused_before_loading(adapter, mon
     assert certify(adapter) == 2
     assert f"--adapter_path {adapter}: its certificate cannot be written there: Read-only" in told(capsys)
     assert not (adapter / "certificate.json").exists()
+
+
+def prompts_of(adapter: Path, monkeypatch) -> set[str]:
+    """Origins of the prompts that certify chooses for an adapter."""
+    chosen, choose = [], command.choose_prompts
+
+    def watched(*arguments: object, **more: object) -> list[CertPrompt]:
+        chosen.extend(choose(*arguments, **more))
+        return chosen
+
+    with monkeypatch.context() as within:
+        within.setattr(command, "choose_prompts", watched)
+        certify(adapter, None, "--max_new_tokens", "1")  # an adapter of one step may have no effect
+    return {prompt.origin for prompt in chosen}
+
+
+def trained_on(models, folder: Path, *more: str) -> Path:
+    words = ["--model_path", str(models("llama")), *more, "--output_dir", str(folder / "out"), "--dtype", "float32"]
+    assert main(["train", *words, "--max_steps", "1"]) == 0
+    return folder / "out"
+
+
+def test_held_out_records_are_asked_although_two_sources_have_the_same_file_name(models, tmp_path, monkeypatch):
+    """Regression: their origins have a part of the path, and none was found under the file name alone."""
+    paths = []
+    for place, records in (("a", DIALOGUES[:4]), ("b", DIALOGUES[4:])):
+        (tmp_path / place).mkdir()
+        paths.append(str(write_jsonl(tmp_path / place / "train.jsonl", records)))
+    run = trained_on(models, tmp_path, "--dataset_path", *paths, "--eval_size", "3")
+    held_out = set(json.loads((run / "run.json").read_text())["records_held_out"])
+    assert held_out and prompts_of(run, monkeypatch) - {OUR_OWN} == held_out
+
+
+def test_prompts_of_our_own_are_announced_if_the_runs_records_are_gone(models, tmp_path, capsys, monkeypatch):
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
+    run = trained_on(models, tmp_path, "--dataset_path", str(data), "--eval_size", "2")
+    capsys.readouterr()
+    assert len(prompts_of(run, monkeypatch) - {OUR_OWN}) == 2
+    assert "atomtune's own" not in capsys.readouterr().out
+    data.write_bytes(b"PK\x03\x04 now something else")
+    prompts_of(run, monkeypatch)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{data} cannot be read, so none of its records is among the prompts: " in said
+    data.unlink()
+    assert prompts_of(run, monkeypatch) == {OUR_OWN}
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{data} is no longer there, so none of its records is among the prompts." in said
+    assert "none of the prompts is from the training's records; all are atomtune's own." in said
+    record = run / "run.json"
+    record.write_text(record.read_text().replace(str(data), "owner/no-such-records"))  # of the hub, which is not asked
+    prompts_of(run, monkeypatch)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "owner/no-such-records cannot be read, so none of its records is among the prompts: " in said
 
 
 def test_resumed_training_removes_the_outdated_certificate(models, tmp_path):

@@ -9,12 +9,14 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from pytest import approx
 from rich.cells import cell_len
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from atomtune.cli import main
 from atomtune.console import Console
 from atomtune.evaluate import evaluation
 from atomtune.evaluate import models as models_of_evaluate
+from atomtune.evaluate.account import Account
 from atomtune.evaluate.command import say
 from atomtune.evaluate.intervals import Figure
 from atomtune.evaluate.measures import MEASURES, NATS, PROBE
@@ -230,6 +232,7 @@ def test_tool_calls_are_counted_where_the_reference_has_one(models, tmp_path, ca
     calling = record({"content": "", "tool_calls": [{"type": "function", "function": call}]})
     data = write_jsonl(tmp_path / "data.jsonl", [calling, record({"content": "5"})])
     words = ["--model_path", str(models("qwen3")), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    words += ["--max_seq_length", "1024"]  # the list of tools is longer than the tiny base has positions
     assert evaluate(*words, "--template", "qwen3", "--max_new_tokens", "8") == 0
     figures = report_in(tmp_path / "out")["models"]["base"]
     assert figures["call_parse_rate"][0] == 0  # an untrained model writes no calls
@@ -316,15 +319,116 @@ def test_a_truncated_adapter_is_reported_before_the_base_is_loaded(by_heart, dia
     assert f"{weights}: its weights cannot be read" in capsys.readouterr().err
 
 
-def test_a_report_of_other_records_is_not_replaced(by_heart, tmp_path):
-    """Regression: a second evaluation silently replaced the first, which may have taken hours."""
-    adapter = shutil.copytree(by_heart, tmp_path / "out")
-    for name, count in (("one.jsonl", 1), ("two.jsonl", 2), ("two.jsonl", 3)):
-        data = write_jsonl(tmp_path / name, DIALOGUES[:count])
-        words = ["--adapter_path", str(adapter), "--dataset_path", str(data), "--no_generate", "--no_probe"]
-        assert evaluate(*words) == 0
-    written = {folder.name: report_in(folder)["records"] for folder in adapter.glob("evaluation*")}
-    assert written == {"evaluation": 1, "evaluation-1": 3}
+def test_only_a_report_of_the_same_evaluation_is_replaced(by_heart, tmp_path):
+    """Regression: an evaluation of other records in a file of the same name replaced one that may have taken hours."""
+    adapter = Path(shutil.copytree(by_heart, tmp_path / "out"))
+    flags = ["--adapter_path", str(adapter), "--dataset_path", str(tmp_path / "data.jsonl"), "--no_probe"]
+    for folder, records, words in (
+        ("evaluation", DIALOGUES[:2], ["--no_generate"]),
+        ("evaluation-1", DIALOGUES[2:4], ["--no_generate"]),  # other bytes
+        ("evaluation-2", DIALOGUES[2:4], ["--no_generate", "--records", "1"]),
+        ("evaluation-3", DIALOGUES[2:4], ["--max_new_tokens", "4"]),  # generated answers
+        ("evaluation-4", DIALOGUES[2:4], ["--max_new_tokens", "5"]),
+        ("evaluation-5", DIALOGUES[2:4], ["--no_generate", "--seed", "7"]),
+        ("evaluation-1", DIALOGUES[2:4], ["--no_generate", "--per_device_eval_batch_size", "1"]),
+    ):
+        write_jsonl(tmp_path / "data.jsonl", records)
+        (adapter / folder / "report.md").unlink(missing_ok=True)
+        assert evaluate(*flags, *words) == 0
+        assert (adapter / folder / "report.md").exists(), words
+    assert len(list(adapter.glob("evaluation*"))) == 6
+
+
+def test_the_report_of_another_adapter_of_the_same_name_is_not_replaced(by_heart, dialogues, tmp_path):
+    first, second, barely = (Path(shutil.copytree(by_heart, tmp_path / place)) for place in ("first", "a/b", "c/b"))
+    weights = load_file(barely / "adapter_model.safetensors")
+    halved = {name: tensor / 2 for name, tensor in weights.items()}
+    save_file(halved, barely / "adapter_model.safetensors", metadata={"format": "pt"})
+    more = ["--dataset_path", str(dialogues), "--records", "2", "--no_generate", "--no_probe"]
+    for other in (second, barely):
+        assert evaluate("--adapter_path", str(first), str(other), *more) == 0
+    figures = [report_in(first / folder)["models"]["b"] for folder in ("evaluation", "evaluation-1")]
+    assert figures[0] != figures[1]
+
+
+@pytest.mark.parametrize(
+    "old", ["{}", '{"base": "b", "data": ["data.jsonl"], "models": {"base": {}}}', '{"models": 5}']
+)
+def test_a_report_that_does_not_say_what_it_was_made_from_is_kept(old, by_heart, tmp_path):
+    adapter = Path(shutil.copytree(by_heart, tmp_path / "out"))
+    (adapter / "evaluation").mkdir()
+    (adapter / "evaluation" / "report.json").write_text(old)
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES[:1])
+    assert evaluate("--adapter_path", str(adapter), "--dataset_path", str(data), "--no_generate", "--no_probe") == 0
+    assert (adapter / "evaluation" / "report.json").read_text() == old
+    assert report_in(adapter / "evaluation-1")["records"] == 1
+
+
+def test_records_that_are_not_evaluated_are_named_on_the_terminal_and_in_all_reports(by_heart, tmp_path, capsys):
+    """Regression: with 400 of 1,000 lines broken, nothing said that the figures are of the other 600."""
+    data = write_jsonl(tmp_path / "data.jsonl", [*DIALOGUES, {"instruction": "x"}])
+    with data.open("a", encoding="utf-8") as file:
+        file.write("no JSON\n" * 30)
+    words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(*words, "--no_generate", "--no_probe", "--records", "3") == 0
+    found = report_in(tmp_path / "out")
+    assert [found[name] for name in ("records_read", "records_used", "records_cut", "records")] == [39, 8, 0, 3]
+    assert [refusal["origin"] for refusal in found["records_refused"]] == [f"data.jsonl:{n}" for n in range(9, 40)]
+    pages = [(tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("report.md", "report.html")]
+    for page in (capsys.readouterr().out, *pages):
+        text = " ".join(page.split())
+        assert "39 records read (alpaca), 8 used, 31 refused, 0 shortened; 0 prompt tokens cut." in text
+        assert "not evaluated: data.jsonl:9 " in text and "data.jsonl:10 not JSON" in text and "and 27 more." in text
+
+
+def test_shortened_records_are_named_with_the_tokens_that_are_cut(by_heart, tmp_path, capsys):
+    long = {"instruction": "Who are you? " * 40, "output": "I keep the light."}
+    data = write_jsonl(tmp_path / "data.jsonl", [*DIALOGUES[:2], long])
+    words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(*words, "--no_generate", "--no_probe", "--max_seq_length", "64") == 0
+    found = report_in(tmp_path / "out")
+    assert found["records_cut_origins"] == ["data.jsonl:3"] and found["prompt_tokens_cut"] > 40
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"0 refused, 1 shortened; {found['prompt_tokens_cut']} prompt tokens cut." in said
+    assert "shortened to fit --max_seq_length 64: data.jsonl:3." in said
+
+
+def test_an_adapter_of_another_tool_is_evaluated_up_to_the_positions_of_its_base(by_heart, tmp_path, capsys):
+    """Regression: every prompt was cut to 256 tokens, and every record with a longer answer left out."""
+    adapter = Path(shutil.copytree(by_heart, tmp_path / "adapter"))
+    (adapter / "atomtune.json").unlink()
+    records = [{"instruction": text, "output": "I keep the light." * 9} for text in ("Hi", "Who are you? " * 40)]
+    data = write_jsonl(tmp_path / "data.jsonl", records)
+    words = ["--adapter_path", str(adapter), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(*words, "--no_generate", "--no_probe") == 0
+    found = report_in(tmp_path / "out")
+    assert found["max_seq_length"] == 512  # the positions of the tiny base, below the default of 2,048
+    assert found["records_read"] == found["records_used"] == 2 and found["records_cut"] == 0
+
+
+def test_a_base_alone_is_not_given_more_tokens_than_it_has_positions(models, tmp_path):
+    long = {"instruction": "Who are you? " * 400, "output": "I keep the light."}
+    data = write_jsonl(tmp_path / "data.jsonl", [long])
+    words = ["--model_path", str(models("llama")), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(*words, "--no_generate", "--no_probe") == 0
+    assert report_in(tmp_path / "out")["max_seq_length"] == 512 and report_in(tmp_path / "out")["records_cut"] == 1
+
+
+def test_records_that_another_models_template_refuses_are_counted_and_named(by_heart, models, tmp_path, capsys):
+    """Regression: they were left out of all figures, and nothing said so."""
+    choosy = tmp_path / "choosy.jinja"
+    refusal = "{% if 'Who' in m.content %}{{ raise_exception('no questions') }}{% endif %}"
+    choosy.write_text(CALLING.replace("{% for m in messages %}", "{% for m in messages %}" + refusal))
+    data = write_jsonl(tmp_path / "data.jsonl", [DIALOGUES[0]])
+    other = trained_on_part(models, tmp_path, data, "choosy", "--template", str(choosy))
+    data = write_jsonl(tmp_path / "asked.jsonl", DIALOGUES[:3])
+    words = ["--adapter_path", str(by_heart), str(other), "--dataset_path", str(data)]
+    assert evaluate(*words, "--output_dir", str(tmp_path / "report"), "--no_generate", "--no_probe") == 0
+    found = report_in(tmp_path / "report")
+    assert (found["records_read"], found["records_used"], found["records"]) == (3, 2, 2)
+    (refused,) = found["records_refused"]
+    assert refused["origin"] == "asked.jsonl:2" and refused["reason"].endswith("(template of choosy)")
+    assert "asked.jsonl:2" in capsys.readouterr().out
 
 
 def test_one_record_has_no_interval(by_heart, tmp_path, capsys):
@@ -344,7 +448,8 @@ def test_one_record_has_no_interval(by_heart, tmp_path, capsys):
 def report_of(*names: str) -> Report:
     """A report on these models, with their loss on the records and on the probe."""
     figures = {name: Figure(1.5, 1.0, 2.0) for name in (NATS.name, PROBE.name)}
-    return Report("base", [], 6, 6, dict.fromkeys(names, figures), {}, [], 8, False, {})
+    account = Account(6, (), {}, (), "alpaca", 64, held_out=False)
+    return Report("base", [], 6, 6, dict.fromkeys(names, figures), {}, [], 8, False, {}, account, {})
 
 
 def test_a_long_table_title_is_wrapped_and_not_truncated(tmp_path, capsys, monkeypatch):
@@ -406,6 +511,15 @@ def test_records_that_an_adapter_was_trained_on_are_reported(models, tmp_path, c
         printed = " ".join(capsys.readouterr().out.split())
         assert [line for line in told if line not in printed] == []
         assert ("was trained on" in printed) is bool(told)
+
+
+def test_records_that_a_streamed_run_was_trained_on_are_reported(models, tmp_path, capsys):
+    """Regression: a streamed run stored another hash of the same file, so nothing was said."""
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
+    run = trained_on_part(models, tmp_path, data, "streamed", "--streaming")
+    words = ["--adapter_path", str(run), "--dataset_path", str(data), "--output_dir", str(tmp_path / "report")]
+    assert evaluate(*words, "--no_generate", "--no_probe") == 0
+    assert f"{run} was trained on 8 of these 8 records" in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_early_stop_leaves_a_sample_of_all_record_lengths(models, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from atomtune.evaluate.account import Account
 from atomtune.evaluate.intervals import Figure
 from atomtune.evaluate.report import Report
 from atomtune.language import spoken, translated
@@ -29,6 +30,8 @@ def test_a_sentence_has_the_punctuation_of_its_language(language, sentence):
         max_new_tokens=8,
         stopped_early=False,
         lm_eval={},
+        account=Account(10, (), {}, (), "alpaca", 64, held_out=False),
+        made_from={},
     )
     with spoken(language):
         assert report.sentences(translated) == [sentence]

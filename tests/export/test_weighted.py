@@ -99,12 +99,15 @@ def test_pissa_and_olora_adapters_are_weighted_against_the_original_base(adapter
         (("wide", "narrow"), "--weights: missing for 2 adapters. Pass one per adapter"),
         (("wide", "narrow", "--weights", "1"), "--weights: 1 number for 2 adapters"),
         (("wide", "wide", "--weights", "1", "1"), "names a folder twice"),
+        # Regression: another spelling counted as another folder, and one adapter was added twice.
+        (("wide", "wide/", "--weights", "1", "1"), "names a folder twice"),
+        (("wide", "narrow/../wide", "--weights", "1", "1"), "names a folder twice"),
         (("wide", "narrow", "--weights", "1", "much"), "--weights '1 much': expected numbers"),
     ],
 )
 def test_invalid_adapter_weights_on_the_command_line_are_refused(adapters, tmp_path, capsys, flags, words):
     _, wide, _ = adapters
-    folders = [str(wide.parent / flag) if flag in ("wide", "narrow") else flag for flag in flags]
+    folders = [f"{wide.parent}/{flag}" if flag.startswith(("wide", "narrow")) else flag for flag in flags]
     assert merge(tmp_path / "m", "--adapter_path", *folders) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "m").exists()

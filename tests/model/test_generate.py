@@ -13,7 +13,7 @@ from atomtune.cli import main
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.errors import BadModel
 from atomtune.model.adapter import LoraSpec, new_adapter
-from atomtune.model.generate import answer_ids, prompt_ids, ready_to_answer, stop_ids
+from atomtune.model.generate import answer_ids, prompt_ids, ready_to_answer, stop_ids, stop_ids_on
 from atomtune.model.load import BaseSpec, load_base, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -56,6 +56,18 @@ def test_stop_ids_include_the_bases_and_the_trained_stop_token(models):
     # Llama 3.1 has three stop tokens; with only one of them, tool calls would not stop.
     model, template = loaded(models, {"eos_token_id": [7, 8, 9]})
     assert stop_ids(model, template) == [2, 7, 8, 9]
+
+
+def test_the_stop_ids_of_a_base_with_code_of_its_own_are_those_of_the_loaded_model(models, tmp_path):
+    """Without generation_config.json: `serve --trust_remote_code` ended in a traceback after its certificate."""
+    path = str(shutil.copytree(models("baichuan_like"), tmp_path / "base"))
+    (tmp_path / "base" / "generation_config.json").unlink(missing_ok=True)
+    template = load_template("auto", load_tokenizer(path, trust_remote_code=True))
+    model = load_base(BaseSpec(path=path, dtype=torch.float32, device=CPU, trust_remote_code=True))
+    stops = stop_ids(model, template)
+    assert stops and stop_ids_on(path, template, trust_remote_code=True) == stops
+    with pytest.raises(BadModel, match="--trust_remote_code"):
+        stop_ids_on(path, template)
 
 
 @pytest.mark.parametrize(

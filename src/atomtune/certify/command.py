@@ -1,20 +1,23 @@
 """Certify: the command, and the certificate that export and serve use."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from atomtune.certify.comparison import Outcome, coarser, compare
-from atomtune.certify.prompts import CertPrompt, choose_prompts
+from atomtune.certify.prompts import OUR_OWN, CertPrompt, choose_prompts
 from atomtune.certify.reference import Expected, expect, free_memory
 from atomtune.choices import EngineName
 from atomtune.console import Console, as_command
 from atomtune.data.cache import Rules, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import probed
+from atomtune.data.reading.hub import is_hub_name
+from atomtune.data.reading.sources import distinct_names
 from atomtune.data.records import Record
 from atomtune.disk import text_of, why_unwritable, write_text
 from atomtune.engines.llama_cpp import LlamaCpp
@@ -25,8 +28,8 @@ from atomtune.engines.transformers_serve import TransformersServe
 from atomtune.engines.transformers_serve import refuse_without_packages as refuse_without_transformers_serve
 from atomtune.engines.vllm_serve import ServedAdapter, VllmServe
 from atomtune.engines.vllm_serve import refuse_without_packages as refuse_without_vllm
-from atomtune.errors import BadSettings, CheckFailed
-from atomtune.evaluate.run_folder import run_records
+from atomtune.errors import BadData, BadSettings, CheckFailed
+from atomtune.evaluate.run_folder import RunRecords, run_records
 from atomtune.language import translated
 from atomtune.model.adapter import load_trained
 from atomtune.model.adapter_folder import CERTIFICATE, CONFIG, AdapterMetadata, base_of
@@ -39,6 +42,8 @@ from atomtune.settings.spelled import base_words
 
 #: How many records are read at most to choose prompts from.
 LOOKED_AT = 2000
+#: Most tokens of a prompt with its answer, if another tool trained the adapter and did not say.
+_OF_ANOTHER_TOOL = 256
 
 
 @dataclass(frozen=True)
@@ -132,10 +137,12 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
         # Export and serve may have given some of them before
         notice=lambda text: None if text in console.notices else console.notice(text),
     )
-    max_tokens = max(metadata.max_seq_length, 64)
-    records = _records(adapter, template)
+    max_tokens = max(metadata.max_seq_length or _OF_ANOTHER_TOOL, 64)
+    records = _records(adapter, template, max_tokens, console)
     template = _of_today(template, console)
     prompts = choose_prompts(records, template, count=settings.prompts, max_tokens=max_tokens)
+    if all(prompt.origin == OUR_OWN for prompt in prompts):
+        console.notice("none of the prompts is from the training's records; all are atomtune's own.")
     on_device = {**settings.base(), "path": base_path}
     spec = base_spec([metadata], **on_device, dtype=settings.dtype, notice=console.notice)
     dtype = spec.dtype
@@ -189,26 +196,37 @@ def _kinds(prompts: Sequence[CertPrompt]) -> str:
     return ", ".join(dict.fromkeys(prompt.kind for prompt in prompts))
 
 
-def _records(adapter: Path, template: Template) -> list[Record]:
-    """The run's held-out records, else its training records; empty if the files are gone or another tool trained it."""
+def _records(adapter: Path, template: Template, max_tokens: int, console: Console) -> list[Record]:
+    """The run's held-out records, else its training records; empty if another tool trained it.
+
+    A file that is gone or cannot be read is left out, with a notice.
+    """
     run = run_records(adapter)
     if run is None:
         return []
     sources = [run.eval_path] if run.eval_path else run.reading.dataset_paths
+    rules = Rules(**replace(run.reading, max_seq_length=max_tokens).rules())
     records: list[Record] = []
-    for source in sources:
-        if not Path(source).exists():
+    # Named as in the run, or no origin would be that of a held-out record.
+    for source, name in zip(sources, distinct_names(sources), strict=True):
+        if not Path(source).exists() and not is_hub_name(source):
+            console.notice(f"{source} is no longer there, so none of its records is among the prompts.")
             continue
-        rules = Rules(**run.reading.rules())
-        stored = examples_of(source, template, rules).examples
-        if not len(stored):
-            continue
-        for record in records_of(source, rules, stored):
-            if run.eval_path or not run.held_out or record.origin in run.held_out:
-                records.append(record)
-            if len(records) >= LOOKED_AT:
-                return records
+        try:
+            records += islice(_records_in(source, name, run, template, rules), LOOKED_AT - len(records))
+        except BadData as error:
+            console.notice(f"{source} cannot be read, so none of its records is among the prompts: {error}")
     return records
+
+
+def _records_in(source: str, name: str, run: RunRecords, template: Template, rules: Rules) -> Iterator[Record]:
+    """The held-out records of a source, else all. Raises BadData if it cannot be read."""
+    stored = examples_of(source, template, rules, name=name).examples
+    if not len(stored):
+        return
+    for record in records_of(source, rules, stored, name=name):
+        if run.eval_path or not run.held_out or record.origin in run.held_out:
+            yield record
 
 
 def certify_served(

@@ -34,6 +34,8 @@ OWN: tuple[tuple[str, tuple[Message, ...]], ...] = (
     ),
     ("look-alike", ({"role": "user", "content": "What does <|end_of_file|> in [brackets] and < /s > mean?"},)),
 )
+#: Their origin.
+OUR_OWN = "our own"
 KINDS = (
     "one turn",
     "several turns",
@@ -110,7 +112,7 @@ def _own(kind: str, messages: Sequence[Message], template: Template) -> list[Cer
     except CannotExpress:
         return []
     (ids,) = template.tokens.ids_of([piece])
-    return [CertPrompt(kind, Request(tuple(messages), (), template.variables), tuple(ids), (), "our own")]
+    return [CertPrompt(kind, Request(tuple(messages), (), template.variables), tuple(ids), (), OUR_OWN)]
 
 
 def kind_of(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:

@@ -38,7 +38,15 @@ from atomtune.data.formats.detect import Schema, detect_schema, to_record
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.jsonl import parse_chunk
 from atomtune.data.reading.raw import Chunk, RawRecord
-from atomtune.data.reading.sources import DataFile, distinct_names, fingerprint_of, read_files, size_of, stamp_of
+from atomtune.data.reading.sources import (
+    DataFile,
+    distinct_names,
+    fingerprint_of,
+    joint_fingerprint,
+    read_files,
+    size_of,
+    stamp_of,
+)
 from atomtune.data.records import Example, Record, Refusal
 from atomtune.data.workers import in_order, workers_here
 from atomtune.disk import sha256_of, sync, text_of
@@ -234,8 +242,7 @@ def concatenate(parts: Sequence[EncodedData]) -> EncodedData:
     shared_instructions = {part.ledger.shared_instruction for part in parts}
     ledger.shared_instruction = shared_instructions.pop() if len(shared_instructions) == 1 else None
     ledger.records_copied = copies_in(examples)
-    hashes = "".join(part.data_hash for part in parts)
-    data_hash = hashlib.sha256(hashes.encode()).hexdigest()
+    data_hash = joint_fingerprint([part.data_hash for part in parts])
     notes = itertools.chain.from_iterable(part.notes for part in parts)
     return EncodedData(examples, ledger, data_hash, tuple(notes))
 

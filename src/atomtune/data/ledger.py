@@ -31,6 +31,7 @@ class Ledger:
     prompt_tokens_cut: int = 0
     format: str = ""  # the format of the file: alpaca, messages, …; several are joined with commas
     cut_origins: list[str] = field(default_factory=list)
+    cut_tokens: list[int] = field(default_factory=list)  # of the prompts of each record in cut_origins
     split_origins: list[str] = field(default_factory=list)
     control_origins: list[str] = field(default_factory=list)  # records whose own text contains a control string
     unknown_tokens: int = 0  # target tokens that are the tokenizer's unknown token
@@ -48,6 +49,7 @@ class Ledger:
         """Count a record whose prompts were shortened by this number of tokens."""
         self.records_cut += 1
         self.cut_origins.append(origin)
+        self.cut_tokens.append(tokens)
         self.prompt_tokens_cut += tokens
 
     def use(self, examples: Sequence[Example], *, prompt_tokens: int, target_tokens: int) -> None:
@@ -130,7 +132,7 @@ def refuse_unusable(ledger: Ledger, sources: Sequence[str], *, all_in: str = "")
     none = f"{named}: none of {read:,} records can be used. Fix the records listed above."
     if all_in:
         none = f"{named}: none of {read:,} records can be used (all in {all_in}). Fix the records listed above."
-    raise BadData("\n".join([_listed(ledger.records_refused), none]))
+    raise BadData("\n".join([listed_refusals(ledger.records_refused), none]))
 
 
 def refuse_broken(ledger: Ledger, *, skip_bad: bool, all_in: str = "") -> None:
@@ -147,7 +149,7 @@ def refuse_broken(ledger: Ledger, *, skip_bad: bool, all_in: str = "") -> None:
         ending = f"{refused:,} of {read:,} records refused (all in {all_in})."
     if used:
         ending += f" --skip_bad trains on the other {used:,}."
-    raise BadData("\n".join([_listed(broken), ending]))
+    raise BadData("\n".join([listed_refusals(broken), ending]))
 
 
 def about_broken(ledger: Ledger) -> str:
@@ -156,11 +158,20 @@ def about_broken(ledger: Ledger) -> str:
     return f"broken records, {broken:,} of {read:,}: train stops at them, unless --skip_bad leaves them out."
 
 
-def _listed(refused: Sequence[Refusal]) -> str:
+def listed_refusals(refused: Sequence[Refusal]) -> str:
     """One line per refusal. If there are too many, the first few of each reason, so that none is crowded out."""
     shown = refused if len(refused) <= SHOWN else _first_of_each_reason(refused)
     lines = [f"{refusal.origin}  {refusal.reason}." for refusal in shown]
     return listing(lines, unlisted=len(refused) - len(shown))
+
+
+def first_few(origins: Sequence[str], *, all_in: str, shown: int = 5) -> str:
+    """The first of these records, and how many more there are.
+
+    all_in  a file that lists them all
+    """
+    rest = len(origins) - shown
+    return ", ".join(origins[:shown]) + (f" and {rest:,} more (all in {all_in})" if rest > 0 else "")
 
 
 def _first_of_each_reason(refused: Sequence[Refusal]) -> list[Refusal]:

@@ -52,13 +52,17 @@ class ServedFolder:
         files = self._files()
         self.view = TemporaryFolder("atomtune-serve-")
         view = self.view.path / self.folder.name
-        view.mkdir()
-        for name, file in files.items():
-            _link(file, view / name)
-        if is_adapter and self.stop_ids:
-            _write_value(view / GENERATION_CONFIG, "eos_token_id", self.stop_ids)
-        if self.as_written:
-            _write_value(view / TOKENIZER_CONFIG, "response_template", _ALL_IS_CONTENT)
+        try:
+            view.mkdir()
+            for name, file in files.items():
+                _link(file, view / name)
+            if is_adapter and self.stop_ids:
+                _write_value(view / GENERATION_CONFIG, "eos_token_id", self.stop_ids)
+            if self.as_written:
+                _write_value(view / TOKENIZER_CONFIG, "response_template", _ALL_IS_CONTENT)
+        except BaseException:
+            self.__exit__()
+            raise
         return view
 
     def _files(self) -> dict[str, Path]:

@@ -57,10 +57,10 @@ class ServerProcess:
         self.folder, self.shows = folder, shows
         inherited = {name: value for name, value in os.environ.items() if name not in KEY_VARIABLES}
         self.environment = {**inherited, **(environment or {})}
-        self.output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # closed by end
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "ServerProcess":
+        self.output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # closed by end
         try:
             self.process = subprocess.Popen(
                 self.command,

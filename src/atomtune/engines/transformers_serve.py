@@ -4,6 +4,7 @@ It returns neither log-probabilities nor prompt ids. Both are computed in this p
 server makes, and the server's count of prompt tokens must agree with them.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping
@@ -51,25 +52,25 @@ class TransformersServe(TransformersInProcess):
     version = transformers.__version__
 
     def __enter__(self) -> "TransformersServe":
-        super().__enter__()
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        words = command(
-            self.folder.name, host="127.0.0.1", port=port, dtype=self.dtype, trust_remote_code=self.trust_remote_code
-        )
-        self.server = ServerProcess(words, health=f"{self.url}/health", folder=self.folder.parent)
-        try:
-            self.server.__enter__()
-        except BaseException:
-            super().__exit__()
-            raise
+        with contextlib.ExitStack() as started:
+            super().__enter__()
+            started.push(super().__exit__)
+            words = command(
+                self.folder.name,
+                host="127.0.0.1",
+                port=port,
+                dtype=self.dtype,
+                trust_remote_code=self.trust_remote_code,
+            )
+            self.server = ServerProcess(words, health=f"{self.url}/health", folder=self.folder.parent)
+            started.enter_context(self.server)
+            self._started = started.pop_all()
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        try:
-            self.server.__exit__(*exc)
-        finally:
-            super().__exit__(*exc)
+        self._started.__exit__(*exc)
 
     def chat(self, request: Request, *, max_tokens: int) -> Reply:
         self.server.refuse_ended()

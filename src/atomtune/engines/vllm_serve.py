@@ -1,5 +1,6 @@
 """vLLM: its own server, for adapters on their base or a merged folder. It must be installed beside atomtune."""
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -130,32 +131,26 @@ class VllmServe:
         self.model = model
 
     def __enter__(self) -> "VllmServe":
-        view = self.served.__enter__()
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        words = command(
-            view,
-            base=self.base,
-            adapters=self.adapters,
-            host="127.0.0.1",
-            port=port,
-            dtype=self.dtype,
-            context=self.context,
-            trust_remote_code=self.trust_remote_code,
-        )
-        self.server = ServerProcess(words, health=f"{self.url}/health", starts_within=_STARTS_WITHIN)
-        try:
-            self.server.__enter__()
-        except BaseException:
-            self.served.__exit__()
-            raise
+        with contextlib.ExitStack() as started:
+            words = command(
+                started.enter_context(self.served),
+                base=self.base,
+                adapters=self.adapters,
+                host="127.0.0.1",
+                port=port,
+                dtype=self.dtype,
+                context=self.context,
+                trust_remote_code=self.trust_remote_code,
+            )
+            self.server = ServerProcess(words, health=f"{self.url}/health", starts_within=_STARTS_WITHIN)
+            started.enter_context(self.server)
+            self._started = started.pop_all()
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        try:
-            self.server.__exit__(*exc)
-        finally:
-            self.served.__exit__(*exc)
+        self._started.__exit__(*exc)
 
     def prompt_ids(self, request: Request) -> list[int]:
         body = {**request.body(), "model": self.model, "add_generation_prompt": True}

@@ -1,7 +1,7 @@
 """Evaluate: base against tuned, on a file or on the records that a run held out."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from atomtune.choices import Layout
 from atomtune.console import Console, as_command
 from atomtune.data.cache import Rules, as_examples
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.ledger import refuse_unusable
-from atomtune.disk import read_json_object, why_unwritable, write_json, write_text
+from atomtune.data.ledger import Ledger, listed_refusals, refuse_unusable
+from atomtune.disk import read_json_object, sha256_of, why_unwritable, write_json, write_text
 from atomtune.errors import BadData, BadSettings, Stopped
+from atomtune.evaluate.account import Account, account_of
 from atomtune.evaluate.evaluation import Evaluation, Plan, evaluate_records
 from atomtune.evaluate.html_page import page
 from atomtune.evaluate.models import Candidates, Models, candidates_of, load_models
@@ -27,7 +28,7 @@ from atomtune.evaluate.report import Report, make_report, markdown, score_text, 
 from atomtune.evaluate.run_folder import RunRecords, refuse_changed_files, run_file, run_records
 from atomtune.extras import refuse_missing
 from atomtune.language import message, translated
-from atomtune.model.adapter_folder import CONFIG, refuse_empty_folder
+from atomtune.model.adapter_folder import CONFIG, adapter_file, refuse_empty_folder
 from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import pad_id_of, quiet_libraries
 from atomtune.settings.fields import EvaluateSettings, RecordSettings
@@ -35,6 +36,14 @@ from atomtune.settings.spelled import base_words
 
 #: A terminal of this many columns or more always gets a table.
 NARROWEST_FOR_TABLES = 80
+
+#: Settings that change no figure, or only through what the report has anyway: base, adapters, data, records.
+_NOT_COMPARED = {
+    *("adapter_path", "model_path", "dataset_path", "records", "output_dir", "per_device_eval_batch_size"),
+    *("device_map", "trust_remote_code", "other_base"),
+}
+#: Keys of report.json that are equal if one evaluation repeats another.
+_IDENTITY = ("base", "adapters", "data", "data_sha256", "held_out", "records", "stopped_early", "settings")
 
 _PROBE_MISSING = message(", without the forgetting probe")
 
@@ -71,25 +80,22 @@ def output_folder(settings: EvaluateSettings) -> Path:
 
 
 def beside_others(folder: Path, report: Report) -> Path:
-    """The first of evaluation, evaluation-1, … without a report on other records or models.
+    """The first of evaluation, evaluation-1, … without the report of an evaluation that this one does not repeat.
 
-    An evaluation takes hours: one on another file does not replace it, unless --output_dir says so.
+    An evaluation takes hours: one of other records, models or settings does not replace it, unless --output_dir says
+    so. Nor is a report of an older version replaced, which does not say what it was made from.
     """
-    own = _compared(report.to_json())
+    own = report.to_json()
     place, number = folder, 0
     while True:
         try:
             before = read_json_object(place / "report.json")
         except (OSError, ValueError):  # no report, or a broken one
             return place
-        if _compared(before) == own:
+        if all(before.get(key) == own[key] for key in _IDENTITY):
             return place
         number += 1
         place = folder.with_name(f"{folder.name}-{number}")
-
-
-def _compared(report: Mapping[str, Any]) -> tuple[Any, ...]:
-    return report.get("base"), report.get("data"), list(report.get("models") or {})
 
 
 def refuse_unwritable(folder: Path) -> None:
@@ -109,13 +115,15 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
     to_read = _what_to_read(settings)
     score_tasks = _lm_eval(settings) if settings.lm_eval_tasks else None
     candidates = candidates_of(settings, console)
-    records = _records_by_template(settings, candidates, to_read, notice=console.notice)
+    read = _read(settings, candidates, to_read)
+    _say_what_was_read(read, settings.adapter_path, console)
+    made_from = _made_from(settings, candidates, read)
     models = load_models(
         settings, candidates, console
     )  # last: a wrong file is found at once, a large base takes minutes
-    _say_what_is_evaluated(models, records, to_read.sources, console)
+    _say_what_is_evaluated(models, read.by_template, to_read.sources, console)
     collator = _collator(models)
-    done = _evaluated(settings, models, records, collator, console)
+    done = _evaluated(settings, models, read.by_template, collator, console)
     if not done.stopped_early:
         _add_probe_and_tasks(done, settings, models, collator, console, score_tasks=score_tasks)
     return make_report(
@@ -124,7 +132,24 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
         sources=[Path(source).name for source in to_read.sources],
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
+        account=read.account,
+        made_from=made_from,
     )
+
+
+def _made_from(settings: EvaluateSettings, candidates: Candidates, read: "ReadRecords") -> dict[str, Any]:
+    """What the figures depend on besides base and files: the bytes of data and adapters, and the settings."""
+    names = [subject.name for subject in candidates.subjects if subject.adapter is not None]
+    adapters: dict[str, str | None] = {}
+    for name, folder in zip(names, candidates.folders, strict=True):
+        weights = adapter_file(folder)
+        adapters[name] = sha256_of(weights) if weights else None
+    return {
+        "adapters": adapters,
+        "data_sha256": read.data_hash,
+        "held_out": read.account.held_out,
+        "settings": {name: value for name, value in asdict(settings).items() if name not in _NOT_COMPARED},
+    }
 
 
 def _refuse_missing_packages(settings: EvaluateSettings) -> None:
@@ -251,40 +276,56 @@ def _held_out_by(folder: Path, run: RunRecords | None) -> ToRead:
     return ToRead(run.reading.dataset_paths, run.reading, run.held_out)
 
 
-def _records_by_template(
-    settings: EvaluateSettings, candidates: Candidates, to_read: ToRead, *, notice: Callable[[str], None]
-) -> dict[str, list[EvalRecord]]:
-    """The records as each model's template writes them: those that every template can write, in the same order."""
-    reading = replace(
-        to_read.reading, max_seq_length=candidates.max_seq_length, overlength="shorten", skip_overlength=False
-    )
+@dataclass(frozen=True)
+class ReadRecords:
+    """The records to evaluate, as each model's template writes them, and what became of all that were read."""
+
+    by_template: dict[str, list[EvalRecord]]  # the key of a template → its records, in the same order for all
+    account: Account
+    data_hash: str
+
+
+def _read(settings: EvaluateSettings, candidates: Candidates, to_read: ToRead) -> ReadRecords:
+    """The records that every model's template can write. Raises BadData where there are none."""
+    max_tokens = candidates.max_seq_length
+    reading = replace(to_read.reading, max_seq_length=max_tokens, overlength="shorten", skip_overlength=False)
     rules = Rules(**reading.rules())
     templates: dict[str, Template] = {subject.template.key: subject.template for subject in candidates.subjects}
     read: dict[str, dict[Key, EvalRecord]] = {}
+    ledgers: dict[str, Ledger] = {}
     for template_key, template in templates.items():
-        records, data = read_records(to_read.sources, template, rules, to_read.wanted)
+        read[template_key], data = read_records(to_read.sources, template, rules, to_read.wanted)
         if to_read.wanted is not None:
             refuse_changed_files(Path(settings.adapter_path[0]), data.data_hash)
         refuse_unusable(data.ledger, to_read.sources)
-        read[template_key] = records
-    keys = _chosen(_in_every(read, to_read), settings)
-    _say_learned(settings.adapter_path, data.data_hash, [origin for _, origin in keys], notice)
-    return {template_key: [records[key] for key in keys] for template_key, records in read.items()}
-
-
-def _in_every(read: Mapping[str, Mapping[Key, EvalRecord]], to_read: ToRead) -> list[Key]:
-    """The records that every template can write. Raises BadData where there are none."""
-    sources = ", ".join(to_read.sources)
+        models = [subject.name for subject in candidates.subjects if subject.template.key == template_key]
+        ledgers[", ".join(models)] = data.ledger
     first, *others = read.values()
-    if to_read.wanted is not None and not any(read.values()):
-        raise BadData(
-            f"{sources}: none of the records that the run held out are here. "
-            "Pass --dataset_path with records to evaluate on."
-        )
     common = [key for key in first if all(key in records for records in others)]
-    if not common:
-        raise BadData(f"{sources}: no record can be written with the templates of all models.")
-    return common
+    account = account_of(
+        ledgers,
+        [origin for _, origin in common],
+        wanted=to_read.wanted,
+        max_tokens=max_tokens,
+        sources=to_read.sources,
+    )
+    _refuse_none(account, to_read.sources)
+    keys = _chosen(common, settings)
+    by_template = {template_key: [records[key] for key in keys] for template_key, records in read.items()}
+    return ReadRecords(by_template, account, data.data_hash)
+
+
+def _refuse_none(account: Account, sources: Sequence[str]) -> None:
+    """Raise BadData if there is no record that every template can write."""
+    named = ", ".join(sources)
+    if account.used:
+        return
+    if account.refused:
+        none = f"{named}: no record can be written with the templates of all models."
+        raise BadData("\n".join([listed_refusals(account.refused), none]))
+    raise BadData(
+        f"{named}: none of the records that the run held out are here. Pass --dataset_path with records to evaluate on."
+    )
 
 
 def _chosen(keys: list[Key], settings: EvaluateSettings) -> list[Key]:
@@ -292,6 +333,15 @@ def _chosen(keys: list[Key], settings: EvaluateSettings) -> list[Key]:
     if not settings.records or len(keys) <= settings.records:
         return keys
     return [keys[row] for row in sample_rows(len(keys), settings.records, seed=settings.seed)]
+
+
+def _say_what_was_read(read: ReadRecords, folders: Sequence[str], console: Console) -> None:
+    """Say how many records are used, which are not and why, and which of them the adapters have learned."""
+    console.say(read.account.summary())
+    for note in read.account.notes():
+        console.notice(note)
+    records = next(iter(read.by_template.values()))
+    _say_learned(folders, read.data_hash, [record.origin for record in records], console.notice)
 
 
 def _say_learned(folders: Sequence[str], data_hash: str, origins: Sequence[str], notice: Callable[[str], None]) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,17 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import answering_as, load_another, load_trained, refuse_damaged
-from atomtune.model.adapter_folder import AdapterMetadata, base_of, short_names, templates_of
+from atomtune.model.adapter_folder import AdapterMetadata, base_of, repeated, short_names, templates_of
 from atomtune.model.base_as_trained import base_spec, quantize_as_trained
+from atomtune.model.base_shape import base_shape
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.load import dtype_name, load_base, load_tokenizer
 from atomtune.model.token_rows import guard_embedding
 from atomtune.settings.fields import EvaluateSettings
+
+#: Tokens of the longest example, if no training of ours set a limit.
+LONGEST = 2048
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def candidates_of(settings: EvaluateSettings, console: Console) -> Candidates:
     instructions = [card.instruction or "" for card in cards]
     own = zip(short_names(folders), adapters, templates, instructions, strict=True)
     subjects = (Subject(BASE, None, templates[0], instructions[0]), *(Subject(*values) for values in own))
-    longest = settings.max_seq_length or max(card.max_seq_length for card in cards)
+    longest = settings.max_seq_length or max(_lengths(settings, cards, base_path))
     return Candidates(base_path, tuple(folders), cards, subjects, longest)
 
 
@@ -97,7 +100,19 @@ def _base_alone(settings: EvaluateSettings) -> Candidates:
     tokenizer = load_tokenizer(settings.model_path, trust_remote_code=settings.trust_remote_code)
     variables = json.loads(settings.chat_template_kwargs) if settings.chat_template_kwargs else {}
     template = load_template(settings.template, tokenizer, variables=variables)
-    return Candidates(settings.model_path, (), (), (Subject(BASE, None, template),), settings.max_seq_length or 2048)
+    longest = settings.max_seq_length or _longest(settings, settings.model_path)
+    return Candidates(settings.model_path, (), (), (Subject(BASE, None, template),), longest)
+
+
+def _lengths(settings: EvaluateSettings, cards: Sequence[AdapterMetadata], base_path: str) -> Iterator[int]:
+    """The longest example of each adapter's training; LONGEST where another tool trained it and did not say."""
+    for card in cards:
+        yield card.max_seq_length or _longest(settings, base_path)
+
+
+def _longest(settings: EvaluateSettings, base_path: str) -> int:
+    """LONGEST, or fewer tokens if that is all that the base or the memory allows."""
+    return min(LONGEST, base_shape(base_path, trust_remote_code=settings.trust_remote_code).longest)
 
 
 def load_models(settings: EvaluateSettings, candidates: Candidates, console: Console) -> Models:
@@ -130,9 +145,8 @@ def load_models(settings: EvaluateSettings, candidates: Candidates, console: Con
 
 def _refuse_repeated(folders: Sequence[Path]) -> None:
     """Raise BadSettings if a folder is named twice: both would get the same name, and their figures would be mixed."""
-    counts = Counter(folder.resolve() for folder in folders)
-    if repeated := [str(folder) for folder, count in counts.items() if count > 1]:
-        raise BadSettings([f"--adapter_path names {repeated[0]} more than once. Name each adapter once."])
+    if twice := repeated(folders):
+        raise BadSettings([f"--adapter_path names {twice[0]} more than once. Name each adapter once."])
 
 
 def _common_base(settings: EvaluateSettings, folders: Sequence[Path]) -> str:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from atomtune import __version__
+from atomtune.evaluate.account import Account
 from atomtune.evaluate.evaluation import Evaluation
 from atomtune.evaluate.intervals import Bootstrap, Figure
 from atomtune.evaluate.measures import (
@@ -65,6 +66,8 @@ class Report:
     max_new_tokens: int
     stopped_early: bool
     lm_eval: dict[str, dict[str, Score]]  # model → task and metric → score
+    account: Account
+    made_from: Mapping[str, Any]  # what the figures depend on, for report.json
 
     @property
     def lm_eval_names(self) -> list[str]:
@@ -84,8 +87,10 @@ class Report:
             "base": self.base_path,
             "records": self.records,
             "answers": self.answers,
+            **self.account.to_json(),
             "data": self.sources,
             "stopped_early": self.stopped_early,
+            **self.made_from,
             "interval": "95 %; shares of answers: Wilson score, other figures: bootstrap over records",
             "models": _listed(self.models),
             "against_base": _listed(self.changes),
@@ -102,7 +107,16 @@ class Report:
         return [_sentence(name, self.models, changes, worded) for name, changes in self.changes.items()]
 
 
-def make_report(done: Evaluation, *, base_path: str, sources: list[str], max_new_tokens: int, seed: int) -> Report:
+def make_report(
+    done: Evaluation,
+    *,
+    base_path: str,
+    sources: list[str],
+    max_new_tokens: int,
+    seed: int,
+    account: Account,
+    made_from: Mapping[str, Any],
+) -> Report:
     """Figures with intervals, over the same resamples of the records for every model."""
     names = list(done.results)
     draws = Bootstrap(len(done.records), seed=seed)
@@ -126,6 +140,8 @@ def make_report(done: Evaluation, *, base_path: str, sources: list[str], max_new
         max_new_tokens=max_new_tokens,
         stopped_early=done.stopped_early,
         lm_eval=done.lm_eval,
+        account=account,
+        made_from=made_from,
     )
 
 
@@ -238,6 +254,7 @@ def markdown(report: Report) -> str:
         singular(f"{report.records:,} records of {', '.join(report.sources)}; base {report.base_path}. ")
         + (_INTERVALS if report.records > 1 else ""),
         "",
+        *_account(report.account),
         f"| | {' | '.join(names)} |",
         f"|---|{'---|' * len(names)}",
     ]
@@ -258,6 +275,13 @@ def markdown(report: Report) -> str:
             for name, answer in record.answers.items():
                 lines += _quoted(f"{name} ({record.nats[name]:.2f} nats per token)", answer)
     return "\n".join(lines) + "\n"
+
+
+def _account(account: Account) -> Iterator[str]:
+    """The account's sentences, each followed by an empty line; the places of a list are an indented block."""
+    for note in (account.summary(), *account.notes()):
+        title, _, places = singular(note).partition("\n")
+        yield from (title, "", *(f"    {line}" for line in places.splitlines()), *([""] if places else []))
 
 
 def _quoted(title: str, text: str) -> list[str]:

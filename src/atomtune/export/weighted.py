@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 
 from atomtune.errors import BadModel, BadSettings
 from atomtune.model.adapter import load_another, load_trained
-from atomtune.model.adapter_folder import CONFIG, adapter_config
+from atomtune.model.adapter_folder import CONFIG, adapter_config, repeated
 from atomtune.model.causal_lm import CausalLM
 
 
@@ -36,7 +36,7 @@ def weighted(folders: Sequence[str], weights: Sequence[float]) -> tuple[Weighted
                 "1 their sum."
             ]
         )
-    if len(set(folders)) != len(folders):
+    if repeated(map(Path, folders)):
         raise BadSettings(["--adapter_path names a folder twice. Pass it once, with a larger weight."])
     return tuple(Weighted(Path(folder), weight) for folder, weight in zip(folders, weights, strict=True))
 

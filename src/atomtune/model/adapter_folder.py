@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, field, fields
 from datetime import date
@@ -67,7 +68,7 @@ class AdapterMetadata:
     base: str = ""  # fingerprint of the weights it was trained on
     quantize: Quantize | None = None  # quantization of the base in training
     dtype: Dtype = "auto"  # dtype of the base before quantization; "auto" in files of older versions
-    max_seq_length: Annotated[int, Field(ge=1)] = 256
+    max_seq_length: Annotated[int, Field(ge=1)] | None = None  # None: another tool trained it
 
     def save(self, folder: Path) -> None:
         write_text(folder / METADATA, json.dumps(asdict(self), ensure_ascii=False, indent=2) + "\n")
@@ -217,6 +218,12 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     return names
+
+
+def repeated(folders: Iterable[Path]) -> list[Path]:
+    """The folders that are named more than once, also in another spelling: `out`, `out/` and `./out` are one."""
+    counts = Counter(folder.resolve() for folder in folders)
+    return [folder for folder, count in counts.items() if count > 1]
 
 
 def adapter_config(folder: Path) -> PeftConfig:

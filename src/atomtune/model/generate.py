@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from atomtune.data.encoding.chat_template import Message, Template
 from atomtune.errors import BadModel
 from atomtune.model.causal_lm import CausalLM
-from atomtune.model.load import pad_id_of
+from atomtune.model.load import pad_id_of, read_config
 from atomtune.model.modes import without_dropout
 
 #: Settings of a generation config that force or delay tokens, whatever the model predicts.
@@ -98,12 +98,12 @@ def stop_ids(model: CausalLM, template: Template) -> list[int]:
     return _stop_ids(model.generation_config, template)
 
 
-def stop_ids_on(base_path: str, template: Template) -> list[int]:
+def stop_ids_on(base_path: str, template: Template, *, trust_remote_code: bool = False) -> list[int]:
     """The same for a base that is not loaded."""
     try:
         config = GenerationConfig.from_pretrained(base_path)
     except OSError:  # without a generation config, loading would derive one from the model config
-        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base_path))
+        config = GenerationConfig.from_model_config(read_config(base_path, trust_remote_code=trust_remote_code))
     return _stop_ids(config, template)
 
 

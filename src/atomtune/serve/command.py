@@ -31,7 +31,7 @@ from atomtune.engines.server_process import KEY_VARIABLES, ServerProcess, addres
 from atomtune.engines.vllm_serve import ServedAdapter
 from atomtune.errors import BadSettings
 from atomtune.language import message
-from atomtune.model.adapter_folder import AdapterMetadata, base_of, short_names, templates_of
+from atomtune.model.adapter_folder import AdapterMetadata, base_of, repeated, short_names, templates_of
 from atomtune.model.fingerprint import refuse_other_base, say_unchecked
 from atomtune.model.generate import stop_ids_on
 from atomtune.model.load import device_in_use, dtype_name, quiet_libraries, resolve_dtype
@@ -120,8 +120,7 @@ def _address_problems(settings: ServeSettings, engine: EngineName, api_key: str 
 def _refuse_several(adapters: Sequence[Path], settings: ServeSettings) -> None:
     """Raise BadSettings if several adapters are given that one server cannot serve."""
     problems: list[str] = []
-    folders = [adapter.resolve() for adapter in adapters]
-    for twice in {folder for folder in folders if folders.count(folder) > 1}:
+    for twice in repeated(adapters):
         problems.append(f"--adapter_path names {twice} twice.")
     if settings.served:
         problems.append(f"--served is one folder or file, and --adapter_path names {len(adapters)} adapters.")
@@ -270,7 +269,9 @@ def running(plan: Plan, settings: ServeSettings, console: Console) -> Iterator[S
         raise BadSettings(problems)
     first = plan.models[0].folder
     console.say(f"starting {plan.engine} on {', '.join(str(model.folder) for model in plan.models)} …")
-    stops = stop_ids_on(plan.base, plan.template) if plan.base else []  # a merged folder or a GGUF has its own
+    stops: list[int] = []  # a merged folder or a GGUF has its own
+    if plan.base:
+        stops = stop_ids_on(plan.base, plan.template, trust_remote_code=settings.trust_remote_code)
     view = ServedFolder(first, base=plan.base, stop_ids=stops)
     with view if plan.engine != "llama.cpp" else contextlib.nullcontext(first) as folder:
         environment = dict.fromkeys(KEY_VARIABLES, plan.api_key) if plan.api_key else {}

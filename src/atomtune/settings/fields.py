@@ -669,7 +669,11 @@ class EvaluateSettings(TrainedModelSettings):
         None, "variables of that template, as a JSON object; an adapter brings its own", value="JSON", rare=True
     )
     max_seq_length: int = setting(
-        0, "longest example, in tokens; 0: as the adapter was trained", at_least=0, unit="tokens"
+        0,
+        "longest example, in tokens; 0: as the adapter was trained, or 2,048 if that is not known, less on a smaller "
+        "base",
+        at_least=0,
+        unit="tokens",
     )
     records: int = setting(200, "how many records at most, chosen at random; 0: all", at_least=0, unit="records")
     per_device_eval_batch_size: int = setting(8, "records in a batch", at_least=1, unit="records")
@@ -685,8 +689,8 @@ class EvaluateSettings(TrainedModelSettings):
     lm_eval_limit: int = setting(0, "questions of each of these tasks; 0: all", at_least=0, unit="questions")
     output_dir: str | None = setting(
         None,
-        "where the reports go; without it, evaluation/ in the first adapter's folder, evaluation-1/ beside a report of "
-        "other records",
+        "where the reports go; without it, evaluation/ in the first adapter's folder, evaluation-1/ beside the report "
+        "of another evaluation",
         value="FOLDER",
     )
     other_base: bool = other_base_setting()

@@ -1,6 +1,5 @@
 """Dataset: the records of one run, read, checked, mixed, and split into training and evaluation."""
 
-import hashlib
 import itertools
 import random
 from collections.abc import Iterator
@@ -18,8 +17,8 @@ from atomtune.choices import RUN_RECORD
 from atomtune.console import Console
 from atomtune.data.cache import EncodedData, Rules, concatenate, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.ledger import Ledger, refuse_broken, refuse_unusable
-from atomtune.data.reading.sources import distinct_names, fingerprint_of, size_of
+from atomtune.data.ledger import Ledger, first_few, refuse_broken, refuse_unusable
+from atomtune.data.reading.sources import distinct_names, fingerprint_of, joint_fingerprint, size_of
 from atomtune.data.records import Record
 from atomtune.errors import BadSettings, listing
 from atomtune.settings.train_settings import TrainSettings
@@ -163,7 +162,7 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
     stream = Stream(
         settings.dataset_paths, template, rules, buffer=settings.shuffle_buffer, seed=run.args.seed, check=check
     )
-    data_hash = hashlib.sha256("".join(map(fingerprint_of, settings.dataset_paths)).encode()).hexdigest()
+    data_hash = joint_fingerprint([fingerprint_of(source) for source in settings.dataset_paths])
     run.record.update(data={"path": settings.dataset_path, "sha256": data_hash})
     run.console.say(
         f"streaming {', '.join(settings.dataset_paths)}: records are encoded while training and shuffled in a buffer "
@@ -238,7 +237,8 @@ def _say_overlap(run: RunContext, learned: list[datasets.Dataset], evaluate: dat
     if origins:
         run.console.notice(
             f"{len(origins):,} of {len(evaluate):,} evaluation records are nearly the same as a training record or ask "
-            f"the same: {_first_few(origins)}. Their loss shows what was memorised, not what was learned."
+            f"the same: {first_few(origins, all_in=RUN_RECORD)}. Their loss shows what was memorised, not what was "
+            "learned."
         )
 
 
@@ -292,7 +292,7 @@ def _about_template(ledger: Ledger, template: Template) -> Iterator[str]:
         yield (
             f"template {template.name} writes an earlier answer differently once another turn follows it. In these "
             "records every answer is therefore an example of its own, with the prompt that a server would send: "
-            f"{_first_few(ledger.split_origins)}."
+            f"{first_few(ledger.split_origins, all_in=RUN_RECORD)}."
         )
     if template.why:
         yield f"{template.why}."
@@ -315,11 +315,11 @@ def _about_records(ledger: Ledger) -> Iterator[str]:
     if ledger.records_copied:
         yield f"Exact copies of earlier records: {ledger.records_copied:,}. Copies are trained on as well."
     if ledger.cut_origins:
-        yield f"shortened to fit --max_seq_length: {_first_few(ledger.cut_origins)}."
+        yield f"shortened to fit --max_seq_length: {first_few(ledger.cut_origins, all_in=RUN_RECORD)}."
     if ledger.control_origins:
         yield (
             "the text of these records contains control tokens such as an end-of-turn mark; they are kept as plain "
-            f"text: {_first_few(ledger.control_origins)}."
+            f"text: {first_few(ledger.control_origins, all_in=RUN_RECORD)}."
         )
     if ledger.unknown_tokens:
         yield (
@@ -331,8 +331,3 @@ def _about_records(ledger: Ledger) -> Iterator[str]:
     refused = [f"{refusal.origin}  {refusal.reason}" for refusal in ledger.records_refused if not refusal.broken]
     if refused:
         yield f"not trained on:\n{listing(refused, 5)}"
-
-
-def _first_few(origins: list[str], shown: int = 5) -> str:
-    rest = len(origins) - shown
-    return ", ".join(origins[:shown]) + (f" and {rest:,} more (all in run.json)" if rest > 0 else "")

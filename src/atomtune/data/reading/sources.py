@@ -175,6 +175,13 @@ def fingerprint_of(source: Path | str) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def joint_fingerprint(fingerprints: Sequence[str]) -> str:
+    """One hash for a data set of several sources; a single source keeps its own."""
+    if len(fingerprints) == 1:
+        return fingerprints[0]
+    return hashlib.sha256("".join(fingerprints).encode()).hexdigest()
+
+
 def stamp_of(source: Path | str) -> list[tuple[str, int, int]]:
     """Path, size and mtime in ns of every file of a source; empty for the hub, whose cached files are named by hash."""
     path = _described(Path(source))
