@@ -102,10 +102,10 @@ def build(family: str, **more: Any) -> Any:
     return model
 
 
-def with_adapter(base: Any) -> Any:
-    """LoRA as after some training: if B were zero, A would have no gradient."""
+def with_adapter(base: Any, *targets: str) -> Any:
+    """LoRA as after some training: if B were zero, A would have no gradient. targets: more than all-linear"""
     base.requires_grad_(False)
-    model = new_adapter(base, LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["all-linear"])).eval()
+    model = new_adapter(base, LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["all-linear", *targets])).eval()
     if base.dtype is torch.float64:
         model.double()
     draw = torch.Generator().manual_seed(1)
