@@ -297,6 +297,8 @@ def step_graphs(run: RunContext, model: Any) -> StepGraphs | None:
         return None
     if args.fsdp or args.deepspeed or run.settings.model.device_map:
         return None
+    if args.mixed_precision == "fp16":  # its loss scale has to be in a backward pass, and a recording's is over
+        return None
     return StepGraphs(
         model,
         recorder=GpuRecorder(device),
