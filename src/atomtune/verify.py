@@ -56,7 +56,7 @@ from atomtune.model.load import (
 )
 from atomtune.model.lora_targets import match_targets
 from atomtune.model.loss import target_log_probabilities, target_nats
-from atomtune.model.memory import is_out_of_memory
+from atomtune.model.memory import free_memory, is_out_of_memory
 from atomtune.model.rotary import refuse_mixed
 from atomtune.model.token_rows import refuse_tokens_without_row
 from atomtune.settings.fields import LoraSettings, ModelSettings, RecordSettings, VerifySettings
@@ -206,33 +206,10 @@ class Check:
         return replace(compared, measures=measures, worst_weight=worst_weight, in_float32=exact)
 
     def _in(self, dtype: torch.dtype) -> tuple[Comparison, Result, Result]:
-        """The comparison in one dtype, what the fast path computed, and what a plain run did; without dropout.
-
-        One model is in memory at a time.
-        """
-        examples, per_batch, console = self.examples, self.per_batch, self.console
-
-        def load() -> CausalLM:
-            base = load_base(BaseSpec(**self.model.base(), dtype=dtype, device=self.device))
-            _keep_tokens_apart(base)
-            return _as_after_training(base, self.lora)
-
-        fast = load()
-        _say_how_long(fast, examples, console)
-        layout = _layout(fast, self.wanted)
-        fuse_layers(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device))
-        collator = collator_for(fast, layout, pad_id=self.pad_id, as_examples=as_examples)
-        console.say(f"layout {layout}, as a run computes it …")
-        ours, tokens_computed = in_batches(fast, examples, collator, per_batch=per_batch)
-        del fast
-        console.say("plain transformers + PEFT, one record at a time …")
-        model_again = load()
-        plain = one_at_a_time(model_again, examples)
-        console.say("plain again with another attention, to see how much rounding differs …")
-        with another_plain_way(model_again):
-            # The library's loss computes the softmax of the whole vocabulary in float32, which rounds more than its
-            # attention. So the noise includes both.
-            again = one_at_a_time(model_again, examples, softmax_dtype=torch.promote_types(dtype, torch.float32))
+        """The comparison in one dtype, what the fast path computed, and what a plain run did; without dropout."""
+        examples, per_batch = self.examples, self.per_batch
+        layout, ours, tokens_computed = self._fast(dtype)
+        plain, again = self._plain_twice(dtype)
         compared = Comparison(
             layout=layout,
             dtype=dtype,
@@ -243,6 +220,35 @@ class Check:
             tokens_computed=tokens_computed,
         )
         return compared, ours, plain
+
+    def _fast(self, dtype: torch.dtype) -> tuple[Layout, Result, int]:
+        """The layout, what the fast path computed, and the number of its tokens."""
+        model = self._loaded(dtype)
+        _say_how_long(model, self.examples, self.console)
+        layout = _layout(model, self.wanted)
+        fuse_layers(model, input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device))
+        collator = collator_for(model, layout, pad_id=self.pad_id, as_examples=as_examples)
+        self.console.say(f"layout {layout}, as a run computes it …")
+        return layout, *in_batches(model, self.examples, collator, per_batch=self.per_batch)
+
+    def _plain_twice(self, dtype: torch.dtype) -> tuple[Result, Result]:
+        """What two plain runs computed, which differ by rounding only."""
+        model = self._loaded(dtype)
+        self.console.say("plain transformers + PEFT, one record at a time …")
+        plain = one_at_a_time(model, self.examples)
+        self.console.say("plain again with another attention, to see how much rounding differs …")
+        with another_plain_way(model):
+            # The library's loss computes the softmax of the whole vocabulary in float32, which rounds more than its
+            # attention. So the noise includes both.
+            softmax_dtype = torch.promote_types(dtype, torch.float32)
+            return plain, one_at_a_time(model, self.examples, softmax_dtype=softmax_dtype)
+
+    def _loaded(self, dtype: torch.dtype) -> CausalLM:
+        """The base with an adapter. One model is in memory at a time: the one before is freed first."""
+        free_memory()
+        base = load_base(BaseSpec(**self.model.base(), dtype=dtype, device=self.device))
+        _keep_tokens_apart(base)
+        return _as_after_training(base, self.lora)
 
 
 def _say_how_long(model: CausalLM, examples: Sequence[Example], console: Console) -> None:

@@ -161,6 +161,17 @@ def test_without_memory_for_float32_the_16_bit_verdict_stands(models, dialogues,
     assert "the memory does not hold the base in float32" in said and "DOES NOT HOLD" in said
 
 
+def test_verify_keeps_one_base_in_memory_at_a_time(models, dialogues, no_noise, one_base_at_a_time):
+    # Adapter and fused layers refer to themselves, so four bases were in memory at the end.
+    assert main(command(models("llama"), dialogues, *IN_16_BITS)) == 0
+    assert len(one_base_at_a_time) == 4
+
+
+def test_a_verified_run_loads_its_model_after_the_last_one_is_freed(models, dialogues, tmp_path, one_base_at_a_time):
+    assert train(models("llama"), dialogues, tmp_path / "out", "--verify", "--dtype", "float32") == 0
+    assert len(one_base_at_a_time) == 3
+
+
 def test_a_layout_that_would_not_be_exact_is_refused(models, dialogues, capsys):
     flags = ["--trust_remote_code", "--layout", "tree"]
     assert main(command(models("baichuan_like"), dialogues, *flags)) == 2

@@ -4,6 +4,7 @@ The estimate only decides how many layers are recomputed (`--gradient_checkpoint
 recomputing: for all layers that costs a third to two fifths of the speed, but running out of memory costs the run.
 """
 
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -168,6 +169,13 @@ def peak_bytes(device: torch.device) -> int:
     if most is not None:
         return most
     return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]  # Windows only
+
+
+def free_memory() -> None:
+    """Free the memory of deleted models, whose parts often refer to each other, before another one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ from atomtune.errors import BadSettings
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import pad_id_of
+from atomtune.model.memory import free_memory
 from atomtune.model.mixer_kernels import kernels_of
 from atomtune.train.dataset import Data
 from atomtune.train.model import activation_memory, device_of, dtype_of
@@ -40,6 +41,7 @@ def check_equal(run: RunContext, data: Data, *, pad_id: int) -> None:
         per_batch=args.per_device_train_batch_size,
         console=run.console,
     ).compare(dtype_of(run))
+    free_memory()  # for the run's own model
     run.record.update(verified=compared.figures())
     say(compared, run.console)
 
