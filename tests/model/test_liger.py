@@ -42,11 +42,11 @@ def test_installing_liger_is_suggested_only_where_it_would_help():
 
 
 def test_impossible_liger_settings_are_refused():
-    assert list(problems(Circumstances(None, "cuda", True), None)) == []
-    assert "this run uses a CPU" in next(problems(Circumstances(True, "cpu", True), None))
-    assert "pip install" in next(problems(Circumstances(True, "cuda", False), None))
+    assert list(problems(Circumstances(None, "cuda", True))) == []
+    assert "this run uses a CPU" in next(problems(Circumstances(True, "cpu", True)))
+    assert "pip install" in next(problems(Circumstances(True, "cuda", False)))
     fused = {"fused_linear_cross_entropy": True, "rope": False}
-    assert "fused_linear_cross_entropy" in next(problems(Circumstances(True, "cuda", True), fused))
+    assert "fused_linear_cross_entropy" in next(problems(Circumstances(True, "cuda", True, config=fused)))
 
 
 def test_ligers_losses_stay_off_and_other_kernels_follow_the_user():
@@ -110,9 +110,9 @@ def test_a_failing_kernel_is_rejected_with_a_reason_and_no_crash(monkeypatch):
 
 
 @pytest.mark.parametrize(("factor", "used"), [(1.0, True), (1.3, False)])
-def test_a_run_trains_and_reports_whether_liger_kernels_are_used(
+def test_a_run_trains_and_reports_whether_liger_kernels_are_used(  # noqa: PLR0917  # pytest passes fixtures
     models, dialogues, tmp_path, monkeypatch, capsys, factor, used
-):  # noqa: PLR0917  # pytest passes fixtures
+):
     monkeypatch.setattr(liger, "apply_liger_kernel", norms_of(factor))
     monkeypatch.setattr(train_model, "liger_circumstances", lambda *_: Circumstances(None, "cuda", True))
     words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "2"]
