@@ -20,7 +20,7 @@ from atomtune.model.block_attention import MOST_KEPT
 #: Share of the free memory that activations may take. The rest is for the loss, the optimizer and fragmentation, and on
 #: a CPU for other programs.
 USABLE_ON_GPU, USABLE = 0.85, 0.6
-#: Share of that share that is used if some layers are recomputed, because such a run is always at its limit.
+#: If some layers are recomputed, the others may take only this part of that share: such a run is always at its limit.
 FILLED_BY_CHOICE = 0.85
 
 
