@@ -23,16 +23,14 @@ Cut = Literal["blocks", "spans"]
 class AttentionPlan:
     """One row's attention, for layers with full attention (None) and for each sliding window.
 
-    blocks, spans     window → the cut; one of the two is empty
+    blocks, spans     window → the cut; one of the two is empty, and padding is in no block
     until, position   [T]  as in Row, from which a dense mask can be made
-    real              number of tokens without padding; padding is in no block
     """
 
     blocks: dict[int | None, Blocks]
     spans: dict[int | None, Spans]
     until: torch.Tensor
     position: torch.Tensor
-    real: int
     segments: SegmentPlan | None = None  # for layers that carry a state from token to token
     _dense: dict[int | None, torch.Tensor] = field(default_factory=dict)
     _bias: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
@@ -57,12 +55,12 @@ class AttentionPlan:
         blocks = {window: _changed(blocks, change) for window, blocks in self.blocks.items()}
         spans = {window: _changed(spans, change) for window, spans in self.spans.items()}
         segments = _changed(self.segments, change)
-        return AttentionPlan(blocks, spans, change(self.until), change(self.position), self.real, segments)
+        return AttentionPlan(blocks, spans, change(self.until), change(self.position), segments)
 
     def rounded(self) -> "AttentionPlan":
         """The same attention with spans padded to one of few shapes."""
         spans = {window: spans.rounded(len(self.until)) for window, spans in self.spans.items()}
-        return AttentionPlan({}, spans, self.until, self.position, self.real, self.segments)
+        return AttentionPlan({}, spans, self.until, self.position, self.segments)
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors of the plan, in the order that `with_tensors` expects."""
@@ -170,7 +168,7 @@ def plan_attention(
             spans[window] = cut_into_spans(parts, window if hides else None, tokens)
     positions = torch.tensor((*position, *[0] * padding))
     forks = plan_segments(row) if carries_state else None
-    return AttentionPlan(blocks, spans, torch.tensor(until), positions, len(row), forks)
+    return AttentionPlan(blocks, spans, torch.tensor(until), positions, forks)
 
 
 def padded_length(tokens: int) -> int:
