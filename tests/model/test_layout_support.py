@@ -420,7 +420,7 @@ def test_stateful_layers_use_the_padded_layout_with_sharded_weights(family):
     plain = innermost(model).config._attn_implementation
     assert "FSDP and DeepSpeed" in why_padded(model, sharded=True)
     assert innermost(model).config._attn_implementation == plain
-    assert not layout_support.carries_state(model)
+    assert layout_support.way_of_mixers(model) is None
     assert why_padded(model) is None
 
 
