@@ -149,7 +149,7 @@ def examine(family: str, values: Values) -> Finding:
 def _times_faster(model: Any, collator: Collator, own_attention: AttentionInUse) -> float:
     """Time of a step with padded rows / time of the same step with a tree: the median of the pairs."""
     inner = innermost(model)
-    padded = dataclasses.replace(collator, layout="padded", carries_state=False)
+    padded = dataclasses.replace(collator, layout="padded", mixers=None)
     batch, padded_batch = collator.lay(timed_examples()), padded.lay(timed_examples())
     of_rows = AttentionInUse.of(inner)
     ratios = []

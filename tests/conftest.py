@@ -1,10 +1,13 @@
 """Fixtures: real, tiny models and tokenizers, built in this process; nothing is downloaded."""
 
+import gc
 import json
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,6 +105,28 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return built[family]
 
     return folder
+
+
+@pytest.fixture
+def one_base_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """A load by verify or train fails if an earlier base is still in memory; the list gets a reference to each base."""
+    from atomtune import verify
+    from atomtune.model.load import load_base
+    from atomtune.train import model as train_model
+
+    loaded: list[Any] = []
+
+    def watched(spec: Any) -> Any:
+        assert [base() for base in loaded] == [None] * len(loaded)
+        base = load_base(spec)
+        loaded.append(weakref.ref(base))
+        return base
+
+    for module in (verify, train_model):
+        monkeypatch.setattr(module, "load_base", watched)
+    gc.disable()  # Python's own collections come by chance
+    yield loaded
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,12 @@ def test_train_returns_the_figures_of_run_json(run):
     assert record["settings"]["lora_rank"] == {"value": 16, "source": "train()"}
 
 
+def test_the_trained_model_is_freed_when_train_returns(models, tmp_path, one_base_at_a_time):
+    # A notebook that loaded the tuned model next had two bases in memory.
+    train(models("llama"), write_jsonl(tmp_path / "data.jsonl", DIALOGUES), output_dir=tmp_path / "out", max_steps=1)
+    assert [base() for base in one_base_at_a_time] == [None]
+
+
 def test_a_run_from_python_equals_the_run_of_the_command(run, models, tmp_path):
     """The adapters are equal bit by bit."""
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)

@@ -136,10 +136,12 @@ def train(
     paths = {"model_path": model_path, "dataset_path": dataset_path, "output_dir": output_dir}
     console = Console(speaks=verbose)
     parsed = read("train", {**paths, **settings}, notice=console.notice)
+    from atomtune.model.memory import free_memory
     from atomtune.train.run import train_into_folder
     from atomtune.train.run_report import read_record
 
     folder = train_into_folder(parsed, speaks=verbose)
+    free_memory()  # for the tuned model, which a notebook loads next
     return Run(folder, read_record(folder))
 
 

@@ -3,8 +3,10 @@
 The plain side is simpler than what it checks and shares only the weights with it: one record at a time, all its
 logits, PEFT's own layers, the library's attention. It runs twice, since two correct runs differ by rounding. The fast
 path's difference is judged by that noise (model/agreement.py). In 16 bits a record can be so sensitive that two plain
-runs agree by chance and are both far from the exact gradient. So what does not hold in 16 bits is compared in float32
-too, where rounding is small, and then judged by how far a plain run in 16 bits is from there.
+runs agree by chance and are both far from the exact gradient. So what does not hold in 16 bits is computed in float32
+too, where rounding is small, and the distance of the fast path from that is judged by the distance of a plain run.
+Not compared are dropout, steps replayed as CUDA graphs (a run compares each recording, model/step_graphs.py), and
+Liger's kernels on sharded weights, where the Trainer applies them.
 """
 
 import math
@@ -30,6 +32,7 @@ from atomtune.data.reading.sources import distinct_names
 from atomtune.data.records import Example
 from atomtune.errors import BadSettings, CheckFailed
 from atomtune.language import translated
+from atomtune.model import liger
 from atomtune.model.adapter import LoraSpec, new_adapter, parameter_counts
 from atomtune.model.agreement import (
     TIMES_NOISE,
@@ -41,7 +44,7 @@ from atomtune.model.agreement import (
 )
 from atomtune.model.base_shape import base_shape
 from atomtune.model.causal_lm import CausalLM
-from atomtune.model.fused_layers import fuse_layers
+from atomtune.model.fused_layers import fuse_for_a_run
 from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import (
     BaseSpec,
@@ -56,7 +59,7 @@ from atomtune.model.load import (
 )
 from atomtune.model.lora_targets import match_targets
 from atomtune.model.loss import target_log_probabilities, target_nats
-from atomtune.model.memory import is_out_of_memory
+from atomtune.model.memory import free_memory, is_out_of_memory
 from atomtune.model.rotary import refuse_mixed
 from atomtune.model.token_rows import refuse_tokens_without_row
 from atomtune.settings.fields import LoraSettings, ModelSettings, RecordSettings, VerifySettings
@@ -121,6 +124,7 @@ def verify(settings: VerifySettings) -> int:
         model=settings,
         lora=settings,
         wanted=settings.layout,
+        kernels=liger.Circumstances(wanted=None, device=device.type, is_installed=liger.is_installed()),
         device=device,
         pad_id=pad_id,
         per_batch=settings.per_device_train_batch_size,
@@ -165,6 +169,7 @@ class Check:
     """What is compared.
 
     wanted     --layout
+    kernels    what decides whether a run tries Liger's kernels
     pad_id     the token that fills rows
     per_batch  records in a batch of the fast path
     """
@@ -173,6 +178,7 @@ class Check:
     model: ModelSettings
     lora: LoraSettings
     wanted: str
+    kernels: liger.Circumstances
     device: torch.device
     pad_id: int
     per_batch: int
@@ -206,33 +212,10 @@ class Check:
         return replace(compared, measures=measures, worst_weight=worst_weight, in_float32=exact)
 
     def _in(self, dtype: torch.dtype) -> tuple[Comparison, Result, Result]:
-        """The comparison in one dtype, what the fast path computed, and what a plain run did; without dropout.
-
-        One model is in memory at a time.
-        """
-        examples, per_batch, console = self.examples, self.per_batch, self.console
-
-        def load() -> CausalLM:
-            base = load_base(BaseSpec(**self.model.base(), dtype=dtype, device=self.device))
-            _keep_tokens_apart(base)
-            return _as_after_training(base, self.lora)
-
-        fast = load()
-        _say_how_long(fast, examples, console)
-        layout = _layout(fast, self.wanted)
-        fuse_layers(fast, input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device))
-        collator = collator_for(fast, layout, pad_id=self.pad_id, as_examples=as_examples)
-        console.say(f"layout {layout}, as a run computes it …")
-        ours, tokens_computed = in_batches(fast, examples, collator, per_batch=per_batch)
-        del fast
-        console.say("plain transformers + PEFT, one record at a time …")
-        model_again = load()
-        plain = one_at_a_time(model_again, examples)
-        console.say("plain again with another attention, to see how much rounding differs …")
-        with another_plain_way(model_again):
-            # The library's loss computes the softmax of the whole vocabulary in float32, which rounds more than its
-            # attention. So the noise includes both.
-            again = one_at_a_time(model_again, examples, softmax_dtype=torch.promote_types(dtype, torch.float32))
+        """The comparison in one dtype, what the fast path computed, and what a plain run did; without dropout."""
+        examples, per_batch = self.examples, self.per_batch
+        layout, ours, tokens_computed = self._fast(dtype)
+        plain, again = self._plain_twice(dtype)
         compared = Comparison(
             layout=layout,
             dtype=dtype,
@@ -243,6 +226,38 @@ class Check:
             tokens_computed=tokens_computed,
         )
         return compared, ours, plain
+
+    def _fast(self, dtype: torch.dtype) -> tuple[Layout, Result, int]:
+        """The layout, what the fast path computed, and the number of its tokens."""
+        model = self._loaded(dtype)
+        _say_how_long(model, self.examples, self.console)
+        try:
+            fuse_for_a_run(model, self.kernels, say=self.console.say)
+            layout = _layout(model, self.wanted)
+            collator = collator_for(model, layout, pad_id=self.pad_id, as_examples=as_examples)
+            self.console.say(f"layout {layout}, as a run computes it …")
+            return layout, *in_batches(model, self.examples, collator, per_batch=self.per_batch)
+        finally:
+            liger.leave_files()  # the plain side computes with transformers' own code
+
+    def _plain_twice(self, dtype: torch.dtype) -> tuple[Result, Result]:
+        """What two plain runs computed, which differ by rounding only."""
+        model = self._loaded(dtype)
+        self.console.say("plain transformers + PEFT, one record at a time …")
+        plain = one_at_a_time(model, self.examples)
+        self.console.say("plain again with another attention, to see how much rounding differs …")
+        with another_plain_way(model):
+            # The library's loss computes the softmax of the whole vocabulary in float32, which rounds more than its
+            # attention. So the noise includes both.
+            softmax_dtype = torch.promote_types(dtype, torch.float32)
+            return plain, one_at_a_time(model, self.examples, softmax_dtype=softmax_dtype)
+
+    def _loaded(self, dtype: torch.dtype) -> CausalLM:
+        """The base with an adapter. One model is in memory at a time: the one before is freed first."""
+        free_memory()
+        base = load_base(BaseSpec(**self.model.base(), dtype=dtype, device=self.device))
+        _keep_tokens_apart(base)
+        return _as_after_training(base, self.lora)
 
 
 def _say_how_long(model: CausalLM, examples: Sequence[Example], console: Console) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from atomtune.batch.pack import pack
 from atomtune.batch.row import Row
-from atomtune.batch.segment_plan import plan_segments
+from atomtune.batch.segment_plan import plan_paths, plan_segments
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
 
@@ -52,7 +52,7 @@ def test_forked_states_have_seen_exactly_each_tokens_path(row):
 
 @pytest.mark.parametrize("row", rows)
 def test_first_on_points_to_each_tokens_place_on_its_path(row):
-    plan = plan_segments(row)
+    plan = plan_paths(row)
     longest = plan.paths.shape[1]
     for token, place in enumerate(plan.first_on.tolist()):
         path, at = divmod(place, longest)

@@ -102,10 +102,10 @@ def build(family: str, **more: Any) -> Any:
     return model
 
 
-def with_adapter(base: Any) -> Any:
-    """LoRA as after some training: if B were zero, A would have no gradient."""
+def with_adapter(base: Any, *targets: str) -> Any:
+    """LoRA as after some training: if B were zero, A would have no gradient. targets: more than all-linear"""
     base.requires_grad_(False)
-    model = new_adapter(base, LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["all-linear"])).eval()
+    model = new_adapter(base, LoraSpec(rank=4, alpha=8, dropout=0.0, targets=["all-linear", *targets])).eval()
     if base.dtype is torch.float64:
         model.double()
     draw = torch.Generator().manual_seed(1)
@@ -420,7 +420,7 @@ def test_stateful_layers_use_the_padded_layout_with_sharded_weights(family):
     plain = innermost(model).config._attn_implementation
     assert "FSDP and DeepSpeed" in why_padded(model, sharded=True)
     assert innermost(model).config._attn_implementation == plain
-    assert not layout_support.carries_state(model)
+    assert layout_support.way_of_mixers(model) is None
     assert why_padded(model) is None
 
 

@@ -27,7 +27,7 @@ def by_forks(family):
 
 
 def tried(model):
-    return layout_trial.difference(model, windows=windows_of(model), cut="blocks", carries_state=True)
+    return layout_trial.difference(model, windows=windows_of(model), cut="blocks", mixers="fork")
 
 
 def no_state(batch, states):

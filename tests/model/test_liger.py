@@ -42,11 +42,11 @@ def test_installing_liger_is_suggested_only_where_it_would_help():
 
 
 def test_impossible_liger_settings_are_refused():
-    assert list(problems(Circumstances(None, "cuda", True), None)) == []
-    assert "this run uses a CPU" in next(problems(Circumstances(True, "cpu", True), None))
-    assert "pip install" in next(problems(Circumstances(True, "cuda", False), None))
+    assert list(problems(Circumstances(None, "cuda", True))) == []
+    assert "this run uses a CPU" in next(problems(Circumstances(True, "cpu", True)))
+    assert "pip install" in next(problems(Circumstances(True, "cuda", False)))
     fused = {"fused_linear_cross_entropy": True, "rope": False}
-    assert "fused_linear_cross_entropy" in next(problems(Circumstances(True, "cuda", True), fused))
+    assert "fused_linear_cross_entropy" in next(problems(Circumstances(True, "cuda", True, config=fused)))
 
 
 def test_ligers_losses_stay_off_and_other_kernels_follow_the_user():

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, Qwen2Config
 
 from atomtune.model import base_shape
+from atomtune.model.base_shape import tokens_in_memory
 from atomtune.model.memory import (
     ActivationMemory,
     StepShape,
@@ -48,6 +49,8 @@ def test_a_list_of_intermediate_sizes_per_layer_is_accepted():
     # Gemma 3n's config has a list.
     config = SimpleNamespace(hidden_size=32, num_hidden_layers=2, intermediate_size=[64, 128])
     assert activation_bytes(config, tokens=1, element_bytes=4) == 2 * (11 * 32 + 4 * 96) * 4
+    widest = SimpleNamespace(hidden_size=32, num_hidden_layers=2, intermediate_size=128)
+    assert tokens_in_memory(config, 10**7) == tokens_in_memory(widest, 10**7) > 256
 
 
 def memory(config, tokens: int) -> ActivationMemory:

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from atomtune.model.layout_support import windows_of
 from atomtune.model.loss import target_nats
 from atomtune.model.step_graphs import SEEN_BEFORE, GpuRecorder, StepGraphs
 from tests.batch.test_attention_plan import rows
-from tests.model.test_layout_support import WORDS, adapted, gradients
+from tests.model.test_layout_support import WORDS, adapted, build, gradients, with_adapter
 
 #: float64: filling up a row changes only the order of sums.
 EXACT = 1e-12
@@ -161,6 +162,34 @@ def test_a_model_that_cannot_be_recorded_runs_without_graphs():
         "steps are not replayed as CUDA graphs, which costs small steps some speed: "
         "CUDA error: operation not permitted when stream is capturing"
     ]
+
+
+class Capturing(Tape):
+    """A recorder that fails, as a capture does, if the work waits for the device to know a tensor's size."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        def waits(*_arguments: Any, **_keywords: Any) -> Any:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+        with patch.object(torch, "unique", waits):
+            return super().record(work)
+
+
+def test_steps_with_lora_on_the_output_matrix_are_recorded():
+    # The recording took its weights for sharded ones, and computed the head in a way that waits for the device.
+    model = with_adapter(build("llama"), "lm_head").train()
+    notices: list[str] = []
+    graphs = graphs_of(model, Capturing(), notices)
+    batch = batches(model, "tree", count=1)[0]
+    own_nats, own = result(model, target_nats(model, batch, label_smoothing=0.1)[0])
+    assert any("lm_head" in name for name in own)
+    for _ in range(SEEN_BEFORE + 1):
+        nats, played = result(model, graphs.nats(batch))
+    assert notices == []
+    assert graphs.figures()["replayed"] == 1
+    assert nats == pytest.approx(own_nats, rel=EXACT)
+    for name, gradient in own.items():
+        torch.testing.assert_close(played[name], gradient, rtol=EXACT, atol=EXACT)
 
 
 def test_long_rows_and_padded_rows_are_never_recorded(monkeypatch):

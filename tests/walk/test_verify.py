@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,9 @@ from atomtune import verify
 from atomtune.batch import collate
 from atomtune.batch.attention_plan import plan_attention
 from atomtune.cli import main
-from atomtune.model import fused_lora
+from atomtune.model import fused_lora, layout_trial, liger
+from atomtune.model.liger import Circumstances
+from tests.model.test_liger import norms_of
 
 
 def command(base, data, *more) -> list[str]:
@@ -159,6 +162,59 @@ def test_without_memory_for_float32_the_16_bit_verdict_stands(models, dialogues,
     assert main(command(models("llama"), dialogues, *IN_16_BITS)) == 4
     said = " ".join(capsys.readouterr().out.split())
     assert "the memory does not hold the base in float32" in said and "DOES NOT HOLD" in said
+
+
+def test_verify_keeps_one_base_in_memory_at_a_time(models, dialogues, no_noise, one_base_at_a_time):
+    # Adapter and fused layers refer to themselves, so four bases were in memory at the end.
+    assert main(command(models("llama"), dialogues, *IN_16_BITS)) == 0
+    assert len(one_base_at_a_time) == 4
+
+
+def test_a_verified_run_loads_its_model_after_the_last_one_is_freed(models, dialogues, tmp_path, one_base_at_a_time):
+    assert train(models("llama"), dialogues, tmp_path / "out", "--verify", "--dtype", "float32") == 0
+    assert len(one_base_at_a_time) == 3
+
+
+@pytest.fixture
+def liger_kernels(monkeypatch):
+    """As on a GPU with Liger installed; with a factor other than 1, its norms are wrong.
+
+    The model's own trial would refuse wrong ones. It is switched off, so that the comparison has to find the fault.
+    """
+
+    def install(factor: float) -> None:
+        monkeypatch.setattr(liger, "apply_liger_kernel", norms_of(factor))
+        monkeypatch.setattr(Circumstances, "tries", True)
+        monkeypatch.setattr(layout_trial, "changed_by", lambda model, change: change() and None)
+
+    return install
+
+
+PATCHED_FILE = "transformers.models.llama.modeling_llama"
+
+
+def test_ligers_kernels_are_verified_and_removed_for_the_plain_side(models, dialogues, capsys, liger_kernels):
+    liger_kernels(1.0)
+    assert main(command(models("llama"), dialogues, "--dtype", "float32", "--records", "12")) == 0
+    said = capsys.readouterr().out
+    assert "computed by Liger's kernels" in said and "DOES NOT HOLD" not in said
+    assert not hasattr(sys.modules[PATCHED_FILE], "planted")
+
+
+def test_a_fault_in_ligers_kernels_exits_with_4(models, dialogues, capsys, liger_kernels):
+    # verify and --verify once left the kernels out, which a run on a GPU uses.
+    liger_kernels(1.3)
+    assert main(command(models("llama"), dialogues, "--dtype", "float32", "--records", "12")) == 4
+    assert "DOES NOT HOLD" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (1.3, 4)])
+def test_train_with_verify_compares_ligers_kernels(models, dialogues, tmp_path, liger_kernels, factor, code):  # noqa: PLR0917  # pytest passes fixtures
+    liger_kernels(factor)
+    assert train(models("llama"), dialogues, tmp_path / "out", "--verify", "--dtype", "float32") == code
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["verified"]["holds"] is (code == 0)
+    assert not hasattr(sys.modules[PATCHED_FILE], "planted")
 
 
 def test_a_layout_that_would_not_be_exact_is_refused(models, dialogues, capsys):

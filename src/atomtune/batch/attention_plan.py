@@ -12,7 +12,7 @@ import torch
 
 from atomtune.batch.blocks import QUERY_STEP, Blocks, Places, cut_into_blocks
 from atomtune.batch.row import Row, segments
-from atomtune.batch.segment_plan import SegmentPlan, plan_segments
+from atomtune.batch.segment_plan import PathPlan, SegmentPlan, Way, plan_paths, plan_segments
 from atomtune.batch.spans import Spans, cut_into_spans
 
 #: How a row is cut: into dense blocks (CPU), or into spans for a kernel with variable-length sequences (GPU).
@@ -23,17 +23,15 @@ Cut = Literal["blocks", "spans"]
 class AttentionPlan:
     """One row's attention, for layers with full attention (None) and for each sliding window.
 
-    blocks, spans     window → the cut; one of the two is empty
+    blocks, spans     window → the cut; one of the two is empty, and padding is in no block
     until, position   [T]  as in Row, from which a dense mask can be made
-    real              number of tokens without padding; padding is in no block
     """
 
     blocks: dict[int | None, Blocks]
     spans: dict[int | None, Spans]
     until: torch.Tensor
     position: torch.Tensor
-    real: int
-    segments: SegmentPlan | None = None  # for layers that carry a state from token to token
+    mixers: SegmentPlan | PathPlan | None = None  # for layers that carry a state from token to token
     _dense: dict[int | None, torch.Tensor] = field(default_factory=dict)
     _bias: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
     _hidden: dict[tuple[int | None, torch.dtype], tuple[torch.Tensor, ...]] = field(default_factory=dict)
@@ -56,13 +54,13 @@ class AttentionPlan:
     def _each_tensor(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "AttentionPlan":
         blocks = {window: _changed(blocks, change) for window, blocks in self.blocks.items()}
         spans = {window: _changed(spans, change) for window, spans in self.spans.items()}
-        segments = _changed(self.segments, change)
-        return AttentionPlan(blocks, spans, change(self.until), change(self.position), self.real, segments)
+        mixers = _changed(self.mixers, change)
+        return AttentionPlan(blocks, spans, change(self.until), change(self.position), mixers)
 
     def rounded(self) -> "AttentionPlan":
         """The same attention with spans padded to one of few shapes."""
         spans = {window: spans.rounded(len(self.until)) for window, spans in self.spans.items()}
-        return AttentionPlan({}, spans, self.until, self.position, self.real, self.segments)
+        return AttentionPlan({}, spans, self.until, self.position, self.mixers)
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors of the plan, in the order that `with_tensors` expects."""
@@ -142,13 +140,13 @@ def plan_attention(
     windows: Iterable[int | None] = (None,),
     width: int | None = None,
     cut: Cut = "blocks",
-    carries_state: bool = False,
+    mixers: Way | None = None,
 ) -> AttentionPlan:
     """Plan the attention of a row, for each kind of layer in the model.
 
     windows  the sliding windows of the layers; None: full attention
     width    length of the row with padding; default: without
-    carries_state   whether the model has layers that carry a state from token to token
+    mixers   how layers that carry a state from token to token compute the row; None if the model has none
     """
     position = row.positions()
     deepest = max(position, default=0) + 1
@@ -169,8 +167,10 @@ def plan_attention(
         else:
             spans[window] = cut_into_spans(parts, window if hides else None, tokens)
     positions = torch.tensor((*position, *[0] * padding))
-    forks = plan_segments(row) if carries_state else None
-    return AttentionPlan(blocks, spans, torch.tensor(until), positions, len(row), forks)
+    states: SegmentPlan | PathPlan | None = None
+    if mixers is not None:
+        states = plan_segments(row) if mixers == "fork" else plan_paths(row)
+    return AttentionPlan(blocks, spans, torch.tensor(until), positions, states)
 
 
 def padded_length(tokens: int) -> int:

@@ -18,7 +18,7 @@ from atomtune.batch.row import Row, Segment
 
 #: Sizes of chunks that are tried, in tokens. Small ones compute fewer masked scores, large ones gather fewer keys.
 CHUNK_SIZES = (64, 96, 128, 192, 256)
-#: A row is cut into at most this many chunks, or of the largest size, so that planning stays short.
+#: A size that would give more chunks than this is not tried, except the largest, so that planning stays short.
 _MOST_CHUNKS = 128
 #: Costs of a block and of a key slot, in scores (query-key pairs): measured on a layer's attention with 8 heads of 64
 #: (docs/log.md).

@@ -14,6 +14,7 @@ import torch
 from atomtune.batch.attention_plan import AttentionPlan, Cut, padded_length, plan_attention
 from atomtune.batch.pack import pack
 from atomtune.batch.row import Row, padded_tokens, single
+from atomtune.batch.segment_plan import Way
 from atomtune.batch.tree import graft
 from atomtune.choices import Layout
 from atomtune.data.records import Example
@@ -84,11 +85,11 @@ def collate_row(
     examples: int,
     tokens_padded: int,
     cut: Cut = "blocks",
-    carries_state: bool = False,
+    mixers: Way | None = None,
 ) -> Batch:
     """A batch of one row with all examples, and the plan of its attention."""
     width = padded_length(len(row))
-    plan = plan_attention(row, windows=windows, width=width, cut=cut, carries_state=carries_state)
+    plan = plan_attention(row, windows=windows, width=width, cut=cut, mixers=mixers)
     # Padded with a real token. The embedding of a pad token may be all zeros, and a model that normalises it (Gemma 3n)
     # gets a NaN gradient there, which reaches every weight.
     padding = [row.ids[-1]] * (width - len(row))
@@ -129,7 +130,7 @@ class Collator:
     as_examples     the Examples of one stored row (data/cache.py)
     windows         the sliding windows of the model's layers; None: full attention
     cut             how a row's attention is computed: blocks on a CPU, spans on a GPU
-    carries_state   whether the model has layers that carry a state from token to token
+    mixers          how layers that carry a state from token to token compute a row; None if the model has none
     """
 
     layout: Layout
@@ -137,7 +138,7 @@ class Collator:
     as_examples: Callable[[Mapping[str, Any]], Sequence[Example]]
     windows: Sequence[int | None] = (None,)
     cut: Cut = "blocks"
-    carries_state: bool = False
+    mixers: Way | None = None
 
     def __call__(self, stored: Sequence[Mapping[str, Any]]) -> Batch:
         examples = [example for row in stored for example in self.as_examples(row)]
@@ -152,4 +153,4 @@ class Collator:
         if self.layout == "padded":
             return collate_chains([single(example) for example in examples], pad_id=self.pad_id, **counts)
         row = graft(examples) if self.layout == "tree" else pack(examples)
-        return collate_row(row, windows=self.windows, cut=self.cut, carries_state=self.carries_state, **counts)
+        return collate_row(row, windows=self.windows, cut=self.cut, mixers=self.mixers, **counts)

@@ -1,26 +1,31 @@
 """Segment plans: how layers that carry a state from token to token compute a row with branches.
 
-The row is cut into segments at its branches. A segment starts from the final state of its parent segment, so the state
-is forked at a branch; a root starts without a state. Segments that can run together form a batch. Padding is at the end
-of a segment, where it changes no result, and never in a segment from which others start.
+There are two ways (`Way`). fork: the row is cut into segments at its branches. A segment starts from the final state of
+its parent segment, so the state is forked at a branch; a root starts without a state. Segments that can run together
+form a batch. Padding is at the end of a segment, where it changes no result, and never in a segment from which others
+start.
 
     tokens    p p p p a a a b b          segments   0: p p p p    1: a a a, of 0    2: b b, of 0
     batch 0   p p p p                    starts empty, ends in state s
     batch 1   a a a                      both start from s
               b b b'                     b' is padding
 
-Layers that cannot start from a state compute every path from root to leaf instead; a token's result is taken from the
+paths: layers that cannot start from a state compute every path from root to leaf; a token's result is taken from the
 first path that contains it.
 Letters: T tokens in the row, G segments in a batch, n the longest of them, P paths, L the longest of them.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from atomtune.batch.paths import path_to
 from atomtune.batch.row import Row, Segment, segments
 
+#: How layers that carry a state compute a row: by a SegmentPlan or by a PathPlan.
+Way = Literal["fork", "paths"]
 #: Leaves share a batch if the longest has at most 1.5 times as many tokens as the shortest, or at most 16 more.
 _LONGER = 1.5
 _LONGER_TOKENS = 16
@@ -42,16 +47,24 @@ class SegmentBatch:
 
 @dataclass(frozen=True, slots=True)
 class SegmentPlan:
-    """A row for layers that carry a state.
+    """A row for layers that start from a state.
 
     batches   every parent comes before its children
-    order     [T]     index of each token's result in the concatenated `places` of all batches
-    paths     [P, L]  the tokens of every path from root to leaf; the last one is repeated as padding
-    first_on  [T]     the first place of each token, in [P * L]
+    order     [T]  index of each token's result in the concatenated `places` of all batches
     """
 
     batches: tuple[SegmentBatch, ...]
     order: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PathPlan:
+    """A row for layers that start without a state.
+
+    paths     [P, L]  the tokens of every path from root to leaf; the last one is repeated as padding
+    first_on  [T]     the first place of each token, in [P * L]
+    """
+
     paths: torch.Tensor
     first_on: torch.Tensor
 
@@ -70,9 +83,8 @@ class _Run:
 
 
 def plan_segments(row: Row) -> SegmentPlan:
-    """Plan the batches and paths of a row."""
-    parts = segments(row)
-    runs = _runs(parts)
+    """Plan the batches of a row's segments."""
+    runs = _runs(segments(row))
     groups = list(_groups(runs))
     where = {number: (g, i) for g, group in enumerate(groups) for i, number in enumerate(group)}
     batches: list[SegmentBatch] = []
@@ -85,8 +97,22 @@ def plan_segments(row: Row) -> SegmentPlan:
             computed += run.own
     order = torch.empty(len(row), dtype=torch.long)
     order[torch.tensor(computed)] = torch.arange(len(row))
-    paths, first_on = _paths(parts, len(row))
-    return SegmentPlan(tuple(batches), order, paths, first_on)
+    return SegmentPlan(tuple(batches), order)
+
+
+def plan_paths(row: Row) -> PathPlan:
+    """Plan the paths of a row."""
+    parts = segments(row)
+    inner = {part.parent for part in parts}
+    paths: list[list[int]] = []
+    for leaf in range(len(parts)):
+        if leaf not in inner:
+            paths.append([token for start, end in path_to(parts, leaf) for token in range(start, end)])
+    longest = max(map(len, paths))
+    first_on = torch.empty(len(row), dtype=torch.long)
+    for number in reversed(range(len(paths))):  # reversed, so that the first path overwrites the others
+        first_on[torch.tensor(paths[number])] = number * longest + torch.arange(len(paths[number]))
+    return PathPlan(torch.tensor([path + [path[-1]] * (longest - len(path)) for path in paths]), first_on)
 
 
 def _batch(runs: Sequence[_Run], parents: tuple[tuple[int, int], ...]) -> SegmentBatch:
@@ -153,22 +179,3 @@ def _groups(runs: Sequence[_Run]) -> Iterable[list[int]]:
             group.append(number)
         if group:
             yield group
-
-
-def _paths(parts: Sequence[Segment], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    inner = {part.parent for part in parts}
-    paths = []
-    for number in range(len(parts)):
-        if number in inner:
-            continue
-        path: list[int] = []
-        at = number
-        while at >= 0:
-            path = [*range(parts[at].start, parts[at].end), *path]
-            at = parts[at].parent
-        paths.append(path)
-    longest = max(map(len, paths))
-    first_on = torch.full((tokens,), -1)
-    for number in reversed(range(len(paths))):  # reversed, so that the first path overwrites the others
-        first_on[torch.tensor(paths[number])] = number * longest + torch.arange(len(paths[number]))
-    return torch.tensor([path + [path[-1]] * (longest - len(path)) for path in paths]), first_on

@@ -14,8 +14,8 @@ from torch.nn import functional
 from atomtune.batch.paths import last_of, path_to
 from atomtune.batch.row import Segment
 
-#: `rounded` pads the number of keys to a multiple of this, so that there are few shapes. It is a sixteenth of what
-#: small trees gather.
+#: `rounded` pads the number of keys to a multiple of this, so that there are few shapes. Small trees gather some 16
+#: times as many.
 _KEYS_FILLED = 512
 
 

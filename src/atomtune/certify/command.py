@@ -10,7 +10,7 @@ from typing import Any
 
 from atomtune.certify.comparison import Outcome, coarser, compare
 from atomtune.certify.prompts import OUR_OWN, CertPrompt, choose_prompts
-from atomtune.certify.reference import Expected, expect, free_memory
+from atomtune.certify.reference import Expected, expect
 from atomtune.choices import EngineName
 from atomtune.console import Console, as_command
 from atomtune.data.cache import Rules, examples_of, records_of
@@ -37,6 +37,7 @@ from atomtune.model.base_as_trained import adapter_and_base, base_spec
 from atomtune.model.fingerprint import is_at_hand, refuse_other_base
 from atomtune.model.generate import stop_ids
 from atomtune.model.load import dtype_name, load_base, load_dequantized, quiet_libraries, stored_dtype
+from atomtune.model.memory import free_memory
 from atomtune.settings.fields import CertifySettings, base_of_adapter
 from atomtune.settings.spelled import base_words
 

@@ -1,6 +1,5 @@
 """Reference: what our side answers to each prompt, computed before an engine is started."""
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,10 +74,3 @@ def _log_probabilities(model: Any, prompt: Sequence[int], answer: Sequence[int])
     ids = torch.tensor([[*prompt, *answer]], device=model.device)  # [1, P + A]
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 :]  # [A + 1, V], from the prompt's last token on
     return exact(logits).log_softmax(-1).cpu()
-
-
-def free_memory() -> None:
-    """Free the memory of a deleted model before an engine loads its own."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from atomtune.choices import SHORTEST_RECORD
 from atomtune.errors import BadModel
 from atomtune.model.load import device_in_use
-from atomtune.model.memory import machine_bytes
+from atomtune.model.memory import input_bytes, layer_bytes, machine_bytes
 from atomtune.model.rotary import rotary_limit
 
 #: Used if neither the config nor memory sets a limit. More tokens than any base of today reads.
@@ -72,15 +72,11 @@ def positions_of(config: Any) -> int | None:
 def tokens_in_memory(config: Any, memory_bytes: int) -> int:
     """Tokens of the longest record whose activations fit in memory if every layer is recomputed; a power of two.
 
-    Kept per token: the inputs of all layers, and all activations of one layer (see memory.py). `memory_bytes` is the
-    total memory, not the free part, and the result is rounded down, so that two runs on one machine get the same limit.
+    Kept per token: the inputs of all layers, and all activations of the widest one. `memory_bytes` is the total memory,
+    not the free part, and the result is rounded down, so that two runs on one machine get the same limit.
     """
-    hidden = getattr(config, "hidden_size", 0) or 0
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    if isinstance(inner, list | tuple):  # Gemma 3n: a width for each layer
-        inner = max(inner)
-    layers = getattr(config, "num_hidden_layers", 0) or 0
-    token_bytes = (layers * hidden + 11 * hidden + 4 * inner) * _ELEMENT
+    widest = max(layer_bytes(config, element_bytes=_ELEMENT))
+    token_bytes = input_bytes(config, tokens=1, element_bytes=_ELEMENT) + widest
     if not token_bytes:
         return NO_LIMIT
     fitting = int(_USABLE * memory_bytes / token_bytes)

@@ -10,7 +10,7 @@ from torch import nn
 
 
 def spare_walks(model: nn.Module) -> None:
-    """Let a model's train() and zero_grad() do only what is left to do. All its modules must be there already."""
+    """Let a model's train() and zero_grad() go through lists of its modules and weights, made here once."""
     # As in fused_lora, a change of class leaves modules, names and what is saved as they are.
     model.__class__ = type(type(model).__name__, (FewWalks, type(model)), {})
     assert isinstance(model, FewWalks)

@@ -3,12 +3,27 @@
 Weights, names and saved files do not change; verify compares the result with plain transformers + PEFT.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
+from atomtune.model import liger
+from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fused_lora import compute_together
 from atomtune.model.fused_norm import fuse_norms
+
+
+def fuse_for_a_run(model: CausalLM, circumstances: liger.Circumstances, *, say: Callable[[str], None]) -> bool:
+    """Fuse all that a run fuses in its model; returns whether Liger's kernels are used.
+
+    FSDP and DeepSpeed move weights out of the layers between calls, so such a run fuses nothing here.
+    """
+    if not circumstances.is_sharded:
+        embeddings: Any = model.get_input_embeddings()
+        fuse_layers(model, input_ids=torch.zeros(1, 2, dtype=torch.long, device=embeddings.weight.device))
+    return liger.use(model, circumstances, say=say)
 
 
 def fuse_layers(model: nn.Module, **example_inputs: Any) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from atomtune.batch.attention_plan import Cut
 from atomtune.batch.collate import Collator
+from atomtune.batch.segment_plan import Way
 from atomtune.choices import Layout
 from atomtune.data.records import Example
 from atomtune.errors import BadModel
@@ -41,9 +42,9 @@ def windows_of(model: nn.Module) -> tuple[int | None, ...]:
     return (None, window) if window else (None,)
 
 
-def carries_state(model: nn.Module) -> bool:
-    """Whether rows of this model must say where a state forks. Call it after `why_padded`, which decides that."""
-    return row_mixers.carries_state(body_of(model))
+def way_of_mixers(model: nn.Module) -> Way | None:
+    """How this model's mixers compute rows; None if it has none. Call it after `why_padded`, which decides that."""
+    return row_mixers.way_in_use(body_of(model))
 
 
 def collator_for(
@@ -65,7 +66,7 @@ def collator_for(
         as_examples=as_examples,
         windows=windows_of(model) if layout != "padded" else (None,),
         cut=cut_of(model),
-        carries_state=carries_state(model),
+        mixers=way_of_mixers(model),
     )
 
 
@@ -74,7 +75,7 @@ class _Way:
     """One way in which a model may compute rows."""
 
     attention: str | None  # name of the attention function; None: the model uses none of the library's
-    mixers: row_mixers.Way | None  # how layers that carry a state do it; None: there are none
+    mixers: Way | None  # how layers that carry a state do it; None: there are none
 
 
 def why_padded_by_config(model: CausalLM) -> str | None:
@@ -118,9 +119,7 @@ def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
         if not _take(inner, way, mixers):
             _take_back(inner, before, mixers)
             continue
-        reason = layout_trial.difference(
-            model, windows=windows_of(model), cut=cut_of(model), carries_state=way.mixers is not None
-        )
+        reason = layout_trial.difference(model, windows=windows_of(model), cut=cut_of(model), mixers=way.mixers)
         if reason is None:
             return None
         reasons.append(reason)

@@ -24,6 +24,7 @@ import torch
 from atomtune.batch.attention_plan import Cut
 from atomtune.batch.collate import collate_chains, collate_row
 from atomtune.batch.row import Row, single, untils
+from atomtune.batch.segment_plan import Way
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
 from atomtune.errors import BadModel
@@ -78,11 +79,11 @@ class _Side:
     gradients: Mapping[str, torch.Tensor | None]
 
 
-def difference(model: CausalLM, *, windows: Sequence[int | None], cut: Cut, carries_state: bool) -> str | None:
+def difference(model: CausalLM, *, windows: Sequence[int | None], cut: Cut, mixers: Way | None) -> str | None:
     """How a row of this model differs from its records computed alone, in words for a message; None if it does not."""
     examples = _examples(model)
     tree = graft(examples, least_saved=1)
-    settings: dict[str, Any] = {"windows": windows, "cut": cut, "carries_state": carries_state}
+    settings: dict[str, Any] = {"windows": windows, "cut": cut, "mixers": mixers}
     try:
         with without_dropout(model), as_in_training(innermost(model)):
             alone = [_alone(model, example) for example in examples]

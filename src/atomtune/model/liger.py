@@ -6,13 +6,15 @@ package are recorded, so that they can be undone if the model then computes some
 
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers.integrations.liger import apply_liger_kernel
 
+from atomtune.model import layout_trial
+from atomtune.model.causal_lm import CausalLM
 from atomtune.model.loss import innermost
 
 _INSTALL = "pip install liger-kernel"
@@ -27,12 +29,14 @@ class Circumstances:
     device        type of the run's device: "cuda", "cpu", …
     is_installed  whether the package is installed
     is_sharded    whether weights are sharded over processes (FSDP, DeepSpeed); the Trainer then applies the kernels
+    config        --liger_kernel_config
     """
 
     wanted: bool | None
     device: str
     is_installed: bool
     is_sharded: bool = False
+    config: Mapping[str, Any] | None = None
 
     @property
     def tries(self) -> bool:
@@ -49,14 +53,14 @@ class Circumstances:
         return None
 
 
-def problems(circumstances: Circumstances, config: Mapping[str, Any] | None) -> Iterator[str]:
+def problems(circumstances: Circumstances) -> Iterator[str]:
     """Why a run cannot have the kernels that its settings ask for."""
     if circumstances.wanted and circumstances.device == "cpu":
         yield "--use_liger_kernel true: Liger's kernels run on a GPU, and this run uses a CPU. Leave it out."
     elif circumstances.wanted and not circumstances.is_installed:
         yield f"--use_liger_kernel true needs a package: {_INSTALL}"
     for name in _LOSSES:
-        if (config or {}).get(name):
+        if (circumstances.config or {}).get(name):
             yield f"--liger_kernel_config: {name} cannot be used: atomtune has a loss of its own."
 
 
@@ -67,6 +71,26 @@ def is_installed() -> bool:
 def kernel_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """The user's `--liger_kernel_config`, with the losses off."""
     return {**(config or {}), **dict.fromkeys(_LOSSES, False)}
+
+
+def use(model: CausalLM, circumstances: Circumstances, *, say: Callable[[str], None]) -> bool:
+    """Apply the kernels if `circumstances` tries them, unless the model then computes something else.
+
+    say  is told whether the model uses them and, if not, why
+    Returns whether it uses them.
+    """
+    if not circumstances.tries:
+        return False
+    patch = Patch(model, kernel_config(circumstances.config))
+    changed: list[bool] = []
+    reason = layout_trial.changed_by(model, lambda: changed.append(patch.put_in()))
+    if reason is None and changed == [True]:
+        say("norms, activations and rotary embeddings are computed by Liger's kernels.")
+        return True
+    patch.take_out()
+    reason = reason or f"it has none for {innermost(model).config.model_type}"
+    say(f"Liger's kernels are not used: {reason}.")
+    return False
 
 
 #: Modules (files) of transformers that are patched, each with its original contents.

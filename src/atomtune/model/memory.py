@@ -4,8 +4,9 @@ The estimate only decides how many layers are recomputed (`--gradient_checkpoint
 recomputing: for all layers that costs a third to two fifths of the speed, but running out of memory costs the run.
 """
 
+import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from atomtune.model.block_attention import MOST_KEPT
 #: Share of the free memory that activations may take. The rest is for the loss, the optimizer and fragmentation, and on
 #: a CPU for other programs.
 USABLE_ON_GPU, USABLE = 0.85, 0.6
-#: Share of that share that is used if some layers are recomputed, because such a run is always at its limit.
+#: If some layers are recomputed, the others may take only this part of that share: such a run is always at its limit.
 FILLED_BY_CHOICE = 0.85
 
 
@@ -28,22 +29,36 @@ def activation_bytes(
 ) -> int:
     """Bytes kept for the backward pass of one step of `tokens` computed tokens, if nothing is recomputed.
 
-    Per token and layer, in units of one element:
+    On a Qwen2.5-7B shape in bfloat16 without dropout this gives 6.5 MB per token; an H100 took 6.3.
+    """
+    _, layers, _ = _shape(config)
+    of_layers = layer_bytes(config, element_bytes=element_bytes, dropout=dropout, attention_weights=attention_weights)
+    return tokens * layers * sum(of_layers) // len(of_layers)
+
+
+def layer_bytes(
+    config: Any, *, element_bytes: int, dropout: bool = False, attention_weights: bool = False
+) -> Sequence[int]:
+    """Bytes per token that each layer keeps for the backward pass; a single number if all layers are alike.
+
+    In units of one element:
     11 x hidden size        two norms in float32 (4), their outputs (2), the rotated queries, and the keys and values
                             repeated for all heads (3), attention's output, and the output projection's input (2)
     4 x inner size          gate, up, the activated gate, their product
     with attention weights  block_attention.MOST_KEPT x hidden size: on a CPU they are kept up to this size
     with LoRA dropout       one byte per input: 3 x hidden size, 1 x inner size
-    On a Qwen2.5-7B shape in bfloat16 without dropout this gives 6.5 MB per token; an H100 took 6.3.
     """
-    text, layers, hidden = _shape(config)
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
-    if isinstance(inner, list | tuple):  # Gemma 3n: a width for each layer
-        inner = sum(inner) // len(inner)
+    text, _, hidden = _shape(config)
+    inner_sizes = getattr(text, "intermediate_size", None) or 4 * hidden
+    if not isinstance(inner_sizes, list | tuple):  # Gemma 3n has a size for each layer
+        inner_sizes = [inner_sizes]
     weights = MOST_KEPT * hidden if attention_weights else 0
-    saved = (11 * hidden + 4 * inner + weights) * element_bytes
-    dropped = 3 * hidden + inner if dropout else 0
-    return tokens * layers * (saved + dropped)
+    of_layers = []
+    for inner in inner_sizes:
+        saved = (11 * hidden + 4 * inner + weights) * element_bytes
+        dropped = 3 * hidden + inner if dropout else 0
+        of_layers.append(saved + dropped)
+    return of_layers
 
 
 def input_bytes(config: Any, *, tokens: int, element_bytes: int) -> int:
@@ -168,6 +183,13 @@ def peak_bytes(device: torch.device) -> int:
     if most is not None:
         return most
     return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]  # Windows only
+
+
+def free_memory() -> None:
+    """Free the memory of deleted models, whose parts often refer to each other, before another one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -13,19 +13,17 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from atomtune.batch.attention_plan import AttentionPlan
-from atomtune.batch.segment_plan import SegmentPlan
+from atomtune.batch.segment_plan import PathPlan, SegmentPlan, Way
 from atomtune.model.carried_state import States, states_before
 from atomtune.model.mixers import CACHE_NAMES, INPUT_NAMES, first_of
 from atomtune.model.selective_scan import scans_from
-
-Way = Literal["fork", "paths"]
 
 
 class RowInUse:
@@ -35,7 +33,8 @@ class RowInUse:
     are recomputed in the backward pass, and a call without an announcement (chat, a plain comparison) has no plan.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, way: Way) -> None:
+        self.way = way
         self.announced: AttentionPlan | None = None
         self.plan: AttentionPlan | None = None
         self.hook: Any = None
@@ -51,19 +50,20 @@ def announce(body: nn.Module, plan: AttentionPlan | None) -> None:
         row.announced = plan
 
 
-def carries_state(body: nn.Module) -> bool:
-    """Whether `install` was called for this model's mixers."""
-    return "atomtune_row" in vars(body)
+def way_in_use(body: nn.Module) -> Way | None:
+    """The way for which `install` was called; None if it was not called for this model."""
+    row = vars(body).get("atomtune_row")
+    return None if row is None else row.way
 
 
 def install(body: nn.Module, mixers: Sequence[nn.Module], way: Way) -> None:
     """Let these mixers compute rows; each row begins with a call of `body`."""
     uninstall(body, mixers)
-    row = RowInUse()
+    row = RowInUse(way)
     vars(body)["atomtune_row"] = row  # not a submodule or buffer; it is copied with the model
     row.hook = body.register_forward_pre_hook(row.begin)
     for mixer in mixers:
-        mixer.forward = _RowForward(mixer, row, way)
+        mixer.forward = _RowForward(mixer, row)
 
 
 def uninstall(body: nn.Module, mixers: Sequence[nn.Module]) -> None:
@@ -88,20 +88,20 @@ class _RowForward:
 
     mixer: nn.Module
     row: RowInUse
-    way: Way
     own: Callable[..., Any] | None = field(init=False)  # set on the instance, if something else had hooked it
 
     def __post_init__(self) -> None:
         self.own = vars(self.mixer).get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self.row.plan.segments if self.row.plan is not None else None
+        plan = self.row.plan.mixers if self.row.plan is not None else None
         if plan is None:
             return self.plain(*args, **kwargs)
         name = next((name for name in INPUT_NAMES if name in kwargs), None)
         hidden, others = (kwargs.pop(name), args) if name else (args[0], args[1:])  # [1, T, D]
-        compute = _by_forks if self.way == "fork" else _by_paths
-        return compute(self, hidden, others, kwargs, plan)
+        if isinstance(plan, SegmentPlan):
+            return _by_forks(self, hidden, others, kwargs, plan)
+        return _by_paths(self, hidden, others, kwargs, plan)
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         if self.own is not None:
@@ -146,7 +146,7 @@ def _by_forks(
 
 
 def _by_paths(
-    mixer: _RowForward, hidden: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], plan: SegmentPlan
+    mixer: _RowForward, hidden: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], plan: PathPlan
 ) -> Any:
     kwargs = {key: None if key in (mixer.cache_name, "attention_mask") else value for key, value in kwargs.items()}
     paths, first_on = plan.paths.to(hidden.device), plan.first_on.to(hidden.device)

@@ -8,7 +8,7 @@ each segment below it. That costs memory traffic but no arithmetic: each query m
                             b0   1 1 1 1 .
                             b1   1 1 1 1 1
 
-If the kernel is not usable (a CPU, float32, soft caps), the same is computed in plain torch, span by span.
+If the kernel is not usable (a CPU, an old GPU, float32, soft caps), the same is computed in plain torch, span by span.
 Letters: T tokens, H heads, H' key and value heads, D head dimension of queries and keys, D' of values, K gathered keys.
 """
 
@@ -24,12 +24,15 @@ from atomtune.model.scores import ScoreRules
 
 #: The widest head that torch's flash kernel accepts, and the step of its widths.
 _WIDEST_HEAD, _HEAD_STEP = 256, 8
+#: The oldest generation of GPUs on which the kernel runs: Ampere. A V100 has 7.0, a T4 7.5.
+_OLDEST_GENERATION = 8
 
 
 def flash_takes(q: torch.Tensor, v: torch.Tensor, rules: ScoreRules) -> bool:
-    """Whether torch's flash kernel supports such heads."""
+    """Whether torch's flash kernel supports such heads on their device."""
     half = q.dtype in (torch.bfloat16, torch.float16)
-    return q.is_cuda and half and rules.softcap is None and max(q.shape[-1], v.shape[-1]) <= _WIDEST_HEAD
+    fits = half and rules.softcap is None and max(q.shape[-1], v.shape[-1]) <= _WIDEST_HEAD
+    return q.is_cuda and fits and torch.cuda.get_device_capability(q.device)[0] >= _OLDEST_GENERATION
 
 
 class SpanAttention(torch.autograd.Function):

@@ -125,7 +125,7 @@ class StepGraphs:
             self._is_on
             and plan is not None
             and not plan.blocks
-            and plan.segments is None  # carried states would need another graph for each row
+            and plan.mixers is None  # carried states would need another graph for each row
             and len(batch["target"]) > 0
             and len(plan.until) <= self._most_tokens
         )
@@ -273,27 +273,27 @@ class _Recording:
 
 
 @contextmanager
-def _new_leaves(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+def _new_leaves(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     """The trained weights, in the order of `parameters`, replaced by new autograd leaves that share their memory.
 
     An old leaf belongs to the stream of the step that first used it, as long as that step's graph is alive. A recording
     that passes a gradient to that stream fails.
     """
-    leaves = {id(w): w.detach().requires_grad_() for w in model.parameters() if w.requires_grad}
-    # A module's setattr refuses a plain tensor in place of a parameter.
+    # Parameters too, because loss.Head takes any other class of weight for a sharded one.
+    leaves = {id(w): nn.Parameter(w.detach()) for w in model.parameters() if w.requires_grad}
     places = [
         (module, name, weight)
         for module in model.modules()
-        for name, weight in module._parameters.items()
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False)
         if id(weight) in leaves
     ]
     try:
         for module, name, weight in places:
-            module._parameters[name] = leaves[id(weight)]  # type: ignore[assignment]
+            setattr(module, name, leaves[id(weight)])
         yield list(leaves.values())
     finally:
         for module, name, weight in places:
-            module._parameters[name] = weight
+            setattr(module, name, weight)
 
 
 def _keep(grads: Sequence[torch.Tensor], place: torch.Tensor) -> None:

@@ -15,9 +15,10 @@ from atomtune.errors import BadSettings
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import pad_id_of
+from atomtune.model.memory import free_memory
 from atomtune.model.mixer_kernels import kernels_of
 from atomtune.train.dataset import Data
-from atomtune.train.model import activation_memory, device_of, dtype_of
+from atomtune.train.model import activation_memory, device_of, dtype_of, liger_circumstances
 from atomtune.train.run_context import RunContext
 from atomtune.verify import Check, say
 
@@ -35,11 +36,13 @@ def check_equal(run: RunContext, data: Data, *, pad_id: int) -> None:
         model=settings.model,
         lora=settings.lora,
         wanted="padded" if why_padded_by_settings(args) else settings.data.layout,
+        kernels=liger_circumstances(run.settings.trainer, args),
         device=device_of(run),
         pad_id=pad_id,
         per_batch=args.per_device_train_batch_size,
         console=run.console,
     ).compare(dtype_of(run))
+    free_memory()  # for the run's own model
     run.record.update(verified=compared.figures())
     say(compared, run.console)
 

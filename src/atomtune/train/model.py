@@ -10,7 +10,7 @@ import torch
 from atomtune.choices import Layout
 from atomtune.errors import BadSettings, listing
 from atomtune.language import translated
-from atomtune.model import layout_trial, liger
+from atomtune.model import liger
 from atomtune.model.adapter import (
     LoraSpec,
     adapter_tensors,
@@ -28,10 +28,9 @@ from atomtune.model.base_shape import positions_of
 from atomtune.model.experts import count_of, experts_of
 from atomtune.model.few_walks import spare_walks
 from atomtune.model.fingerprint import refuse_other_base
-from atomtune.model.fused_layers import fuse_layers
+from atomtune.model.fused_layers import fuse_for_a_run
 from atomtune.model.load import BaseSpec, device_in_use, dtype_name, load_base, resolve_dtype
 from atomtune.model.lora_targets import ALL_LINEAR, all_linear, match_targets
-from atomtune.model.loss import innermost
 from atomtune.model.memory import ActivationMemory, free_bytes
 from atomtune.model.recompute import recomputable_layers
 from atomtune.model.step_graphs import GpuRecorder, StepGraphs
@@ -92,9 +91,6 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
             "--lora_targets names other layers."
         )
     if not is_divided:
-        embeddings: Any = base.get_input_embeddings()
-        two_tokens = torch.zeros(1, 2, dtype=torch.long, device=embeddings.weight.device)
-        fuse_layers(model, input_ids=two_tokens)
         spare_walks(model)
     return model
 
@@ -207,26 +203,16 @@ def _say_size(run: RunContext, model: Any, device: torch.device, dtype: torch.dt
     )
 
 
-def fuse_kernels(run: RunContext, model: Any) -> None:
-    """Apply Liger's kernels if they are installed and the model still computes the same; print what is used."""
+def fuse(run: RunContext, model: Any) -> None:
+    """Let the model compute in fewer, larger steps; print whether it uses Liger's kernels, or how to get them."""
     args = run.args
     circumstances = liger_circumstances(run.settings.trainer, args)
     if circumstances.hint:
         run.console.say(circumstances.hint)
     if circumstances.wanted:  # under FSDP and DeepSpeed the Trainer applies them
         args.liger_kernel_config = liger.kernel_config(args.liger_kernel_config)
-    used = False
+    used = fuse_for_a_run(model, circumstances, say=run.console.say)
     if circumstances.tries:
-        patch = liger.Patch(model, liger.kernel_config(args.liger_kernel_config))
-        changed: list[bool] = []
-        reason = layout_trial.changed_by(model, lambda: changed.append(patch.put_in()))
-        used = reason is None and changed == [True]
-        if used:
-            run.console.say("norms, activations and rotary embeddings are computed by Liger's kernels.")
-        else:
-            patch.take_out()
-            reason = reason or f"it has none for {innermost(model).config.model_type}"
-            run.console.say(f"Liger's kernels are not used: {reason}.")
         args.use_liger_kernel = False  # they are applied already; the Trainer would apply them again
     run.record.update(liger_kernels=used or bool(args.use_liger_kernel))
 
@@ -238,6 +224,7 @@ def liger_circumstances(trainer: Mapping[str, Any], args: Any) -> liger.Circumst
         device="cpu" if args.use_cpu else device_in_use().type,
         is_installed=liger.is_installed(),
         is_sharded=bool(args.fsdp or args.deepspeed),
+        config=args.liger_kernel_config,
     )
 
 
@@ -296,6 +283,8 @@ def step_graphs(run: RunContext, model: Any) -> StepGraphs | None:
     if not run.settings.run.cuda_graphs or device.type != "cuda" or args.world_size > 1 or recomputes:
         return None
     if args.fsdp or args.deepspeed or run.settings.model.device_map:
+        return None
+    if args.mixed_precision == "fp16":  # its loss scale has to be in a backward pass, and a recording's is over
         return None
     return StepGraphs(
         model,

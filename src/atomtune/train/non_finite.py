@@ -5,6 +5,7 @@ single GPU, the numbers of a step are copied to the host while the next step com
 are judged before the update.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -94,9 +95,11 @@ class SkipNonFinite(TrainerCallback):
         if fused is not None:
             fused.found_inf = (~numbers.isfinite()).any().float()  # type: ignore[attr-defined]
         elif not self.judge(args):
-            if scaler is not None and not args.max_grad_norm:
-                # Clipping looks for infinities before this. A scaler that has looked at no gradient refuses to step.
-                scaler.unscale_(optimizer.optimizer)  # type: ignore[union-attr]
+            if scaler is not None:
+                # A scaler that has looked at no gradient refuses to step. It raises RuntimeError if it has looked
+                # already: the Trainer lets it when it clips, and in 5.24 also when it only measures the norm.
+                with contextlib.suppress(RuntimeError):
+                    scaler.unscale_(optimizer.optimizer)  # type: ignore[union-attr]
             for weight in weights:
                 weight.grad = None  # the optimizer then skips this weight
 

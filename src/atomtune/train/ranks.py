@@ -45,7 +45,7 @@ def lost_processes(error: BaseException, args: TrainingArguments) -> str:
             "needs longer."
         )
     if isinstance(error, torch.distributed.DistError) or any(words in text for words in _GONE):
-        return f"{place} lost its connection to another one, which has ended. The cause is in what that one said."
+        return f"{place} lost its connection to another one, which has ended. Its output says why."
     return ""
 
 

@@ -40,7 +40,7 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
 
     Raises BadSettings with all of these settings, BadModel if the path is not a base, BadData if there are no records.
     """
-    kernels = liger.problems(liger_circumstances(settings.trainer, args), args.liger_kernel_config)
+    kernels = liger.problems(liger_circumstances(settings.trainer, args))
     problems = [*_folder_problems(settings, Path(args.output_dir)), *_optimizer_problems(args), *_hub_problems(args)]
     problems += kernels
     problems += layout_problems(settings.data.layout, why_padded_by_settings(args))

@@ -45,7 +45,7 @@ from atomtune.train.defaults import began_with, with_defaults, with_sequence_lim
 from atomtune.train.disk_space import check_space
 from atomtune.train.ending import figures, finish, title_of
 from atomtune.train.layout import check_equal, choose_layout
-from atomtune.train.model import fuse_kernels, keep_or_recompute, load_model, step_graphs
+from atomtune.train.model import fuse, keep_or_recompute, load_model, step_graphs
 from atomtune.train.progress import LossPicture, RecordedProgress, TrainingBar
 from atomtune.train.ranks import lost_processes
 from atomtune.train.rehearsal import check_last_batch, rehearse
@@ -231,7 +231,7 @@ def _load_trainer(prepared: _Prepared, began: float) -> LoraTrainer:
     model = load_model(run, longest_tokens=longest_tokens)
     guard_embedding(model, tokenizer, path=str(run.settings.model.model_path))
     say_untrained_stop(model, tokenizer, prepared.template.stop, notice=run.console.notice)
-    fuse_kernels(run, model)
+    fuse(run, model)
     layout = choose_layout(run, model, tokenizer, data, longest_tokens=longest_tokens)
     share = keep_or_recompute(run, model, layout=layout.collator.layout, heaviest_tokens=layout.heaviest_tokens)
     trainer = _trainer(prepared, model, layout.collator, step_graphs(run, model), began)
