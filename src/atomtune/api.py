@@ -34,10 +34,12 @@ class Run:
 
     folder   has the adapter, its checkpoints and run.json
     figures  the content of run.json: counts of records and tokens, losses, speed, settings and where each was set
+    notices  those that the command would have printed; the ones in run.json came after its settings were read
     """
 
     folder: Path
     figures: Mapping[str, Any]
+    notices: tuple[str, ...] = ()
 
     @property
     def train_loss(self) -> float:
@@ -48,11 +50,6 @@ class Run:
     def eval_loss(self) -> float | None:
         """Loss of the held-out records at the end, in nats per target; None if none were held out."""
         return self.figures.get("eval_loss")
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """The notices that the command would have printed."""
-        return tuple(self.figures.get("notices", ()))
 
     def load(self, **settings: Any) -> "TunedModel":
         """The trained adapter on its base; settings as in `atomtune.load`."""
@@ -107,6 +104,7 @@ class Sweep:
     trials: tuple["Trial", ...]
     sentences: tuple[str, ...]
     command: str
+    notices: tuple[str, ...] = ()
 
     @property
     def best(self) -> "Trial":
@@ -142,7 +140,8 @@ def train(
 
     folder = train_into_folder(parsed, speaks=verbose)
     free_memory()  # for the tuned model, which a notebook loads next
-    return Run(folder, read_record(folder))
+    figures = read_record(folder)
+    return Run(folder, figures, (*console.notices, *figures.get("notices", ())))
 
 
 def sweep(
@@ -169,7 +168,8 @@ def sweep(
     folder, result = sweep_into_folder(parsed, console)
     ranked = result.ranked()
     trials = (*ranked, *(trial for trial in result.trials if trial not in ranked))
-    return Sweep(folder, trials, tuple(sentences(result)), command_of_best(result, folder))
+    command = command_of_best(result, folder)
+    return Sweep(folder, trials, tuple(sentences(result)), command, tuple(console.notices))
 
 
 def load(

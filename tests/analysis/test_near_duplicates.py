@@ -3,11 +3,15 @@
 import itertools
 import random
 import unicodedata
+from functools import partial
+from pathlib import Path
 
 import numpy
 import pytest
 
+from atomtune.analysis import near_duplicates
 from atomtune.analysis.near_duplicates import equal_groups, folded, joined, near_groups
+from atomtune.disk import disk_failed
 
 ALPHABET = "的一是不了人我在有他这中大来上国个到说们为子和你地出道也时年得就那要下以生会自着去之过家学对可"
 
@@ -116,3 +120,12 @@ def test_equal_groups_are_numbered_by_their_first_index():
 
 def test_folding_keeps_symbols_that_mean_something():
     assert folded("Ａ + b,  c！") == "a+bc"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_temporary_disk_is_not_taken_for_a_bug(monkeypatch):
+    # numpy reported it as "17 requested and 0 written", without the system's number.
+    monkeypatch.setattr(near_duplicates.tempfile, "TemporaryFile", partial(Path("/dev/full").open, "r+b"))
+    with pytest.raises(OSError) as caught:
+        near_groups([f"{number} is a text of its own" for number in range(1000)])
+    assert disk_failed(caught.value)

@@ -187,7 +187,8 @@ def test_a_sweep_does_not_mix_with_other_files(run, tmp_path, capsys):
 def test_without_try_three_learning_rates_around_the_derived_one_are_tried(run, tmp_path):
     settings = dict(zip([flag[2:] for flag in run[::2]], run[1::2], strict=True))
     paths = {name: settings.pop(name) for name in ("model_path", "dataset_path")}
-    result = sweep(**paths, output_dir=tmp_path / "out", **{**settings, "max_steps": 2, "eval_steps": 2})
+    result = sweep(**paths, output_dir=tmp_path / "out", **{**settings, "max_steps": 2, "eval_steps": 2, "wd": 0})
+    assert len(result.notices) == 1 and "wd → weight_decay" in result.notices[0]
     rates = sorted(float(trial.settings["learning_rate"]) for trial in result.trials)
     # 5e-4 (2000 / 32)^0.78 exceeds the highest rate that is derived, 4e-3; a short run gets 1.5 times that.
     assert rates == pytest.approx([2e-3, 6e-3, 18e-3])

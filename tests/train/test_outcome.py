@@ -9,9 +9,9 @@ from atomtune.train.samples import Sample, all_as_before
 
 
 def told(held_out: list[float], training: list[float], *, kept_step: int | None = None, in_steps: bool = False):
-    """The outcome for held-out losses at steps 0, 10, 20, … and training losses at steps 1, 2, 3, …"""
+    """The outcome for held-out losses at steps 0, 10, 20, … and training losses at steps 10, 20, 30, …"""
     history = [{"step": 10 * i, "eval_loss": loss} for i, loss in enumerate(held_out)]
-    history += [{"step": i + 1, "loss": loss} for i, loss in enumerate(training)]
+    history += [{"step": 10 * (i + 1), "loss": loss} for i, loss in enumerate(training)]
     steps = 10 * (len(held_out) - 1)
     kept_step = steps if kept_step is None else kept_step
     return outcome(history, steps=steps, epochs=4, kept_step=kept_step, in_steps=in_steps)
@@ -30,6 +30,8 @@ FALLING = [3.0, 2.0, 1.0, 0.5]
         ([3.0, 2.95, 2.99, 3.0, 3.0], FALLING, "not learned", "--learning_rate"),
         ([3.0, 4.0, 5.0, 6.0, 7.0], [3.0, 4.0, 5.0], "diverged", "lower --learning_rate"),
         ([3.0, 4.0, 5.0, 6.0, 7.0], FALLING, "diverged", "lower --learning_rate"),
+        ([3.0, 1.5, 1.4, 6.0, 7.0], [3.0, 1.4, 6.0, 7.2], "diverged", "Past step 20 the loss rose"),
+        ([3.0, 2.9, 3.5, 4.0, 4.5], [3.0, 3.1, 3.6, 4.2], "diverged", "Past step 10 the loss rose"),
         ([], FALLING, "untold", "--eval_size"),
     ],
 )
@@ -37,6 +39,13 @@ def test_the_verdict_follows_from_the_losses(held_out, training, verdict, settin
     found = told(held_out, training)
     assert found.verdict == verdict
     assert setting in " ".join(found.sentences())
+
+
+@pytest.mark.parametrize("last", [2.8, 3.0, 3.2])
+def test_the_loss_of_the_last_few_batches_does_not_decide_whether_the_loss_rose(last):
+    # By chance it was 7 % above or below that of the first batch, and the advice was a lower or a higher rate.
+    found = told([3.0, 2.95, 2.99, 3.0, 3.0], [3.0, 2.9, 3.1, last])
+    assert found.verdict == "not learned"
 
 
 def test_a_run_of_only_a_few_steps_is_judged_too_short():

@@ -42,6 +42,9 @@ def test_a_torch_write_error_names_the_output_folder_not_the_cache(folders):
     assert f"{output} could not be written" in str(told_to_user(error, TrainingArguments(str(output)), again=""))
 
 
-def test_a_disk_error_without_a_file_name_names_the_fuller_disk(folders):
+def test_a_disk_error_without_a_file_name_names_the_fullest_disk(folders, tmp_path, monkeypatch):
     output, cache = folders
     assert f"{cache} could not be written" in str(told_to_user(full(), TrainingArguments(str(output)), again=""))
+    monkeypatch.setattr(run_errors.shutil, "disk_usage", lambda path: Usage(0 if path == tmp_path else 10**9))
+    monkeypatch.setattr(run_errors.tempfile, "tempdir", str(tmp_path))
+    assert f"{tmp_path} could not be written" in str(told_to_user(full(), TrainingArguments(str(output)), again=""))

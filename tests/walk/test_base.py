@@ -105,6 +105,37 @@ def test_a_base_downloaded_during_loading_is_checked_after_the_download(base, tr
     assert "is not the base this adapter was trained on" in capsys.readouterr().err
 
 
+def test_a_base_downloaded_during_loading_belongs_to_the_runs_identity(models, dialogues, base, capsys, monkeypatch):
+    """The first run of a base on the hub recorded no checksum of it, so its resume compared nothing."""
+    place, hub, out = base / "model.safetensors", base.parent / "on the hub", base.parent / "out"
+    module = import_module("atomtune.train.model")
+    real = module.load_base
+
+    def downloaded(spec):
+        if hub.exists():
+            hub.rename(place)
+        return real(spec)
+
+    def other_row(name, tensor):  # which the fingerprint leaves out
+        if "embed_tokens" in name:
+            tensor[7] += 1
+        return tensor
+
+    monkeypatch.setattr(module, "load_base", downloaded)
+    command = ["train", "--dataset_path", str(dialogues), "--model_path", str(base), "--output_dir", str(out)]
+    place.rename(hub)
+    assert main([*command, "--max_steps", "1"]) == 0
+    changed(base, other_row)
+    for is_there in (True, False):
+        if not is_there:
+            place.rename(hub)
+        assert main([*command, "--max_steps", "2", "--resume"]) == 2
+        assert "the base's weights (checksum): " in capsys.readouterr().err
+    place.rename(hub)
+    assert main([*command, "--max_steps", "2", "--resume", "--resume_anyway"]) == 0
+    assert "the base's weights (checksum): " in capsys.readouterr().out
+
+
 def test_an_adapter_without_atomtune_metadata_is_loaded(models, dialogues, tmp_path):
     out = tmp_path / "out"
     command = ["train", "--dataset_path", str(dialogues), "--max_steps", "1", "--model_path", str(models("llama"))]

@@ -125,7 +125,7 @@ def _sketch(texts: Iterable[str], file: IO[bytes]) -> tuple[Numbers, Numbers]:
     sizes, keys = [], []
     for window in _windows(texts):
         rows, shingles = _shingled(window)
-        shingles.tofile(file)
+        file.write(shingles.data)  # shingles.tofile(file) reports a full disk without its errno
         window_sizes = numpy.bincount(rows, minlength=len(window))  # [W]
         sizes.append(window_sizes)
         keys.append(_band_keys(shingles, window_sizes, factors, offsets))

@@ -3,6 +3,7 @@
 The held-out loss decides. The training loss alone also falls for a model that memorises.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -78,8 +79,13 @@ class Outcome:
         match self.verdict:
             case "untold":
                 text = self._untold()
-            case "diverged":
+            case "diverged" if self.best is not None and self.best >= (self.before or math.inf):
                 text = "The loss rose instead of falling: lower --learning_rate; start with a third of it."
+            case "diverged":
+                text = (
+                    f"Past step {self.best_step:,} the loss rose instead of falling further: lower --learning_rate; "
+                    "start with a third of it."
+                )
             case "not learned":
                 text = (
                     "It did not work: the held-out loss hardly fell. Look at the records with "
@@ -150,13 +156,14 @@ def outcome(
     kept_step  the step whose adapter is the result
     in_steps   whether --max_steps sets the length
     """
-    losses = [entry["loss"] for entry in history if "loss" in entry]
+    training = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    losses = list(training.values())
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     before = held_out.pop(0, None)
     best_step = min(held_out, key=held_out.__getitem__, default=None)
     tenth = max(len(losses) // 10, 1)
     return Outcome(
-        verdict=_verdict(before, held_out, losses),
+        verdict=_verdict(before, held_out, training),
         before=before,
         last=held_out[max(held_out)] if held_out else None,
         best=None if best_step is None else held_out[best_step],
@@ -170,17 +177,21 @@ def outcome(
     )
 
 
-def _verdict(before: float | None, held_out: Mapping[int, float], losses: Sequence[float]) -> Verdict:
-    """The verdict. held_out: step → loss, without the one before training."""
+def _verdict(before: float | None, held_out: Mapping[int, float], training: Mapping[int, float]) -> Verdict:
+    """The verdict. Both losses are step → loss, held_out without the one before training.
+
+    A training loss is that of a few batches, so it differs by chance from one entry to the next. The held-out records
+    are always the same ones: they alone tell whether the loss rose.
+    """
     if not held_out:
         return "untold"
     in_order = [held_out[step] for step in sorted(held_out)]
     best, last = min(in_order), in_order[-1]
     if before is not None and best > before * (1 - LITTLE):
-        rose = bool(losses) and losses[-1] > losses[0] * (1 + LITTLE)
-        return "diverged" if rose or best > before * (1 + LITTLE) else "not learned"
+        return "diverged" if last > before * (1 + LITTLE) else "not learned"
     if last > best * (1 + NOISE):
-        return "too long"
+        best_step = min(held_out, key=held_out.__getitem__)
+        return "diverged" if _rose_past(best_step, training) else "too long"
     if last > best:
         return "level"
     # At the end the learning rate falls to 0, and the loss falls with it. The loss before that shows whether there was
@@ -191,3 +202,10 @@ def _verdict(before: float | None, held_out: Mapping[int, float], losses: Sequen
     if steps[-1] < LEAST_TO_LEVEL:
         return "too short"
     return "too short" if earlier is not None and last < earlier * (1 - LITTLE) else "level"
+
+
+def _rose_past(best_step: int, training: Mapping[int, float]) -> bool:
+    """Whether the training loss rose past this step. While a model memorises its records, it falls."""
+    until = [loss for step, loss in training.items() if step <= best_step]
+    past = [loss for step, loss in training.items() if step > best_step]
+    return bool(until and past) and statistics.fmean(past) > statistics.fmean(until) * (1 + LITTLE)

@@ -6,7 +6,7 @@ The main path through the code: data.cache → batch.collate → model → train
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -52,7 +52,7 @@ from atomtune.train.rehearsal import check_last_batch, rehearse
 from atomtune.train.resume_command import how_to_resume
 from atomtune.train.run_context import RunContext
 from atomtune.train.run_errors import told_to_user
-from atomtune.train.run_identity import day_of, identity, refuse_another_run
+from atomtune.train.run_identity import day_of, identity, refuse_another_run, with_downloaded_weights
 from atomtune.train.run_length import run_length
 from atomtune.train.run_report import RunRecord, read_record
 from atomtune.train.samples import Samples
@@ -229,6 +229,7 @@ def _load_trainer(prepared: _Prepared, began: float) -> LoraTrainer:
     set_seed(run.args.seed)
     longest_tokens = _longest_tokens(run, data)
     model = load_model(run, longest_tokens=longest_tokens)
+    prepared = replace(prepared, identity=with_downloaded_weights(run, prepared.identity))
     guard_embedding(model, tokenizer, path=str(run.settings.model.model_path))
     say_untrained_stop(model, tokenizer, prepared.template.stop, notice=run.console.notice)
     fuse(run, model)

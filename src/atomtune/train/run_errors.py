@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -35,22 +36,26 @@ def told_to_user(error: BaseException, args: TrainingArguments, *, again: str) -
         return RunFailed(
             f"The disk is full or failing: {full} could not be written ({reason}).\nLast complete checkpoint: "
             f"{newest_whole or 'none'}. Free some space (--save_total_limit keeps fewer checkpoints; HF_DATASETS_CACHE "
-            "names another place for encoded records), then continue with --resume."
+            "names another place for encoded records, TMPDIR for temporary files), then continue with --resume."
         )
     return of_the_model(error) or error
 
 
 def _full_folder(error: BaseException, output_dir: Path) -> Path:
-    """The folder that could not be written: the output folder, or the cache of encoded records, often on another disk.
+    """The folder that could not be written: the output folder, or one that is often on another disk.
 
-    Only the cache's library, Arrow, raises an OSError without a file name; checkpoints are written by torch and
-    safetensors, which have errors of their own.
+    These are the cache of encoded records, whose library, Arrow, raises an OSError without a file name, and the folder
+    for temporary files, which have no name. Checkpoints are written by torch and safetensors, which have errors of
+    their own.
     """
     if not isinstance(error, OSError):
         return output_dir
     if error.filename is not None:
         return Path(os.fsdecode(error.filename)).parent
-    there = [path for path in (output_dir, Path(datasets.config.HF_DATASETS_CACHE)) if path.is_dir()]
+    places = [output_dir, Path(datasets.config.HF_DATASETS_CACHE)]
+    if tempfile.tempdir is not None:  # None until the first temporary file
+        places.append(Path(tempfile.tempdir))
+    there = [path for path in places if path.is_dir()]
     return min(there, key=lambda path: shutil.disk_usage(path).free, default=output_dir)
 
 

@@ -5,6 +5,7 @@ and how often the run saves, logs and evaluates, how work is divided within a pr
 notice).
 """
 
+import contextlib
 import hashlib
 import json
 import zlib
@@ -64,18 +65,16 @@ OURS = {
     "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_experts"),
     "run": ("skip_nonfinite",),
 }
+_DAY, _WEIGHTS = "template_date", "base_weights"
 _FILES = {
     "data": "the data file (SHA-256)",
     "evaluation": "the evaluation file (SHA-256)",
     "base_config": "the base's config.json (SHA-256)",
-    "base_weights": "the base's weights (checksum)",
+    _WEIGHTS: "the base's weights (checksum)",
     "template": "the template (SHA-256)",
     "tokenizer": "the tokenizer (SHA-256)",
     "ranks": "processes",
 }
-
-
-_DAY = "template_date"
 
 
 def day_of(checkpoint: Path) -> date | None:
@@ -133,7 +132,7 @@ def _weights_of_base(path: str) -> dict[str, str]:
             checksums = list(pool.map(_crc32, files))
     except OSError:  # an unreadable file; loading the model reports it
         return {}
-    return {"base_weights": _sha(" ".join(f"{checksum:08x}" for checksum in checksums))}
+    return {_WEIGHTS: _sha(" ".join(f"{checksum:08x}" for checksum in checksums))}
 
 
 def _crc32(file: Path) -> int:
@@ -163,6 +162,26 @@ def refuse_another_run(run: RunContext, now: dict[str, Any]) -> None:
     others = _other_versions(manifest.get("versions", {}), run.record.values["versions"])
     if others:
         console.notice(f"versions changed since the run began, so the last bits may differ: {others}.")
+    _refuse_changes(run, checkpoint, before, now)
+
+
+def with_downloaded_weights(run: RunContext, now: dict[str, Any]) -> dict[str, Any]:
+    """The identity with the base's weights, if they were downloaded only when the model was loaded.
+
+    Raises BadSettings if a resumed run began with other ones, as `refuse_another_run` does.
+    """
+    if _WEIGHTS in now or run.args.process_index != 0:
+        return now
+    weights = _weights_of_base(str(run.settings.model.model_path))
+    if run.resumed is not None:
+        with contextlib.suppress(OSError, ValueError):  # no manifest, which has been said
+            before = read_manifest(run.resumed.checkpoint).get("identity", {})
+            _refuse_changes(run, run.resumed.checkpoint, before, weights)
+    return now | weights
+
+
+def _refuse_changes(run: RunContext, checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise BadSettings with all values that differ; with --resume_anyway give a notice instead."""
     changed = [
         f"{_name_of(name)}: {_shown(before[name])} in {checkpoint.name}, {_shown(value)} now"
         for name, value in now.items()
@@ -171,7 +190,9 @@ def refuse_another_run(run: RunContext, now: dict[str, Any]) -> None:
     if not changed:
         return
     if run.settings.run.resume_anyway:
-        console.notice(f"this is no longer the run that was started (--resume_anyway). Changed: {'; '.join(changed)}.")
+        run.console.notice(
+            f"this is no longer the run that was started (--resume_anyway). Changed: {'; '.join(changed)}."
+        )
         return
     raise BadSettings(
         [
