@@ -129,7 +129,7 @@ def test_no_record_text_is_printed_with_zero_samples(base, troubled, capsys):
 
 def test_the_suggested_length_shortens_no_record(base, troubled, capsys):
     _, out, _ = inspected(capsys, troubled, "--model_path", base)
-    suggested = next(line for line in out.splitlines() if "suggested" in line).split()[1].rstrip(",")
+    suggested = next(line for line in out.splitlines() if "suggested: " in line).split()[1].rstrip(",")
     code, out, _ = inspected(
         capsys, troubled, "--model_path", base, "--max_seq_length", suggested.replace(",", ""), "--json"
     )
