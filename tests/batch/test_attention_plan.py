@@ -8,6 +8,7 @@ import torch
 
 from atomtune.batch import blocks as blocks_module
 from atomtune.batch.attention_plan import AttentionPlan, padded_length, plan_attention, visible
+from atomtune.batch.blocks import Block, Blocks, Places
 from atomtune.batch.pack import pack
 from atomtune.batch.row import Row, single
 from atomtune.batch.tree import graft
@@ -23,6 +24,13 @@ def rows(number: int, *, longest: int) -> list[Row]:
     return [layouts[seed % 3](forest(seed, longest=longest)) for seed in range(number)]
 
 
+def held_slots(blocks: Blocks) -> torch.Tensor:
+    """[S] bool: the query slots with a token of the row; the others are padding."""
+    held = torch.zeros(len(blocks.query_tokens), dtype=torch.bool)
+    held[blocks.slot_of] = True
+    return held
+
+
 def counted(plan: AttentionPlan, window: int | None) -> torch.Tensor:
     """[T, T]: how often each query meets each key, computed from the blocks only."""
     tokens = len(plan.until)
@@ -36,7 +44,7 @@ def counted(plan: AttentionPlan, window: int | None) -> torch.Tensor:
         by_all = torch.ones(block.count, block.queries, block.seen_by_all, dtype=torch.bool)
         seen = torch.cat([by_all, block.seen], -1)
         assert seen.any(-1).all(), "a query that sees nothing has no softmax"
-        seen &= blocks.holds[of_queries].view(block.count, -1, 1)
+        seen &= held_slots(blocks)[of_queries].view(block.count, -1, 1)
         assert (keys.expand_as(seen)[seen] >= 0).all()
         each = (queries.view(block.count, -1, 1).expand_as(seen)[seen], keys.expand_as(seen)[seen])
         met.index_put_(each, torch.ones(len(each[0]), dtype=torch.long), accumulate=True)
@@ -115,9 +123,8 @@ def test_every_token_has_one_query_slot_and_padding_none(monkeypatch, window):
     for row in rows(60, longest=40):
         plan = plan_attention(row, windows=(window,), width=padded_length(len(row)))
         blocks = plan.blocks[window]
-        assert sorted(blocks.query_tokens[blocks.holds].tolist()) == list(range(len(row)))
+        assert sorted(blocks.query_tokens[held_slots(blocks)].tolist()) == list(range(len(row)))
         assert blocks.query_tokens[blocks.slot_of].tolist() == list(range(len(row)))
-        assert blocks.holds[blocks.slot_of].all()
         assert blocks.query_tokens.max() < len(row)
         assert blocks.key_tokens.max() < len(row)
         for first, size, end in (
@@ -154,7 +161,7 @@ def test_gather_indices_address_the_right_token_of_every_head(monkeypatch, heads
             for chunk in range(block.count):
                 first = block.first_query + chunk * block.queries
                 asked = blocks.query_tokens[first : first + block.queries]
-                held = blocks.holds[first : first + block.queries]
+                held = held_slots(blocks)[first : first + block.queries]
                 first = block.first_key + chunk * block.keys
                 seen = blocks.key_tokens[first : first + block.keys]
                 for head in range(heads):
@@ -171,6 +178,23 @@ def test_gather_indices_address_the_right_token_of_every_head(monkeypatch, heads
         for bag, (start, end) in enumerate(pairwise(starts)):
             assert {slots[copy] for copy in copies[start:end]} <= {divmod(bag, key_heads)}
         assert starts[-1] == len(copies)
+
+
+def test_places_are_those_of_the_example_in_their_docstring():
+    block = Block(count=2, queries=2, keys=2, first_query=0, first_key=0, seen_by_all=2, seen=torch.empty(2, 2, 0))
+    blocks = Blocks(
+        (block,),
+        query_tokens=torch.tensor([0, 1, 2, 2]),
+        slot_of=torch.tensor([0, 1, 2]),
+        key_tokens=torch.tensor([0, 1, 0, 2]),
+        key_slots=torch.tensor([0, 2, 1, 3]),
+        key_starts=torch.tensor([0, 2, 3, 4]),
+    )
+    drawn = [line.split() for line in str(Places.__doc__).splitlines()]
+    for name, count in {"queries": 8, "holds": 8, "back": 6, "keys": 8, "copies": 8, "copy_starts": 4}.items():
+        words = next(line for line in drawn if line[:1] == [name] and line[1][0] in "01")
+        numbers = [word.replace(".", "0") for word in words[1:] if word != "|"][:count]
+        assert getattr(blocks.places(2, 1), name).flatten().tolist() == list(map(int, numbers)), name
 
 
 def test_padding_attends_only_to_padding():

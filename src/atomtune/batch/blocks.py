@@ -79,6 +79,19 @@ class Places:
     keys        [H * K]  for each key (slot, head), its row in the tokens' [T * H', D]
     copies      rows in the keys' [H * K, D], grouped by (token, key head): all slots and heads that read it
     copy_starts [T * H' + 1]  where each group begins in `copies`
+
+    The chunks (p b) and (c) of a row p b c, in which p has the branches b and c; H = 2, H' = 1, n = m = 2 (without
+    rounding). The tokens' rows are p0 p1 b0 b1 c0 c1 (p1 is token p for head 1), and p b c for keys:
+
+        row              0   1   2   3   4   5   6   7
+        of the queries   p0  b0  p1  b1  c0  --  c1  --
+        queries          0   2   1   3   4   4   5   5
+        holds            1   1   1   1   1   .   1   .
+        back             0   2   1   3   4   6             where p0 p1 b0 b1 c0 c1 are
+        of the keys      p   b   p   b   p   c   p   c     for head 0, head 1, head 0, head 1
+        keys             0   1   0   1   0   2   0   2
+        copies           0   2   4   6 | 1   3 | 5   7     where p, b and c are
+        copy_starts      0               4       6       8
     """
 
     queries: torch.Tensor
@@ -94,7 +107,6 @@ class Blocks:
     """All blocks of a row, and the tokens in their slots.
 
     query_tokens  [S]  the token in each query slot; padding repeats a token
-    holds         [S]  bool, False for padding
     slot_of       [t]  the query slot of each token, without the row's padding
     key_tokens    [K]  the token in each key slot; -1 for padding
     key_slots     [N]  the N key slots that are not padding, grouped by token
@@ -103,7 +115,6 @@ class Blocks:
 
     each: tuple[Block, ...]
     query_tokens: torch.Tensor
-    holds: torch.Tensor
     slot_of: torch.Tensor
     key_tokens: torch.Tensor
     key_slots: torch.Tensor
@@ -114,50 +125,67 @@ class Blocks:
 
         heads, key_heads  H and H'; H is a multiple of H'
         """
-        device, group = self.query_tokens.device, heads // key_heads
-        head = torch.arange(heads, device=device)
-        queries: list[torch.Tensor] = []
-        keys: list[torch.Tensor] = []
-        holds: list[torch.Tensor] = []
-        query_rows: list[torch.Tensor] = []  # of the blocks, [C * n, H]: the row of each (slot, head)
-        key_rows: list[torch.Tensor] = []  # [C * m, H]
-        for block in self.each:
-            of_queries = slice(block.first_query, block.first_query + block.count * block.queries)
-            of_keys = slice(block.first_key, block.first_key + block.count * block.keys)
-            chunks = self.query_tokens[of_queries].view(block.count, 1, -1)
-            queries.append((chunks * heads + head[:, None]).flatten())  # [C, H, n]
-            chunks = self.key_tokens[of_keys].clamp(min=0).view(block.count, 1, -1)
-            keys.append((chunks * key_heads + head[:, None] // group).flatten())  # [C, H, m]
-            held = self.holds[of_queries].view(block.count, 1, -1)
-            holds.append(held.expand(-1, heads, -1).flatten())
-            query_rows.append(_rows(block.count, block.queries, heads, device) + heads * block.first_query)
-            key_rows.append(_rows(block.count, block.keys, heads, device) + heads * block.first_key)
-        back = torch.cat(query_rows)[self.slot_of].flatten()
-        copies, copy_starts = self._copies(torch.cat(key_rows), key_heads)
-        return Places(torch.cat(queries), torch.cat(holds)[:, None], back, torch.cat(keys), copies, copy_starts)
+        head = torch.arange(heads, device=self.query_tokens.device)
+        key_head = head // (heads // key_heads)
+        query_sizes = [(block.count, block.queries) for block in self.each]
+        key_sizes = [(block.count, block.keys) for block in self.each]
+        queries = _by_row(self.query_tokens * heads, head, query_sizes)
+        keys = _by_row(self.key_tokens.clamp(min=0) * key_heads, key_head, key_sizes)
+        back = _rows(query_sizes, head)[self.slot_of].flatten()
+        holds = torch.zeros(len(queries), 1, dtype=torch.bool, device=head.device).index_fill_(0, back, value=True)
+        copies, copy_starts = self._copies(_rows(key_sizes, head), key_heads)
+        return Places(queries, holds, back, keys, copies, copy_starts)
 
-    def _copies(self, rows: torch.Tensor, key_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _copies(self, key_rows: torch.Tensor, key_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Places.copies and copy_starts.
 
-        rows  [K, H]  the row of each (key slot, head)
+        key_rows  [K, H]  the row of each (key slot, head)
+        In `copies`, a token in r slots has r * H rows. They are r * H / H' for each key head in turn, ordered by slot
+        and then by head.
         """
-        heads, starts = rows.shape[1], self.key_starts
-        group, numbers = heads // key_heads, starts.diff()  # [T] slots of each token
+        device, heads = key_rows.device, key_rows.shape[1]
+        shared_by = heads // key_heads  # H / H', the heads with one key head; they are adjacent
+        of_key_head = self.key_starts.diff() * shared_by  # [T] rows of each key head of a token
+        token_starts = self.key_starts * heads  # [T + 1]
+        key_head = torch.arange(key_heads, device=device)
+        group_starts = token_starts[:-1, None] + key_head * of_key_head[:, None]  # [T, H']
+
         token = self.key_tokens[self.key_slots]  # [N]
-        rank = torch.arange(len(token), device=rows.device) - starts[token]  # of a slot among those of its token
-        head = torch.arange(heads, device=rows.device)
-        # Where each (slot, head) stands: grouped by token, then key head; in a group by slot, then head.
-        of_head = (head // group) * (numbers[token] * group)[:, None] + head % group  # [N, H]
-        place = (starts[token] * heads + rank * group)[:, None] + of_head
-        copies = torch.empty_like(place).flatten().index_copy_(0, place.flatten(), rows[self.key_slots].flatten())
-        of_key_head = torch.arange(key_heads, device=rows.device) * (numbers * group)[:, None]  # [T, H']
-        return copies, torch.cat([(starts[:-1, None] * heads + of_key_head).flatten(), starts[-1:] * heads])
+        rank = torch.arange(len(token), device=device) - self.key_starts[token]  # [N] of a slot among its token's
+        in_group = rank[:, None] * shared_by + torch.arange(shared_by, device=device)  # [N, H / H']
+        place = group_starts[token][..., None] + in_group[:, None]  # [N, H', H / H'], where each row goes
+        rows = key_rows[self.key_slots]  # [N, H]
+        copies = torch.empty_like(rows).flatten().index_copy_(0, place.flatten(), rows.flatten())
+        return copies, torch.cat([group_starts.flatten(), token_starts[-1:]])
 
 
-def _rows(count: int, slots: int, heads: int, device: torch.device) -> torch.Tensor:
-    """[C * n, H]: the row of each (slot, head) of a block, when rows are ordered by chunk, head and slot."""
-    rows = torch.arange(count * heads * slots, device=device).view(count, heads, slots)
-    return rows.transpose(1, 2).reshape(-1, heads)
+def _by_row(of_slot: torch.Tensor, of_head: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """[S] and [H] → their sums for each (slot, head), [H * S] in the order of the rows: by chunk, head and slot.
+
+    sizes  (C, n) of each block
+    """
+    of_blocks = torch.split(of_slot, [chunks * slots for chunks, slots in sizes])
+    sums: list[torch.Tensor] = []
+    for of_block, (chunks, slots) in zip(of_blocks, sizes, strict=True):
+        of_rows = of_block.view(chunks, 1, slots) + of_head[:, None]  # [C, H, n]
+        sums.append(of_rows.flatten())
+    return torch.cat(sums)
+
+
+def _rows(sizes: Sequence[tuple[int, int]], head: torch.Tensor) -> torch.Tensor:
+    """[S, H]: the row of each (slot, head) in the order of `_by_row`.
+
+    sizes  (C, n) of each block
+    head   [H] 0 .. H - 1
+    """
+    heads, first = len(head), 0
+    by_slot: list[torch.Tensor] = []
+    for chunks, slots in sizes:
+        end = first + chunks * heads * slots
+        rows = torch.arange(first, end, device=head.device).view(chunks, heads, slots)
+        by_slot.append(rows.transpose(1, 2).reshape(-1, heads))  # [C * n, H]
+        first = end
+    return torch.cat(by_slot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,11 +279,10 @@ class _Slots:
 
     def blocks(self, width: int) -> Blocks:
         queries, keys = torch.cat(self._queries), torch.cat(self._keys)
-        holds = torch.zeros(len(queries), dtype=torch.bool).index_fill_(0, self._slot_of, value=True)
         numbers = torch.bincount(keys + 1, minlength=width + 1)  # [1 + T] slots of padding, then of each token
         padding = int(numbers[0])
         key_slots, key_starts = keys.argsort(stable=True)[padding:], numbers.cumsum(0) - padding
-        return Blocks(tuple(self._blocks), queries, holds, self._slot_of, keys, key_slots, key_starts)
+        return Blocks(tuple(self._blocks), queries, self._slot_of, keys, key_slots, key_starts)
 
 
 def _cut_into_chunks(positions: Sequence[int], size: int, window: int | None) -> list[_Chunk]:
