@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from atomtune.errors import BadSettings
 from atomtune.export.merged_weights import compare_weights, merge_weights
-from atomtune.model.adapter import LoraSpec, new_adapter, start_from_weights
+from atomtune.model.adapter import LoraSpec, has_expert_layers, new_adapter, start_from_weights
 from atomtune.model.experts import experts_of
 from atomtune.model.layout_support import why_padded
 from tests.model.test_lora_targets import SIZE
@@ -90,6 +90,10 @@ def test_experts_that_are_layers_in_a_list_are_found():
     base = tiny("llama")
     base.model.layers[0].mlp = Layer()
     assert experts_of(base).layers == tuple(f"model.layers.0.mlp.experts.{i}" for i in range(3))
+    beside, of_experts = (LoraSpec(rank=2, alpha=4, dropout=0.0, targets=[name]) for name in ("q_proj", "2"))
+    assert has_expert_layers(new_adapter(base, of_experts))
+    assert not has_expert_layers(new_adapter(tiny("llama"), beside))
+    assert not has_expert_layers(adapted("qwen3_moe")), "their experts are one tensor, which is in every step"
 
 
 def test_tens_of_thousands_of_expert_layers_are_found_quickly():

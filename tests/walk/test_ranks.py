@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from atomtune.cli import main
+from tests import tiny
 from tests.train.test_trainer import relative_difference
 
 
@@ -45,6 +46,40 @@ def test_two_ranks_give_the_same_run_as_one(models, dialogues, tmp_path):
     assert examples[0] == pytest.approx(examples[1])
     adapters = [load_file(folder / "adapter_model.safetensors") for folder in (two, one)]
     assert relative_difference(*adapters) < 1e-6  # rows are padded to other widths, and RMSNorm computes in float32
+
+
+@pytest.mark.slow
+def test_two_ranks_train_experts_that_no_token_of_a_step_chose(models, dialogues, tmp_path, monkeypatch):
+    # Experts that are layers of their own have no gradient in such a step, and DDP waited for it: "Expected to have
+    # finished reduction in the prior iteration".
+    code = tiny.REMOTE_MODEL.replace("self.before, self.after", EXPERTS).replace("return x + self.down_proj", ROUTED)
+    monkeypatch.setattr(tiny, "REMOTE_MODEL", code)
+    base = tmp_path / "base"
+    base.mkdir()
+    tiny.build("baichuan_like", base)
+    command = ["train", "--model_path", str(base), "--dataset_path", str(dialogues), "--trust_remote_code", "--use_cpu"]
+    command += ["--dtype", "float64", "--lora_dropout", "0", "--max_steps", "3", "--learning_rate", "1e-2"]
+    # Padding chooses experts too, with a gradient of zero instead of none, which are the same only without momentum.
+    command += ["--lora_experts", "--gradient_accumulation_steps", "2", "--eval_size", "0", "--optim", "sgd"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main([*command, "--output_dir", str(one), "--per_device_train_batch_size", "2"]) == 0
+    assert "no gradient reaches" in (one / "run.json").read_text()
+    ranks = _two_ranks([*command, "--output_dir", str(two), "--per_device_train_batch_size", "1"], tmp_path)
+    codes = [process.wait(timeout=600) for process in ranks]
+    assert codes == [0, 0], (tmp_path / "rank-0.txt").read_text(encoding="utf-8")
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (two, one)]
+    assert any(".experts." in name for name in adapters[0])
+    assert relative_difference(*adapters) < 1e-6
+
+
+#: In place of parts of a tiny model's own code: each token is computed by one of 64 experts as well.
+EXPERTS = """self.experts = nn.ModuleList(nn.Linear(d, d, bias=False) for _ in range(64))
+        self.before, self.after"""
+ROUTED = """chosen = (1e4 * y[..., 0].detach()).long() % 64
+        for number, expert in enumerate(self.experts):
+            if (chosen == number).any():
+                x = x + (chosen == number)[..., None] * expert(y)
+        return x + self.down_proj"""
 
 
 @pytest.mark.slow

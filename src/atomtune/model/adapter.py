@@ -109,6 +109,17 @@ def _ready_to_save(model: PeftModel) -> PeftModel:
     return model
 
 
+def has_expert_layers(model: PeftModel) -> bool:
+    """Whether experts that are layers of their own have an adapter, so that some weights get no gradient in a step.
+
+    An expert that no token of a step chose is not called then. Of experts in one tensor, all are in each step.
+    """
+    return any(
+        isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and "experts" in name.split(".")
+        for name, module in model.named_modules()
+    )
+
+
 def expert_tensors(base: CausalLM, targets: Sequence[str]) -> list[str]:
     """Full names of the tensors that --lora_experts adapts.
 

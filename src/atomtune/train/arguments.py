@@ -37,7 +37,8 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
         "disable_tqdm": True,  # train.progress draws the bar
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run instead of being hidden
     }
-    values.setdefault("ddp_find_unused_parameters", False)  # every adapter weight gets a gradient in every step
+    # Every adapter weight gets a gradient in every step. Where that is not so, train/run.py sets it to True.
+    values.setdefault("ddp_find_unused_parameters", False)
     # Each rank reads the stream and takes its part, because batches do not hold only tensors
     if settings.data.streaming:
         values["accelerator_config"] = {"dispatch_batches": False, **(values.get("accelerator_config") or {})}

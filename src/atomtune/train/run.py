@@ -26,6 +26,7 @@ from atomtune.disk import held
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped, UserError
 from atomtune.export.model_card import model_card
 from atomtune.model import liger
+from atomtune.model.adapter import has_expert_layers
 from atomtune.model.adapter_folder import AdapterMetadata
 from atomtune.model.fingerprint import fingerprint
 from atomtune.model.load import dtype_name, embedding_rows, load_tokenizer, pad_id_of, quiet_libraries
@@ -230,6 +231,8 @@ def _load_trainer(prepared: _Prepared, began: float) -> LoraTrainer:
     longest_tokens = _longest_tokens(run, data)
     model = load_model(run, longest_tokens=longest_tokens)
     prepared = replace(prepared, identity=with_downloaded_weights(run, prepared.identity))
+    if "ddp_find_unused_parameters" not in run.settings.origins and has_expert_layers(model):
+        run.args.ddp_find_unused_parameters = True
     guard_embedding(model, tokenizer, path=str(run.settings.model.model_path))
     say_untrained_stop(model, tokenizer, prepared.template.stop, notice=run.console.notice)
     fuse(run, model)
