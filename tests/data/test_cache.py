@@ -484,6 +484,21 @@ def test_each_file_of_a_folder_has_its_own_format(tmp_path):
     assert answers == ["早上好", "安"]
 
 
+@pytest.mark.parametrize(
+    "first", [b'{"a": "' + b"1" * 5_000_000, b"{" * 400_000, b"\n" * 400_000], ids=["long", "broken", "blank"]
+)
+def test_the_format_is_detected_from_the_first_readable_line_however_far_it_is(tmp_path, first):
+    # The format was detected from the first 256 KB, and without a value there, every chat was refused as alpaca.
+    said = [{"role": "user", "content": "晚"}, {"role": "assistant", "content": "安"}]
+    data = tmp_path / "train.jsonl"
+    data.write_bytes(b"\n" * 5 + first + b"\n" + json.dumps({"messages": said}).encode() + b"\n")
+    examples, ledger, _ = asked(data, tmp_path / "cache")
+    assert (ledger.format, ledger.records_used) == ("messages", 1)
+    bad = ["train.jsonl:6"] if first.strip() else []
+    assert [refusal.origin for refusal in ledger.records_refused] == bad
+    assert [record.answer for record in records_of(data, Rules(max_tokens=120), examples)] == ["安"]
+
+
 def test_files_with_the_same_name_have_distinct_origins(data, tmp_path):
     for name in ("a/train.jsonl", "b/train.jsonl"):
         encoded = examples_of(data, template_of(), Rules(max_tokens=120), name=name, cache_dir=tmp_path / "cache")

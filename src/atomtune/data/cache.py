@@ -298,18 +298,29 @@ def chunks_with_schema(
     Raises BadData if a file cannot be read or its format cannot be detected.
     """
     for file in read_files(source, advance, name=name):
-        first = list(itertools.islice(file.chunks, 1))
-        schema = _schema_of(file, first, rules)
-        for chunk in itertools.chain(first, file.chunks):
+        chunks, sample = _up_to_a_value(file.chunks)
+        schema = _schema_of(file, sample, rules)
+        for chunk in itertools.chain(chunks, file.chunks):
             yield schema, chunk
 
 
-def _schema_of(file: DataFile, first: Sequence[Chunk], rules: Rules) -> Schema:
+def _up_to_a_value(chunks: Iterator[Chunk]) -> tuple[list[Chunk], list[RawRecord]]:
+    """The chunks up to the first one with a value, and that one's first values; others hold only unreadable lines.
+
+    Unreadable lines are kept as Refusals, which are small.
+    """
+    unreadable: list[Chunk] = []
+    for chunk in chunks:
+        parsed = parse_chunk(chunk)
+        values = [raw for raw in parsed if isinstance(raw, RawRecord)]
+        if values:
+            return [*unreadable, chunk], values[:_SAMPLE_VALUES]
+        unreadable.append(parsed)
+    return unreadable, []
+
+
+def _schema_of(file: DataFile, sample: Sequence[RawRecord], rules: Rules) -> Schema:
     """Detect a file's schema from its first values; the user's settings override the file's dataset_info.json."""
-    sample: list[RawRecord] = []
-    for chunk in first:
-        sample += [raw for raw in parse_chunk(chunk) if isinstance(raw, RawRecord)]
-    sample = sample[:_SAMPLE_VALUES]
     format_choice: FormatChoice = rules.format
     if format_choice == "auto" and file.format:
         format_choice = file.format
