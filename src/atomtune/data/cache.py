@@ -1,7 +1,7 @@
 """Example cache: encoded examples stored as Arrow files under a hash of everything they depend on.
 
-The key is a hash of the file's bytes, the tokenizer, the template, the settings and this room's code. Any change that
-could change a token changes the key, so a stale entry is never used.
+The key is a hash of the file's bytes, the tokenizer, the template, the settings, this room's code and the versions of
+the libraries that make tokens. Any change that could change a token changes the key, so a stale entry is never used.
 An entry is a folder of two files and their checksums. One that does not match its checksums is built again, with a
 note to the user.
 A row is a record with all its Examples. They are drawn together, so that their shared prefix is computed once.
@@ -10,10 +10,13 @@ A row is a record with all its Examples. They are drawn together, so that their 
 import contextlib
 import errno
 import hashlib
+import inspect
 import itertools
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
 import time
 from array import array
@@ -21,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +63,12 @@ FEATURES = datasets.Features(
 _SAMPLE_VALUES = 100
 #: The files of an entry.
 EXAMPLES, LEDGER, CHECKSUMS = "examples.arrow", "ledger.json", "checksums.json"
+#: Libraries that read records, render templates or make tokens; the last four only for tokenizers written in Python.
+_LIBRARIES = (
+    *("datasets", "jinja2", "tokenizers", "transformers"),
+    *("mistral-common", "regex", "sentencepiece", "tiktoken"),
+)
+_RELATIVE_IMPORT = re.compile(rb"^\s*from\s+\.(\w+)\s+import", re.MULTILINE | re.ASCII)
 #: Errors of a rename whose target exists and cannot be replaced.
 _TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EACCES}
 #: Attempts to take a name that other processes may take at the same moment.
@@ -101,6 +111,15 @@ class Part:
     instructions: Counter[str]
 
 
+def _versions() -> list[str]:
+    """The versions of the installed libraries that read records, render templates or make tokens."""
+    versions = []
+    for library in _LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions.append(f"{library} {version(library)}")
+    return versions
+
+
 @cache
 def _code_hash() -> str:
     """SHA-256 of the code and templates in data/: another version of them may encode differently."""
@@ -119,7 +138,31 @@ def tokenizer_text(tokenizer: Any) -> str:
         # A tokenizer written in Python has rules besides its vocabulary; its arguments select among them.
         for name, value in sorted(tokenizer.init_kwargs.items()):
             arguments[name] = str(value)
-    return json.dumps([type(tokenizer).__name__, body, str(tokenizer.special_tokens_map), arguments])
+    parts = [type(tokenizer).__name__, body, str(tokenizer.special_tokens_map), arguments]
+    if code := _own_code(type(tokenizer)):
+        parts.append(code)
+    return json.dumps(parts)
+
+
+def _own_code(tokenizer_class: type) -> str:
+    """SHA-256 of a tokenizer's code that comes with its model, and of what that imports from the files beside it.
+
+    Returns "" for a class of a library, whose version is part of the key.
+    """
+    waiting: list[Path] = []
+    for base in tokenizer_class.__mro__:
+        if base.__module__.partition(".")[0] not in {*_LIBRARIES, *sys.stdlib_module_names}:
+            with contextlib.suppress(OSError, TypeError):  # it was typed into a notebook
+                waiting.append(Path(inspect.getfile(base)))
+    codes: dict[Path, bytes] = {}
+    while waiting:
+        file = waiting.pop()
+        if file not in codes and file.is_file():
+            codes[file] = file.read_bytes()
+            waiting += [file.with_name(f"{name.decode()}.py") for name in _RELATIVE_IMPORT.findall(codes[file])]
+    if not codes:
+        return ""
+    return hashlib.sha256(b"".join(codes[file] for file in sorted(codes))).hexdigest()
 
 
 def examples_of(
@@ -183,7 +226,7 @@ def _key(name: str, data_hash: str, template: Template, rules: Rules) -> str:
     """The cache key: a hash of everything that could change a token or an origin; 32 hex digits."""
     made_of = [
         _code_hash(),
-        datasets.__version__,
+        *_versions(),
         data_hash,
         name,
         *template.made_of(),
