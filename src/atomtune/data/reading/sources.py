@@ -239,7 +239,7 @@ def _refuse_no_text(path: Path, head: bytes) -> None:
     if head.startswith(LFS_POINTER):
         raise BadData(
             f"{path}: a git-lfs pointer, not the file itself.\n"
-            f"Fetch the files: git lfs install && git -C {path.parent} lfs pull"
+            f"Fetch the files: git lfs install && git -C {quote(str(path.parent))} lfs pull"
         )
     if head.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith(_HTML):
         raise BadData(f"{path}: a web page, such as a login or error page; expected records. Download the file itself.")
