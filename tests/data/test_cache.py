@@ -584,6 +584,17 @@ def test_files_with_the_same_name_have_distinct_origins(data, tmp_path):
         assert [record.origin for record in records] == encoded.examples["origin"][:]
 
 
+def test_splits_of_a_folder_that_are_not_read_are_noted_every_time(tmp_path):
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    for split in ("train", "test"):
+        write_jsonl(folder / f"{split}.jsonl", DIALOGUES)
+    for _ in ("encoded", "served"):
+        read = examples_of(folder, template_of(), Rules(max_tokens=120), cache_dir=tmp_path / "cache")
+        assert read.notes == ("chats: only its split train is read, not test.",)
+        assert read.ledger.records_read == len(DIALOGUES)
+
+
 def test_rows_of_a_one_line_array_map_to_their_own_records(tmp_path):
     # Catches values that share an origin: in splits and in inspect, a refused record's text appeared for the next one.
     answers = ["word " * 400, "first", "second", "word " * 400, "third"]

@@ -184,6 +184,23 @@ def test_the_announced_number_of_skip_bad_records_is_correct(models, tmp_path, c
     assert json.loads((tmp_path / "out" / "run.json").read_text())["records_used"] == 4
 
 
+@pytest.mark.parametrize("command", ["train", "train --streaming", "inspect", "evaluate"])
+def test_a_split_that_is_not_read_is_named_once(models, tmp_path, capsys, command):
+    for split in ("train", "test"):
+        (tmp_path / "chats").mkdir(exist_ok=True)
+        write_jsonl(tmp_path / "chats" / f"{split}.jsonl", GOOD)
+    words = [*command.split(), "--model_path", models("llama"), "--dataset_path", tmp_path / "chats"]
+    if command != "inspect":
+        words += ["--output_dir", tmp_path / "out"]
+    if "train" in command:
+        words += ["--max_steps", 1]
+    if command == "evaluate":
+        words.append("--no_generate")
+    assert main(list(map(str, words))) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("note: chats: only its split train is read, not test.") == 1
+
+
 def test_unusual_but_valid_records_are_accepted_and_counted(models, tmp_path, capsys):
     data = tmp_path / "records.jsonl"
     records = [

@@ -42,7 +42,15 @@ from atomtune.data.formats.detect import Schema, detect_schema, to_record
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.jsonl import parse_chunk
 from atomtune.data.reading.raw import Chunk, RawRecord
-from atomtune.data.reading.sources import DataFile, distinct_names, fingerprint_of, read_files, size_of, stamp_of
+from atomtune.data.reading.sources import (
+    DataFile,
+    distinct_names,
+    fingerprint_of,
+    note_on_splits,
+    read_files,
+    size_of,
+    stamp_of,
+)
 from atomtune.data.records import Example, Record, Refusal
 from atomtune.data.workers import in_order, workers_here
 from atomtune.disk import sha256_of, sync, text_of
@@ -99,7 +107,7 @@ class EncodedData:
     examples: datasets.Dataset  # the columns of FEATURES, one row per record
     ledger: Ledger
     data_hash: str  # of the source's bytes
-    notes: tuple[str, ...] = ()  # about the cache, for the user
+    notes: tuple[str, ...] = ()  # about the source and the cache, for the user
 
 
 @dataclass(frozen=True)
@@ -199,6 +207,8 @@ def examples_of(
         entry = _write_entry(place, name, ledger, _refusing_change(parts, source, stamp))
     else:
         advance(size_of(source))
+    if note := note_on_splits(source, name):
+        notes = (*notes, note)
     ledger = Ledger.from_json(json.loads((entry / LEDGER).read_text(encoding="utf-8")))
     if ledger.records_used == 0:
         empty = datasets.Dataset.from_dict({column: [] for column in FEATURES}, features=FEATURES)

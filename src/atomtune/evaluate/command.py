@@ -261,12 +261,16 @@ def _records_by_template(
     rules = Rules(**reading.rules())
     templates: dict[str, Template] = {subject.template.key: subject.template for subject in candidates.subjects}
     read: dict[str, dict[Key, EvalRecord]] = {}
+    notes: dict[str, None] = {}  # each once, although every template reads the same sources
     for template_key, template in templates.items():
         records, data = read_records(to_read.sources, template, rules, to_read.wanted)
         if to_read.wanted is not None:
             refuse_changed_files(Path(settings.adapter_path[0]), data.data_hash)
         refuse_unusable(data.ledger, to_read.sources)
         read[template_key] = records
+        notes |= dict.fromkeys(data.notes)
+    for note in notes:
+        notice(note)
     keys = _chosen(_in_every(read, to_read), settings)
     _say_learned(settings.adapter_path, data.data_hash, [origin for _, origin in keys], notice)
     return {template_key: [records[key] for key in keys] for template_key, records in read.items()}

@@ -19,7 +19,7 @@ from atomtune.console import Console
 from atomtune.data.cache import EncodedData, Rules, concatenate, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import Ledger, refuse_broken, refuse_unusable
-from atomtune.data.reading.sources import distinct_names, fingerprint_of, size_of
+from atomtune.data.reading.sources import distinct_names, fingerprint_of, note_on_splits, size_of
 from atomtune.data.records import Record
 from atomtune.errors import BadSettings, listing
 from atomtune.settings.train_settings import TrainSettings
@@ -169,6 +169,9 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
         f"streaming {', '.join(settings.dataset_paths)}: records are encoded while training and shuffled in a buffer "
         f"of {settings.shuffle_buffer:,}."
     )
+    for source in settings.dataset_paths:
+        if note := note_on_splits(source, source_names(run.settings)[source]):
+            run.console.notice(note)
     next(iter(stream))  # reports problems of the first records before the model is loaded
     return stream, data_hash
 

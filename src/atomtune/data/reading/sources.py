@@ -147,6 +147,20 @@ def _files_in(folder: Path) -> list[ListedFile]:
     return [ListedFile(file) for file in hub.files_of(folder)]
 
 
+def note_on_splits(source: Path | str, name: str) -> str:
+    """A note for the user if a data set has more splits than the one that is read, else "".
+
+    name  of the source in origins
+    Raises BadData like `read_files`.
+    """
+    if isinstance(source, str) and hub.is_hub_name(source):
+        unread = hub.unread_splits_on_hub(source)
+    else:
+        path = _existing(source)
+        unread = hub.unread_splits(path) if path.is_dir() and listed_files(path) is None else []
+    return f"{name}: only its split train is read, not {', '.join(unread)}." if unread else ""
+
+
 def size_of(source: Path | str) -> int:
     """The total number of bytes that `advance` will be called with; 0 if it is not known in advance."""
     if isinstance(source, str) and hub.is_hub_name(source):
