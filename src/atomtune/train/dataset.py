@@ -284,9 +284,7 @@ def say_ledger(ledger: Ledger, template: Template, console: Console) -> None:
         f"{ledger.prompt_tokens:,} prompt and {ledger.target_tokens:,} target tokens; "
         f"template {template.name}, stops at {template.stop}."
     )
-    for text, count in ledger.notices.items():
-        console.notice(f"{text} in {count:,} records.")
-    for notice in (*_about_template(ledger, template), *_about_records(ledger)):
+    for notice in (*ledger.sentences(), *_about_template(ledger, template), *_about_records(ledger)):
         console.notice(notice)
 
 
@@ -338,4 +336,4 @@ def _about_records(ledger: Ledger) -> Iterator[str]:
 
 def _first_few(origins: list[str], shown: int = 5) -> str:
     rest = len(origins) - shown
-    return ", ".join(origins[:shown]) + (f" and {rest:,} more (all in run.json)" if rest > 0 else "")
+    return ", ".join(origins[:shown]) + (f" and {rest:,} more (run.json lists them all)" if rest > 0 else "")

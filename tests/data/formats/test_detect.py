@@ -300,7 +300,7 @@ def test_user_defined_keys_map_to_the_keys_of_the_format():
         value = {"question": "x", "answer": "y", **more}
         record, notes = to_record(RawRecord(value, ORIGIN), detect_schema([value], keys=keys, name="t"))
         assert record == Record((Turn("user", "x"), Turn("assistant", "y")), ORIGIN)
-    assert notes == ('key "output" is not used, "answer" is read instead,',)
+    assert notes == ('key "output" is not used, "answer" is read instead',)
 
 
 def test_user_defined_keys_may_swap_two_keys():

@@ -96,11 +96,11 @@ def _notes_on_renaming(value: Json, record: Json, schema: Schema) -> tuple[str, 
     notes = []
     for theirs, ours in SPELLINGS.items():
         if theirs in value and theirs not in record:
-            notes.append(f'key "{theirs}" read as "{ours}"')
+            notes.append(f'key "{theirs}" is read as "{ours}"')
     for theirs, ours in schema.keys.items():
         both_there = theirs in value and ours in value
         if both_there and ours not in schema.keys and ours in RECORD_KEYS:
-            notes.append(f'key "{ours}" is not used, "{printable(theirs)}" is read instead,')
+            notes.append(f'key "{ours}" is not used, "{printable(theirs)}" is read instead')
     return tuple(notes)
 
 
