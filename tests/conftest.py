@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import signal
+import subprocess
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +42,12 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
     """Write records to a JSONL file."""
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
     return path
+
+
+def shell_words(text: str) -> list[str]:
+    """The arguments that a shell makes of a part of a command."""
+    done = subprocess.run(["sh", "-c", f"printf '%s\\0' {text}"], capture_output=True, check=True)
+    return done.stdout.decode().split("\0")[:-1]
 
 
 def numbered_dialogues() -> list[dict]:

@@ -341,7 +341,7 @@ def test_errors_about_data_are_chinese(tmp_path, capsys):
     said = capsys.readouterr().err
     assert not english_in(said)
     assert 'bad.jsonl:2  没有键 "output"；这里的键有 instruction。\n' in said
-    assert "3 条记录中有 2 条被拒绝（都在 run.json 里）。--skip_bad 用其余 1 条训练。" in said
+    assert "run.json 列出了全部。\n3 条记录中有 2 条被拒绝。--skip_bad 用其余 1 条训练。" in said
     assert f"{tmp_path / 'none.jsonl'}：没有这个文件。用 --dataset_path 传数据文件。" in said
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import datasets
 import pytest
 from tokenizers import Regex, pre_tokenizers, processors
-from transformers import PreTrainedTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizer
 
 from atomtune.data import cache, workers
-from atomtune.data.cache import Rules, as_examples, examples_of, fingerprint_of, records_of
+from atomtune.data.cache import Rules, as_examples, examples_of, fingerprint_of, records_of, tokenizer_text
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.encoding.encode import encode
@@ -236,6 +236,82 @@ def test_a_python_tokenizer_with_another_argument_changes_the_cache_key(data, tm
     asked(data, tmp_path / "cache", template=load_template("atom", WordByWord()))
     with pytest.raises(EncodedAgainError):
         asked(data, tmp_path / "cache", template=load_template("atom", WordByWord(backwards=True)))
+
+
+@pytest.mark.parametrize("library", ["datasets", "jinja2", "tokenizers", "transformers"])
+def test_another_version_of_a_library_that_makes_tokens_changes_the_cache_key(
+    data, tmp_path, no_encoding, monkeypatch, library
+):
+    asked(data, tmp_path / "cache")
+    no_encoding()
+    asked(data, tmp_path / "cache")
+    installed = cache.version
+    monkeypatch.setattr(cache, "version", lambda name: "0.0" if name == library else installed(name))
+    with pytest.raises(EncodedAgainError):
+        asked(data, tmp_path / "cache")
+
+
+OWN_TOKENIZER = """
+from transformers import PreTrainedTokenizer
+from .rules import ordered
+
+
+class OwnTokenizer(PreTrainedTokenizer):
+    def __init__(self, **kwargs):
+        self.words = {"<unk>": 0, "</s>": 1, **{chr(code): code for code in range(32, 127)}}
+        super().__init__(**{"eos_token": "</s>", "unk_token": "<unk>", **kwargs})
+
+    @property
+    def vocab_size(self):
+        return 127
+
+    def get_vocab(self):
+        return dict(self.words)
+
+    def _tokenize(self, text):
+        return ordered(text)
+
+    def _convert_token_to_id(self, token):
+        return self.words.get(token, 0)
+
+    def _convert_id_to_token(self, index):
+        return chr(index)
+
+    def save_vocabulary(self, folder, filename_prefix=None):
+        return ()
+"""
+
+
+def own_tokenizer(folder: Path, *, rules: str):
+    """A tokenizer of remote code, loaded as a user does; its rules are in a second file."""
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenization_own.py").write_text(OWN_TOKENIZER)
+    (folder / "rules.py").write_text(f"def ordered(text):\n    return {rules}\n")
+    named = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_other_code_of_a_remote_code_tokenizer_changes_the_cache_key(data, tmp_path, no_encoding):
+    # Same class, vocabulary and arguments, another helper: the ids come in another order.
+    forwards = own_tokenizer(tmp_path / "base", rules="list(text)")
+    assert type(forwards).__name__ == "OwnTokenizer"
+    asked(data, tmp_path / "cache", template=load_template("atom", forwards))
+    no_encoding()
+    again = own_tokenizer(tmp_path / "base", rules="list(text)")
+    asked(data, tmp_path / "cache", template=load_template("atom", again))
+    backwards = own_tokenizer(tmp_path / "base", rules="list(text[::-1])")
+    assert backwards("ab")["input_ids"] == forwards("ba")["input_ids"]
+    with pytest.raises(EncodedAgainError):
+        asked(data, tmp_path / "cache", template=load_template("atom", backwards))
+
+
+def test_the_text_of_a_library_tokenizer_has_no_code():
+    # Otherwise a resumed run would be refused after an upgrade that changes no token.
+    for kind in ("bytes", "sentencepiece"):
+        assert len(json.loads(tokenizer_text(tokenizer_of(kind)))) == 4
+    assert len(json.loads(tokenizer_text(WordByWord()))) == 5
 
 
 def test_a_post_processor_that_adds_special_tokens_changes_no_example(data, tmp_path):
@@ -484,6 +560,21 @@ def test_each_file_of_a_folder_has_its_own_format(tmp_path):
     assert answers == ["早上好", "安"]
 
 
+@pytest.mark.parametrize(
+    "first", [b'{"a": "' + b"1" * 5_000_000, b"{" * 400_000, b"\n" * 400_000], ids=["long", "broken", "blank"]
+)
+def test_the_format_is_detected_from_the_first_readable_line_however_far_it_is(tmp_path, first):
+    # The format was detected from the first 256 KB, and without a value there, every chat was refused as alpaca.
+    said = [{"role": "user", "content": "晚"}, {"role": "assistant", "content": "安"}]
+    data = tmp_path / "train.jsonl"
+    data.write_bytes(b"\n" * 5 + first + b"\n" + json.dumps({"messages": said}).encode() + b"\n")
+    examples, ledger, _ = asked(data, tmp_path / "cache")
+    assert (ledger.format, ledger.records_used) == ("messages", 1)
+    bad = ["train.jsonl:6"] if first.strip() else []
+    assert [refusal.origin for refusal in ledger.records_refused] == bad
+    assert [record.answer for record in records_of(data, Rules(max_tokens=120), examples)] == ["安"]
+
+
 def test_files_with_the_same_name_have_distinct_origins(data, tmp_path):
     for name in ("a/train.jsonl", "b/train.jsonl"):
         encoded = examples_of(data, template_of(), Rules(max_tokens=120), name=name, cache_dir=tmp_path / "cache")
@@ -491,6 +582,17 @@ def test_files_with_the_same_name_have_distinct_origins(data, tmp_path):
         assert all(refusal.origin.startswith(f"{name}:") for refusal in encoded.ledger.records_refused)
         records = list(records_of(data, Rules(max_tokens=120), encoded.examples, name=name))
         assert [record.origin for record in records] == encoded.examples["origin"][:]
+
+
+def test_splits_of_a_folder_that_are_not_read_are_noted_every_time(tmp_path):
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    for split in ("train", "test"):
+        write_jsonl(folder / f"{split}.jsonl", DIALOGUES)
+    for _ in ("encoded", "served"):
+        read = examples_of(folder, template_of(), Rules(max_tokens=120), cache_dir=tmp_path / "cache")
+        assert read.notes == ("chats: only its split train is read, not test.",)
+        assert read.ledger.records_read == len(DIALOGUES)
 
 
 def test_rows_of_a_one_line_array_map_to_their_own_records(tmp_path):

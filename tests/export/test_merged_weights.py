@@ -93,4 +93,6 @@ def test_a_changed_base_tensor_is_detected(models, tmp_path):
     )
     with torch.no_grad():
         written.model.norm.weight[0] += 1e-3
-    assert merged_weights.compare_weights(adapted, written).problems == ("model.norm.weight: is not the base's",)
+    assert merged_weights.compare_weights(adapted, written).problems == (
+        "model.norm.weight: its numbers are not the base's",
+    )

@@ -121,6 +121,28 @@ def test_an_unwritable_html_page_is_reported_without_a_traceback(base, troubled,
     assert "Traceback" not in err
 
 
+def test_a_stop_token_that_is_also_the_unknown_token_is_not_reported_as_unknown(tmp_path, capsys):
+    # GPT-2 has one token for both: every record was reported, and --fail_on unknown always failed.
+    tokenizer = tokenizer_of("bytes")
+    tokenizer.unk_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "base")
+    data = write_jsonl(tmp_path / "train.jsonl", DIALOGUES)
+    words = [data, "--model_path", tmp_path / "base", "--template", "plain", "--fail_on", "unknown"]
+    code, out, _ = inspected(capsys, *words)
+    assert code == 0
+    assert "unknown" in next(line for line in out.splitlines() if "nothing found by" in line)
+
+
+def test_unknown_tokens_in_answers_are_reported(tmp_path, capsys):
+    tokenizer_of("characters").save_pretrained(tmp_path / "base")
+    records = [{"instruction": "Who", "output": "I keep"}, {"instruction": "Who", "output": "I ℵ keep"}]
+    data = write_jsonl(tmp_path / "train.jsonl", records)
+    words = [data, "--model_path", tmp_path / "base", "--template", "plain", "--fail_on", "unknown=1"]
+    code, out, _ = inspected(capsys, *words)
+    assert code == 0
+    assert re.search(r"^ *unknown +1 .*\n +train\.jsonl:2$", out, re.MULTILINE)
+
+
 def test_no_record_text_is_printed_with_zero_samples(base, troubled, capsys):
     _, out, err = inspected(capsys, troubled, "--model_path", base, "--samples", "0")
     assert "lighthouse" not in out + err

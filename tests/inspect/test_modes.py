@@ -34,3 +34,16 @@ def test_inspect_shows_both_modes(models, tmp_path, capsys):
     assert "enable_thinking=true" in shown and "enable_thinking=false" in shown
     assert main([*words, "--template", "chatml"]) == 0
     assert "enable_thinking" not in capsys.readouterr().out
+
+
+def test_both_modes_of_a_record_of_the_second_file_are_shown(models, tmp_path, capsys):
+    # The record was looked for in the first file too, which was then said to have changed.
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", [{"instruction": "9*8?", "output": "72"}] * 3) for name in "ab"]
+    words = ["inspect", *map(str, files), "--model_path", str(models("qwen3")), "--template", "qwen3"]
+    shown = set()
+    for seed in range(4):
+        assert main([*words, "--samples", "1", "--seed", str(seed), "--html", str(tmp_path / f"{seed}.html")]) == 0
+        assert (tmp_path / f"{seed}.html").is_file()
+        origin = capsys.readouterr().out.partition("The last answer of ")[2].split()[0]
+        shown.add(origin.partition(":")[0])
+    assert shown == {"a.jsonl", "b.jsonl"}

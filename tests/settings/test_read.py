@@ -431,6 +431,14 @@ def test_a_list_may_be_given_in_one_flag_or_in_several():
         assert read_train([*BOTH, *words]).data.roles == expected
 
 
+def test_the_last_equals_sign_of_a_pair_separates_their_name_from_ours():
+    settings = read_train(
+        [*BOTH, "--keys", "a=b=output", "question=input", "--roles", "a=b=user", "--max_seq_length", "9"]
+    )
+    assert settings.data.rules()["keys"] == (("a=b", "output"), ("question", "input"))
+    assert settings.data.rules()["roles"] == (("a=b", "user"),)
+
+
 def test_the_word_false_is_parsed_as_false():
     # Catches bool("false"), which is True.
     assert read_train([*BOTH, "--remove_unused_columns", "false"]).trainer["remove_unused_columns"] is False

@@ -91,7 +91,7 @@ def test_a_bad_file_is_refused_with_place_and_cause_but_no_record_text(models, t
     for text in (told.out, told.err, record):
         assert SECRET not in text
     refused = json.loads(record).get("records_refused", [])
-    assert bool(refused) == ("(all in run.json)" in told.err)
+    assert bool(refused) == ("\nrun.json lists them all.\n" in told.err)
 
 
 @pytest.mark.parametrize("kind", ["folder", "missing", "FIFO", "link to nowhere"])
@@ -122,8 +122,10 @@ def test_all_bad_records_are_reported_at_once_and_listed_in_run_json(models, tmp
     assert train(models("llama"), data, tmp_path / "out") == 2
     told = capsys.readouterr().err
     assert told.count("not JSON") == 3, "a common reason hides no other"
-    assert 'records.jsonl:35  no key "output"; keys here: instruction.\n… and 27 more.' in told
-    assert "31 of 35 records refused (all in run.json). --skip_bad trains on the other 4." in told
+    assert (
+        'records.jsonl:35  no key "output"; keys here: instruction.\n… and 27 more.\nrun.json lists them all.' in told
+    )
+    assert "31 of 35 records refused. --skip_bad trains on the other 4." in told
     refused = json.loads((tmp_path / "out" / "run.json").read_text())["records_refused"]
     assert [one["origin"] for one in refused] == [f"records.jsonl:{n}" for n in range(5, 36)]
 
@@ -146,9 +148,9 @@ def test_a_file_without_usable_records_fails_every_command_the_same_way(models, 
     code, told = ended(command, "--dataset_path", data, "--model_path", models("llama"), *more, capsys=capsys)
     assert code == 2
     lines = told.splitlines()
-    assert sorted(words.split()[0] for words in lines[:-1]) == [f"records.jsonl:{n}" for n in (1, 2, 3)]
-    where = " (all in run.json)" if command == "train" else ""
-    assert lines[-1].endswith(f"records.jsonl: none of 3 records can be used{where}. Fix the records listed above.")
+    assert sorted(words.split()[0] for words in lines[:3]) == [f"records.jsonl:{n}" for n in (1, 2, 3)]
+    assert lines[3:-1] == (["run.json lists them all."] if command == "train" else [])
+    assert lines[-1].endswith("records.jsonl: none of 3 records can be used. Fix the records listed above.")
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
@@ -172,16 +174,33 @@ def test_plan_is_refused_with_the_same_message_as_train(models, tmp_path, capsys
     words += [more.format(bad=bad)] if isinstance(more, str) else []
     run = ended("train", *words, capsys=capsys)
     assert run[0] == 2
-    assert ended("plan", *words, capsys=capsys) == (2, run[1].replace(" (all in run.json)", ""))
+    assert ended("plan", *words, capsys=capsys) == (2, run[1].replace("run.json lists them all.\n", ""))
 
 
 def test_the_announced_number_of_skip_bad_records_is_correct(models, tmp_path, capsys):
     data = write_jsonl(tmp_path / "records.jsonl", [*GOOD, BROKEN, TOO_LONG])
     words = ["--dataset_path", data, "--model_path", models("llama"), "--output_dir", tmp_path / "out"]
     _, told = ended("train", *words, "--max_steps", 1, capsys=capsys)
-    assert "2 of 6 records refused (all in run.json). --skip_bad trains on the other 4." in told
+    assert "2 of 6 records refused. --skip_bad trains on the other 4." in told
     assert ended("train", *words, "--max_steps", 1, "--skip_bad", capsys=capsys)[0] == 0
     assert json.loads((tmp_path / "out" / "run.json").read_text())["records_used"] == 4
+
+
+@pytest.mark.parametrize("command", ["train", "train --streaming", "inspect", "evaluate"])
+def test_a_split_that_is_not_read_is_named_once(models, tmp_path, capsys, command):
+    for split in ("train", "test"):
+        (tmp_path / "chats").mkdir(exist_ok=True)
+        write_jsonl(tmp_path / "chats" / f"{split}.jsonl", GOOD)
+    words = [*command.split(), "--model_path", models("llama"), "--dataset_path", tmp_path / "chats"]
+    if command != "inspect":
+        words += ["--output_dir", tmp_path / "out"]
+    if "train" in command:
+        words += ["--max_steps", 1]
+    if command == "evaluate":
+        words.append("--no_generate")
+    assert main(list(map(str, words))) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("note: chats: only its split train is read, not test.") == 1
 
 
 def test_unusual_but_valid_records_are_accepted_and_counted(models, tmp_path, capsys):
@@ -198,7 +217,7 @@ def test_unusual_but_valid_records_are_accepted_and_counted(models, tmp_path, ca
     assert (record["records_read"], record["records_used"], record["records_refused"]) == (4, 4, [])
     assert (record["records_copied"], record["records_cut"]) == (1, 1)
     said = " ".join(capsys.readouterr().out.split())
-    assert 'key "source" is not used by this format in 2 records' in said
+    assert 'in 2 records, key "source" is not used by this format.' in said
     assert "Exact copies of earlier records: 1." in said
 
 

@@ -1,7 +1,7 @@
 """Example cache: encoded examples stored as Arrow files under a hash of everything they depend on.
 
-The key is a hash of the file's bytes, the tokenizer, the template, the settings and this room's code. Any change that
-could change a token changes the key, so a stale entry is never used.
+The key is a hash of the file's bytes, the tokenizer, the template, the settings, this room's code and the versions of
+the libraries that make tokens. Any change that could change a token changes the key, so a stale entry is never used.
 An entry is a folder of two files and their checksums. One that does not match its checksums is built again, with a
 note to the user.
 A row is a record with all its Examples. They are drawn together, so that their shared prefix is computed once.
@@ -10,10 +10,13 @@ A row is a record with all its Examples. They are drawn together, so that their 
 import contextlib
 import errno
 import hashlib
+import inspect
 import itertools
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
 import time
 from array import array
@@ -21,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +47,7 @@ from atomtune.data.reading.sources import (
     distinct_names,
     fingerprint_of,
     joint_fingerprint,
+    note_on_splits,
     read_files,
     size_of,
     stamp_of,
@@ -67,6 +72,12 @@ FEATURES = datasets.Features(
 _SAMPLE_VALUES = 100
 #: The files of an entry.
 EXAMPLES, LEDGER, CHECKSUMS = "examples.arrow", "ledger.json", "checksums.json"
+#: Libraries that read records, render templates or make tokens; the last four only for tokenizers written in Python.
+_LIBRARIES = (
+    *("datasets", "jinja2", "tokenizers", "transformers"),
+    *("mistral-common", "regex", "sentencepiece", "tiktoken"),
+)
+_RELATIVE_IMPORT = re.compile(rb"^\s*from\s+\.(\w+)\s+import", re.MULTILINE | re.ASCII)
 #: Errors of a rename whose target exists and cannot be replaced.
 _TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EACCES}
 #: Attempts to take a name that other processes may take at the same moment.
@@ -97,7 +108,7 @@ class EncodedData:
     examples: datasets.Dataset  # the columns of FEATURES, one row per record
     ledger: Ledger
     data_hash: str  # of the source's bytes
-    notes: tuple[str, ...] = ()  # about the cache, for the user
+    notes: tuple[str, ...] = ()  # about the source and the cache, for the user
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,15 @@ class Part:
     table: pyarrow.Table
     ledger: Ledger
     instructions: Counter[str]
+
+
+def _versions() -> list[str]:
+    """The versions of the installed libraries that read records, render templates or make tokens."""
+    versions = []
+    for library in _LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions.append(f"{library} {version(library)}")
+    return versions
 
 
 @cache
@@ -127,7 +147,31 @@ def tokenizer_text(tokenizer: Any) -> str:
         # A tokenizer written in Python has rules besides its vocabulary; its arguments select among them.
         for name, value in sorted(tokenizer.init_kwargs.items()):
             arguments[name] = str(value)
-    return json.dumps([type(tokenizer).__name__, body, str(tokenizer.special_tokens_map), arguments])
+    parts = [type(tokenizer).__name__, body, str(tokenizer.special_tokens_map), arguments]
+    if code := _own_code(type(tokenizer)):
+        parts.append(code)
+    return json.dumps(parts)
+
+
+def _own_code(tokenizer_class: type) -> str:
+    """SHA-256 of a tokenizer's code that comes with its model, and of what that imports from the files beside it.
+
+    Returns "" for a class of a library, whose version is part of the key.
+    """
+    waiting: list[Path] = []
+    for base in tokenizer_class.__mro__:
+        if base.__module__.partition(".")[0] not in {*_LIBRARIES, *sys.stdlib_module_names}:
+            with contextlib.suppress(OSError, TypeError):  # it was typed into a notebook
+                waiting.append(Path(inspect.getfile(base)))
+    codes: dict[Path, bytes] = {}
+    while waiting:
+        file = waiting.pop()
+        if file not in codes and file.is_file():
+            codes[file] = file.read_bytes()
+            waiting += [file.with_name(f"{name.decode()}.py") for name in _RELATIVE_IMPORT.findall(codes[file])]
+    if not codes:
+        return ""
+    return hashlib.sha256(b"".join(codes[file] for file in sorted(codes))).hexdigest()
 
 
 def examples_of(
@@ -164,6 +208,8 @@ def examples_of(
         entry = _write_entry(place, name, ledger, _refusing_change(parts, source, stamp))
     else:
         advance(size_of(source))
+    if note := note_on_splits(source, name):
+        notes = (*notes, note)
     ledger = Ledger.from_json(json.loads((entry / LEDGER).read_text(encoding="utf-8")))
     if ledger.records_used == 0:
         empty = datasets.Dataset.from_dict({column: [] for column in FEATURES}, features=FEATURES)
@@ -191,7 +237,7 @@ def _key(name: str, data_hash: str, template: Template, rules: Rules) -> str:
     """The cache key: a hash of everything that could change a token or an origin; 32 hex digits."""
     made_of = [
         _code_hash(),
-        datasets.__version__,
+        *_versions(),
         data_hash,
         name,
         *template.made_of(),
@@ -305,18 +351,29 @@ def chunks_with_schema(
     Raises BadData if a file cannot be read or its format cannot be detected.
     """
     for file in read_files(source, advance, name=name):
-        first = list(itertools.islice(file.chunks, 1))
-        schema = _schema_of(file, first, rules)
-        for chunk in itertools.chain(first, file.chunks):
+        chunks, sample = _up_to_a_value(file.chunks)
+        schema = _schema_of(file, sample, rules)
+        for chunk in itertools.chain(chunks, file.chunks):
             yield schema, chunk
 
 
-def _schema_of(file: DataFile, first: Sequence[Chunk], rules: Rules) -> Schema:
+def _up_to_a_value(chunks: Iterator[Chunk]) -> tuple[list[Chunk], list[RawRecord]]:
+    """The chunks up to the first one with a value, and that one's first values; others hold only unreadable lines.
+
+    Unreadable lines are kept as Refusals, which are small.
+    """
+    unreadable: list[Chunk] = []
+    for chunk in chunks:
+        parsed = parse_chunk(chunk)
+        values = [raw for raw in parsed if isinstance(raw, RawRecord)]
+        if values:
+            return [*unreadable, chunk], values[:_SAMPLE_VALUES]
+        unreadable.append(parsed)
+    return unreadable, []
+
+
+def _schema_of(file: DataFile, sample: Sequence[RawRecord], rules: Rules) -> Schema:
     """Detect a file's schema from its first values; the user's settings override the file's dataset_info.json."""
-    sample: list[RawRecord] = []
-    for chunk in first:
-        sample += [raw for raw in parse_chunk(chunk) if isinstance(raw, RawRecord)]
-    sample = sample[:_SAMPLE_VALUES]
     format_choice: FormatChoice = rules.format
     if format_choice == "auto" and file.format:
         format_choice = file.format

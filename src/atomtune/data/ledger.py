@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -81,6 +81,11 @@ class Ledger:
         if other.format not in self.format.split(", "):
             self.format = ", ".join(filter(None, (self.format, other.format)))
 
+    def sentences(self) -> Iterator[str]:
+        """The notices, each with its number of records."""
+        for notice, count in self.notices.items():
+            yield f"in {count:,} records, {notice}."
+
     @property
     def broken(self) -> list[Refusal]:
         return [refusal for refusal in self.records_refused if refusal.broken]
@@ -129,10 +134,8 @@ def refuse_unusable(ledger: Ledger, sources: Sequence[str], *, all_in: str = "")
     if ledger.records_used:
         return
     named, read = ", ".join(sources), ledger.records_read
-    none = f"{named}: none of {read:,} records can be used. Fix the records listed above."
-    if all_in:
-        none = f"{named}: none of {read:,} records can be used (all in {all_in}). Fix the records listed above."
-    raise BadData("\n".join([listed_refusals(ledger.records_refused), none]))
+    ending = f"{named}: none of {read:,} records can be used. Fix the records listed above."
+    raise BadData("\n".join([listed_refusals(ledger.records_refused, all_in=all_in), ending]))
 
 
 def refuse_broken(ledger: Ledger, *, skip_bad: bool, all_in: str = "") -> None:
@@ -145,11 +148,9 @@ def refuse_broken(ledger: Ledger, *, skip_bad: bool, all_in: str = "") -> None:
         return
     refused, read, used = len(ledger.records_refused), ledger.records_read, ledger.records_used
     ending = f"{refused:,} of {read:,} records refused."
-    if all_in:
-        ending = f"{refused:,} of {read:,} records refused (all in {all_in})."
     if used:
         ending += f" --skip_bad trains on the other {used:,}."
-    raise BadData("\n".join([listed_refusals(broken), ending]))
+    raise BadData("\n".join([listed_refusals(broken, all_in=all_in), ending]))
 
 
 def about_broken(ledger: Ledger) -> str:
@@ -158,11 +159,17 @@ def about_broken(ledger: Ledger) -> str:
     return f"broken records, {broken:,} of {read:,}: train stops at them, unless --skip_bad leaves them out."
 
 
-def listed_refusals(refused: Sequence[Refusal]) -> str:
-    """One line per refusal. If there are too many, the first few of each reason, so that none is crowded out."""
+def listed_refusals(refused: Sequence[Refusal], *, all_in: str = "") -> str:
+    """One line per refusal. If there are too many, the first few of each reason, so that none is crowded out.
+
+    all_in  a file that lists every refused record, if there is one
+    """
     shown = refused if len(refused) <= SHOWN else _first_of_each_reason(refused)
     lines = [f"{refusal.origin}  {refusal.reason}." for refusal in shown]
-    return listing(lines, unlisted=len(refused) - len(shown))
+    listed = [listing(lines, unlisted=len(refused) - len(shown))]
+    if all_in:
+        listed.append(f"{all_in} lists them all.")
+    return "\n".join(listed)
 
 
 def first_few(origins: Sequence[str], *, all_in: str, shown: int = 5) -> str:
@@ -171,7 +178,7 @@ def first_few(origins: Sequence[str], *, all_in: str, shown: int = 5) -> str:
     all_in  a file that lists them all
     """
     rest = len(origins) - shown
-    return ", ".join(origins[:shown]) + (f" and {rest:,} more (all in {all_in})" if rest > 0 else "")
+    return ", ".join(origins[:shown]) + (f" and {rest:,} more ({all_in} lists them all)" if rest > 0 else "")
 
 
 def _first_of_each_reason(refused: Sequence[Refusal]) -> list[Refusal]:

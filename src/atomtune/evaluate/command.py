@@ -283,6 +283,7 @@ class ReadRecords:
     by_template: dict[str, list[EvalRecord]]  # the key of a template → its records, in the same order for all
     account: Account
     data_hash: str
+    notes: tuple[str, ...]  # about the sources
 
 
 def _read(settings: EvaluateSettings, candidates: Candidates, to_read: ToRead) -> ReadRecords:
@@ -293,6 +294,7 @@ def _read(settings: EvaluateSettings, candidates: Candidates, to_read: ToRead) -
     templates: dict[str, Template] = {subject.template.key: subject.template for subject in candidates.subjects}
     read: dict[str, dict[Key, EvalRecord]] = {}
     ledgers: dict[str, Ledger] = {}
+    notes: dict[str, None] = {}  # each once, although every template reads the same sources
     for template_key, template in templates.items():
         read[template_key], data = read_records(to_read.sources, template, rules, to_read.wanted)
         if to_read.wanted is not None:
@@ -300,6 +302,7 @@ def _read(settings: EvaluateSettings, candidates: Candidates, to_read: ToRead) -
         refuse_unusable(data.ledger, to_read.sources)
         models = [subject.name for subject in candidates.subjects if subject.template.key == template_key]
         ledgers[", ".join(models)] = data.ledger
+        notes |= dict.fromkeys(data.notes)
     first, *others = read.values()
     common = [key for key in first if all(key in records for records in others)]
     account = account_of(
@@ -312,7 +315,7 @@ def _read(settings: EvaluateSettings, candidates: Candidates, to_read: ToRead) -
     _refuse_none(account, to_read.sources)
     keys = _chosen(common, settings)
     by_template = {template_key: [records[key] for key in keys] for template_key, records in read.items()}
-    return ReadRecords(by_template, account, data.data_hash)
+    return ReadRecords(by_template, account, data.data_hash, tuple(notes))
 
 
 def _refuse_none(account: Account, sources: Sequence[str]) -> None:
@@ -338,7 +341,7 @@ def _chosen(keys: list[Key], settings: EvaluateSettings) -> list[Key]:
 def _say_what_was_read(read: ReadRecords, folders: Sequence[str], console: Console) -> None:
     """Say how many records are used, which are not and why, and which of them the adapters have learned."""
     console.say(read.account.summary())
-    for note in read.account.notes():
+    for note in (*read.notes, *read.account.notes()):
         console.notice(note)
     records = next(iter(read.by_template.values()))
     _say_learned(folders, read.data_hash, [record.origin for record in records], console.notice)

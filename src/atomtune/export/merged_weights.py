@@ -98,7 +98,10 @@ def compare_weights(adapted: PeftModel, written: CausalLM) -> Weights:
     unadapted = {**_base_weights(adapted), **whole}
     for name, weight in unchecked.items():
         if name not in unadapted or not torch.equal(unadapted[name].to(weight.dtype), weight):
-            problems.append(f"{name}: is not the adapter's" if name in whole else f"{name}: is not the base's")
+            if name in whole:
+                problems.append(f"{name}: its numbers are not the adapter's")
+            else:
+                problems.append(f"{name}: its numbers are not the base's")
     names = {name for name, _ in written.named_parameters(remove_duplicate=False)}
     for name in unadapted.keys() - names:
         problems.append(f"{name}: not in the written files")

@@ -82,9 +82,11 @@ def examine(settings: InspectSettings, console: Console) -> Report:
 
 
 def _record_of(report: Report, settings: InspectSettings, row: int) -> Record:
-    """The record of a stored row, read again."""
+    """The record of a stored row, read again from its source. Raises BadData if that has changed."""
     rules = Rules(**replace(settings, max_seq_length=report.max_tokens).rules())
-    for path, name in zip(report.sources, distinct_names(report.sources), strict=True):
-        for record in records_of(path, rules, report.stored.select([row]), name=name):
-            return record
-    raise AssertionError(f"{report.origin(row)} was read a moment ago")
+    number = 0
+    while row >= len(report.parts[number]):
+        row -= len(report.parts[number])
+        number += 1
+    name = distinct_names(report.sources)[number]
+    return next(records_of(report.sources[number], rules, report.parts[number].select([row]), name=name))

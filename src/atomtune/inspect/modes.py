@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from atomtune.data.encoding.chat_template import CannotExpress, Template
-from atomtune.data.encoding.choose_template import probed
+from atomtune.data.encoding.choose_template import thinking_modes
 from atomtune.data.encoding.exchanges import exchange_at, joined
 from atomtune.data.formats.schema import THINKING
 from atomtune.data.records import Example, Record
@@ -16,11 +16,10 @@ from atomtune.data.records import Example, Record
 
 def modes_of(template: Template, record: Record) -> tuple[Example, ...]:
     """The record's last answer with its prompt, with thinking on and off; () if the template has only one mode."""
-    if THINKING not in template.source or not record.learned:
+    if not record.learned:
         return ()
     examples = []
-    for thinks in (True, False):
-        mode = probed(replace(template, variables={**template.variables, THINKING: thinks}))
+    for thinks, mode in thinking_modes(template).items():
         try:
             examples.append(_example(mode, record, f"{record.origin}  {THINKING}={str(thinks).lower()}"))
         except CannotExpress:

@@ -50,7 +50,8 @@ class Report:
     template: Template
     max_tokens: int
     ledger: Ledger
-    stored: datasets.Dataset
+    parts: tuple[datasets.Dataset, ...]  # the rows of each source
+    stored: datasets.Dataset  # all of them, one source after another
     texts: Texts
     tokens: Tokens
     findings: Mapping[Check, Finding]
@@ -102,7 +103,7 @@ def build_report(settings: InspectSettings, template: Template, console: Console
     texts = read_texts(_records_of(sources, parts))
     assert len(texts.near) == len(stored), "the texts and the tokens of a record stand at the same place"
     stop_ids = template.tokenizer.convert_tokens_to_ids(list(template.stops))
-    tokens = read_tokens(_tables(stored), stops=stop_ids, unknown=template.tokenizer.unk_token_id)
+    tokens = read_tokens(_tables(stored), stops=stop_ids, unknown=template.unknown_id)
 
     whole_lengths = tokens.longest
     if ledger.records_cut or ledger.refused_as(RefusalKind.TOO_LONG):
@@ -115,6 +116,7 @@ def build_report(settings: InspectSettings, template: Template, console: Console
         template=template,
         max_tokens=rules.max_tokens,
         ledger=ledger,
+        parts=tuple(part.examples for part in parts),
         stored=stored,
         texts=texts,
         tokens=tokens,

@@ -30,8 +30,8 @@ def say_report(report: Report, console: Console) -> None:
     _section(console, "Records and tokens")
     for line in ledger_lines(report.ledger):
         console.say(f"  {line}")
-    for notice, count in report.ledger.notices.items():
-        console.say("  " + translated("note: ") + translated(f"{notice} in {count:,} records"), "yellow")
+    for sentence in report.ledger.sentences():
+        console.say("  " + translated("note: ") + translated(sentence), "yellow")
     if len(report.stored):  # else every record was refused, and there is nothing to count
         _say_lengths(report, console)
     if report.limits:  # also if all records were refused for their length

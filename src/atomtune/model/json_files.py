@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -99,7 +100,7 @@ def refuse_unreadable(file: Path) -> None:
     if is_lfs_pointer(file):
         raise BadModel(
             f"{file} is a git-lfs pointer, not the file itself.\n"
-            f"Fetch the files: git lfs install && git -C {file.parent} lfs pull"
+            f"Fetch the files: git lfs install && git -C {quote(str(file.parent))} lfs pull"
         )
 
 

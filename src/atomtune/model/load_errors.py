@@ -6,6 +6,7 @@ import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -81,7 +82,7 @@ def refuse_lfs_pointers(files: list[Path]) -> None:
         folder = pointers[0].parent
         raise BadModel(
             f"{folder}: {', '.join(file.name for file in pointers[:3])} is a git-lfs pointer, not the weights.\n"
-            f"Fetch the weights: git lfs install && git -C {folder} lfs pull"
+            f"Fetch the weights: git lfs install && git -C {quote(str(folder))} lfs pull"
         )
 
 

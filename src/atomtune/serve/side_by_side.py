@@ -7,8 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from atomtune.data.encoding.choose_template import probed
-from atomtune.data.formats.schema import THINKING
+from atomtune.data.encoding.choose_template import thinking_modes
 from atomtune.model.generate import Sampling
 from atomtune.serve.conversation import Conversation
 from atomtune.serve.tuned_model import Reply, TunedModel
@@ -124,10 +123,4 @@ def conversation_of(
 
 def modes_of(tuned: TunedModel) -> dict[bool, TunedModel]:
     """The model in its thinking and its non-thinking mode; empty if its template has only one mode."""
-    template = tuned.template
-    if THINKING not in template.source:
-        return {}
-    return {
-        thinks: tuned.with_template(probed(replace(template, variables={**template.variables, THINKING: thinks})))
-        for thinks in (True, False)
-    }
+    return {thinks: tuned.with_template(mode) for thinks, mode in thinking_modes(tuned.template).items()}

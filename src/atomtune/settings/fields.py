@@ -822,5 +822,8 @@ def is_secret(name: str) -> bool:
 
 def _pairs(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Words of the form `theirs=ours` as pairs."""
-    pairs = (word.partition("=") for word in words)
-    return tuple((theirs, ours) for theirs, _, ours in pairs)
+    pairs = []
+    for word in words:
+        theirs, equals, ours = word.rpartition("=")  # their name may hold another "="
+        pairs.append((theirs, ours) if equals else (word, ""))
+    return tuple(pairs)

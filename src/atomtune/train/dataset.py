@@ -18,7 +18,7 @@ from atomtune.console import Console
 from atomtune.data.cache import EncodedData, Rules, concatenate, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import Ledger, first_few, refuse_broken, refuse_unusable
-from atomtune.data.reading.sources import distinct_names, fingerprint_of, joint_fingerprint, size_of
+from atomtune.data.reading.sources import distinct_names, fingerprint_of, joint_fingerprint, note_on_splits, size_of
 from atomtune.data.records import Record
 from atomtune.errors import BadSettings, listing
 from atomtune.settings.train_settings import TrainSettings
@@ -182,6 +182,9 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
         f"streaming {', '.join(settings.dataset_paths)}: records are encoded while training and shuffled in a buffer "
         f"of {settings.shuffle_buffer:,}."
     )
+    for source in settings.dataset_paths:
+        if note := note_on_splits(source, source_names(run.settings)[source]):
+            run.console.notice(note)
     next(iter(stream))  # reports problems of the first records before the model is loaded
     return stream, data_hash
 
@@ -292,9 +295,7 @@ def say_ledger(ledger: Ledger, template: Template, console: Console) -> None:
         f"{ledger.prompt_tokens:,} prompt and {ledger.target_tokens:,} target tokens; "
         f"template {template.name}, stops at {template.stop}."
     )
-    for text, count in ledger.notices.items():
-        console.notice(f"{text} in {count:,} records.")
-    for notice in (*_about_template(ledger, template), *_about_records(ledger)):
+    for notice in (*ledger.sentences(), *_about_template(ledger, template), *_about_records(ledger)):
         console.notice(notice)
 
 

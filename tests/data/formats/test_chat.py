@@ -10,6 +10,7 @@ from atomtune.data.formats.detect import Schema, to_record
 from atomtune.data.formats.schema import RECORD_KEYS, ROLES, SIGNS, TURN_KEYS
 from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import ParsedRecord, Record, Refusal, Turn
+from tests.conftest import shell_words
 
 ORIGIN = "train.jsonl:17"
 ASK = {"role": "user", "content": "Q?"}
@@ -72,6 +73,12 @@ def test_an_unknown_role_error_names_the_turn_and_the_roles_option():
 
 def test_a_misspelt_role_gets_a_suggestion():
     assert "--roles User=user" in why_not({"role": "User", "content": "Q?"}, TELL)
+
+
+@pytest.mark.parametrize("role", ["the user", "user; touch x", "$(touch x)"])
+def test_a_suggested_role_is_one_word_for_a_shell(role):
+    hint = why_not({"role": role, "content": "Q?"}, TELL).rpartition("--roles ")[2]
+    assert shell_words(hint) in ([f"{role}=user"], [f"{role}=assistant"])
 
 
 def test_user_defined_roles_override_built_in_ones():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ from atomtune.data.formats.detect import Schema, detect_schema, to_record
 from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import ParsedRecord, Record, Refusal, Turn
 from atomtune.errors import BadData
+from tests.conftest import shell_words
 
 ORIGIN = "train.jsonl:17"
 
@@ -262,6 +264,25 @@ def test_a_misspelt_key_gets_a_suggestion():
     assert "--keys mesages=messages" in told([{"mesages": []}])
 
 
+@pytest.mark.parametrize("key", ["out put", "output;id", "$output", "`output`", "out'put", "output=", "回答"])
+def test_a_suggested_keys_option_is_one_word_for_a_shell(key):
+    # A key with a space gave a broken command, one with a semicolon a second command.
+    option = told([{"instruction": "x", key: "y"}]).rpartition("pass --keys ")[2].removesuffix(".")
+    assert shell_words(option) == [f"{key}=output"]
+
+
+@pytest.mark.parametrize("key", ["data", "my data", "'; touch x; '", '"', "\\(x)", "\x1b[31m", "数据", "a\u2028b", ""])
+def test_a_suggested_jq_command_reads_the_list_of_any_key(key):
+    # Without jq here, its program is checked: a key in brackets is a JSON text. jq reads \\( in it as a program.
+    command = told([{key: [{"a": 1}]}]).rpartition(": jq ")[2]
+    assert command.endswith(" OLD > NEW.jsonl")
+    flag, program = shell_words(command.removesuffix(" OLD > NEW.jsonl"))
+    assert flag == "-c"
+    assert program.startswith(".[") and program.endswith("][]")
+    assert json.loads(program[2:-3]) == key
+    assert command.isprintable() and not re.search(r"(?<!\\)(\\\\)*\\\(", program)
+
+
 def test_preference_data_without_a_prompt_is_reported_as_such():
     assert "preference data (chosen, rejected) without a prompt" in told([{"chosen": "y", "rejected": "z"}])
 
@@ -279,7 +300,7 @@ def test_user_defined_keys_map_to_the_keys_of_the_format():
         value = {"question": "x", "answer": "y", **more}
         record, notes = to_record(RawRecord(value, ORIGIN), detect_schema([value], keys=keys, name="t"))
         assert record == Record((Turn("user", "x"), Turn("assistant", "y")), ORIGIN)
-    assert notes == ('key "output" is not used, "answer" is read instead,',)
+    assert notes == ('key "output" is not used, "answer" is read instead',)
 
 
 def test_user_defined_keys_may_swap_two_keys():

@@ -61,6 +61,45 @@ def test_gemini_function_calls_and_declarations_are_read():
     assert parsed.outcome.tools[0]["function"] == declared
 
 
+@pytest.mark.parametrize("key", ["systemInstruction", "system_instruction"])
+@pytest.mark.parametrize("text", ["Answer like a sailor.", ""])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda text: text,
+        lambda text: {"text": text},
+        lambda text: [text],
+        lambda text: [{"text": text}],
+        lambda text: {"parts": [{"text": text}]},
+        lambda text: {"parts": text},
+    ],
+    ids=["text", "part", "texts", "parts", "content", "content of a text"],
+)
+def test_a_gemini_system_instruction_is_read_in_every_form(key, text, form):
+    # Google's clients accept all of these. Only the last two were read; the others were silently left out.
+    (parsed,) = read({key: form(text), "contents": [said("user", "a"), said("model", "b")]})
+    assert turns(parsed) == [("system", text), ("user", "a"), ("assistant", "b")]
+
+
+def test_a_gemini_system_instruction_that_is_no_text_is_refused():
+    good, refused = (
+        {"contents": [said("user", "a"), said("model", "b")], **system} for system in ({}, {"systemInstruction": 3})
+    )
+    _, refused = read(good, refused)
+    assert isinstance(refused.outcome, Refusal)
+
+
+def test_ids_of_gemini_function_calls_are_kept():
+    call = {"functionCall": {"id": "call-1", "name": "weather", "args": {}}}
+    answer = {"functionResponse": {"id": "call-1", "name": "weather", "response": "grey"}}
+    contents = [said("user", "Weather?"), {"role": "model", "parts": [call]}, {"role": "user", "parts": [answer]}]
+    (parsed,) = read({"contents": [*contents, said("model", "Grey.")]})
+    asked, told = parsed.outcome.turns[1:3]
+    assert [one["id"] for one in asked.calls] == ["call-1"] == [told.call_id]
+    assert (told.name, told.text) == ("weather", "grey")
+    assert parsed.notes == ('"contents" (Gemini) is read as messages',)
+
+
 def test_a_gemini_file_part_is_refused_by_its_type():
     with_file = {
         "contents": [{"role": "user", "parts": [{"fileData": {"fileUri": "gs://x"}}]}, said("model", "A cat.")]

@@ -1,5 +1,6 @@
 """Laws of data sets: saved folders, folders of files and hub names give the stored rows, or say what to do."""
 
+import gzip
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ from huggingface_hub import constants
 from atomtune.data.reading import hub
 from atomtune.data.reading.hub import is_hub_name
 from atomtune.data.reading.raw import RawRecord
-from atomtune.data.reading.sources import fingerprint_of, size_of
+from atomtune.data.reading.sources import fingerprint_of, note_on_splits, size_of
 from atomtune.errors import BadData
 from tests.reading import read_values
 
@@ -134,6 +135,40 @@ def test_a_folder_with_several_kinds_of_files_is_refused(tmp_path: Path):
     (tmp_path / "b.csv").write_text("a\n1\n")
     with pytest.raises(BadData, match=r"1 would be left out, first (a\.jsonl|b\.csv)"):
         list(read_values(tmp_path))
+
+
+def test_a_folder_in_which_only_some_names_say_a_split_is_refused_with_that_reason(tmp_path: Path):
+    # Both files are JSONL, but the message said "files of several kinds".
+    (tmp_path / "chat.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "chat-test.jsonl.gz").write_bytes(gzip.compress(b'{"a": 2}\n'))
+    with pytest.raises(BadData) as refused:
+        list(read_values(tmp_path))
+    assert "chat-test.jsonl.gz belongs to the split test" in str(refused.value)
+    assert "1, first chat.jsonl" in str(refused.value) and "kinds" not in str(refused.value)
+    # The message's remedy.
+    (tmp_path / "chat.jsonl").rename(tmp_path / "train-chat.jsonl")
+    assert [record.value for record in read_values(tmp_path)] == [{"a": 1}]
+
+
+def test_splits_that_are_not_read_are_named(tmp_path: Path, monkeypatch):
+    files, saved = tmp_path / "owner" / "files", tmp_path / "saved"
+    for split in ("train", "test", "validation"):
+        SAVED.to_parquet(files / f"{split}.parquet")
+    datasets.DatasetDict(train=SAVED, test=HELD_OUT, validation=HELD_OUT).save_to_disk(saved)
+    note = "mine: only its split train is read, not test, validation."
+    assert note_on_splits(files, "mine") == note_on_splits(saved, "mine") == note
+    monkeypatch.setattr(hub, "is_hub_name", lambda source: source == "owner/files")
+    monkeypatch.chdir(tmp_path)
+    assert note_on_splits("owner/files", "mine") == note
+    assert list(read_values("owner/files")) == numbered("owner/files")
+
+
+def test_a_data_set_without_other_splits_has_no_note(tmp_path: Path):
+    SAVED.to_parquet(tmp_path / "one" / "test.parquet")  # its only split is read
+    datasets.DatasetDict(test=HELD_OUT).save_to_disk(tmp_path / "dict")
+    SAVED.save_to_disk(tmp_path / "saved")
+    for name in ("one", "one/test.parquet", "dict", "saved"):
+        assert note_on_splits(tmp_path / name, "mine") == ""
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path):

@@ -126,6 +126,12 @@ class Template:
         return json.dumps(self.made_of())
 
     @cached_property
+    def unknown_id(self) -> int | None:
+        """The id of the unknown token; None if there is none, or if it also ends answers, as in GPT-2."""
+        unknown = self.tokenizer.unk_token_id
+        return None if unknown in self.tokenizer.convert_tokens_to_ids(list(self.stops)) else unknown
+
+    @cached_property
     def tokens(self) -> PieceTokenizer:
         return PieceTokenizer(self.tokenizer)
 

@@ -22,6 +22,7 @@ from atomtune.data.encoding.templated_record import TemplatedRecord
 from atomtune.data.encoding.thoughts import TAGS, mentions_thoughts, opened
 from atomtune.data.encoding.token_ids import LIKE_CONTROL
 from atomtune.data.encoding.tokenizer_trial import patterns_of, tried_tokenizer
+from atomtune.data.formats.schema import THINKING
 from atomtune.data.records import Record, Turn
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import BadModel, BadSettings
@@ -160,6 +161,19 @@ def probed(template: Template) -> Template:
             "Pass --template with another one."
         )
     return _probed(template)
+
+
+def thinking_modes(template: Template) -> dict[bool, Template]:
+    """The template with thinking on and with thinking off; empty if it has only one mode.
+
+    Raises BadModel like `probed`.
+    """
+    if THINKING not in template.source:
+        return {}
+    modes = {}
+    for thinks in (True, False):
+        modes[thinks] = probed(replace(template, variables={**template.variables, THINKING: thinks}))
+    return modes
 
 
 def runs_programs(template: Template) -> bool:

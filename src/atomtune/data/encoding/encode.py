@@ -15,7 +15,6 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Protocol, TypeVar
 
 from atomtune.choices import Learn, Overlength
@@ -98,13 +97,6 @@ class Encoder:
     overlength: Overlength = "shorten"
     learn: Learn = "all"
     at_answer: Callable[[], object] = lambda: None
-
-    @cached_property
-    def _unknown_id(self) -> int | None:
-        """The id of the unknown token; None if there is none, or if it also ends answers."""
-        tokenizer = self.template.tokenizer
-        unknown = tokenizer.unk_token_id
-        return None if unknown == tokenizer.convert_tokens_to_ids(self.template.stop) else unknown
 
     def __call__(self, raw_records: Sequence[RawRecord | Refusal]) -> EncodedBatch:
         batch = EncodedBatch(ledger=Ledger(format=self.schema.name))
@@ -206,9 +198,10 @@ class Encoder:
 
     def _unknown_tokens(self, targets: Sequence[Target]) -> int:
         """The number of unknown tokens in the answers: text that the tokenizer has no token for."""
-        if self._unknown_id is None:
+        unknown = self.template.unknown_id
+        if unknown is None:
             return 0
-        return sum(target.answer.count(self._unknown_id) for target in targets)
+        return sum(target.answer.count(unknown) for target in targets)
 
     def _refused(self, record: Record, reason: str, ids: PieceIds) -> EncodedRecord:
         """Refuse a record that could not be encoded, but still count the tokens of its answers."""

@@ -14,11 +14,11 @@ from atomtune.data.encoding.thoughts import with_thoughts_apart
 from atomtune.data.records import Exchange, Record, shared_parts
 
 NOT_WRITTEN = {
-    "thoughts": "the template leaves out an answer's reasoning, so it is not learned,",
-    "text": "the template leaves out the text next to a tool call, so it is not learned,",
-    "white space": "the template trims whitespace around an answer, so it is not learned,",
-    "system": "the template leaves out a system prompt, so the model does not read it,",
-    "documents": "the template leaves out a record's documents, so the model does not read them,",
+    "thoughts": "the template leaves out an answer's reasoning, so it is not learned",
+    "text": "the template leaves out the text next to a tool call, so it is not learned",
+    "white space": "the template trims whitespace around an answer, so it is not learned",
+    "system": "the template leaves out a system prompt, so the model does not read it",
+    "documents": "the template leaves out a record's documents, so the model does not read them",
 }
 
 

@@ -5,8 +5,10 @@ Records in every format (tests/walk/test_mirrors.py).
 """
 
 import difflib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
+from shlex import quote
 from typing import Any
 
 from atomtune.choices import FormatChoice, FormatName
@@ -94,11 +96,11 @@ def _notes_on_renaming(value: Json, record: Json, schema: Schema) -> tuple[str, 
     notes = []
     for theirs, ours in SPELLINGS.items():
         if theirs in value and theirs not in record:
-            notes.append(f'key "{theirs}" read as "{ours}"')
+            notes.append(f'key "{theirs}" is read as "{ours}"')
     for theirs, ours in schema.keys.items():
         both_there = theirs in value and ours in value
         if both_there and ours not in schema.keys and ours in RECORD_KEYS:
-            notes.append(f'key "{ours}" is not used, "{printable(theirs)}" is read instead,')
+            notes.append(f'key "{ours}" is not used, "{printable(theirs)}" is read instead')
     return tuple(notes)
 
 
@@ -208,21 +210,23 @@ def _fits_none(records: Sequence[Json], plain: Sequence[Json], name: str) -> str
         beside = ("input", "reasoning_content") if nearest == "alpaca" else ("reasoning_content",)
         taken = [theirs for theirs, _ in renamed]
         renamed += [(likely[key], key) for key in beside if key in likely and likely[key] not in taken]
-    flag = ",".join(f"{printable(theirs)}={ours}" for theirs, ours in renamed)
+    flag = quote(",".join(f"{printable(theirs)}={ours}" for theirs, ours in renamed))
     lacks = "; ".join(f'no key "{sign}"; keys here: {keys_of(their_keys)}' for sign in missing)
     known = ", ".join(f"{format_name} ({', '.join(signs)})" for format_name, signs in SIGNS.items())
     remedy = f"Rename the keys, or pass --keys {flag}."
-    if len(records) == 1 and (key := _key_of_records(records[0])):
-        remedy = f'Its records seem to be in the list under "{key}": jq -c \'.["{key}"][]\' OLD > NEW.jsonl'
+    if len(records) == 1 and (key := _key_of_records(records[0])) is not None:
+        # In a program of jq, a key is a JSON text. ASCII escapes keep one readable that cannot be printed.
+        program = quote(f".[{json.dumps(key, ensure_ascii=not key.isprintable())}][]")
+        remedy = f'Its records seem to be in the list under "{printable(key)}": jq -c {program} OLD > NEW.jsonl'
     return f"{name} fits no format; the closest is {nearest}: {lacks}.\nKnown: {known}.\n{remedy}"
 
 
-def _key_of_records(value: Json) -> str:
-    """The key of a list of objects, in a value that may be the whole file as one object; "" if there is none."""
+def _key_of_records(value: Json) -> str | None:
+    """The key of a list of objects, in a value that may be the whole file as one object; None if there is none."""
     for key, inner in value.items():
         if isinstance(inner, list) and inner and all(isinstance(item, dict) for item in inner):
-            return printable(key)
-    return ""
+            return key
+    return None
 
 
 def _all_keys(records: Iterable[Json]) -> dict[str, None]:

@@ -35,13 +35,16 @@ def _from_gemini(record: Json) -> Json:
     others = {key: value for key, value in record.items() if key not in ("contents", *_SYSTEM)}
     messages: list[Json] = []
     for key in _SYSTEM:
-        if isinstance(record.get(key), dict):
+        if record.get(key) is not None:
             messages.append({"role": "system", "content": _parts(record[key])})
     for content in record["contents"]:
         role = content.get("role", "user")  # the API's own default
         parts = _parts(content)
         answers = [part for part in parts if isinstance(part, dict) and part.get("type") == "tool_result"]
-        messages += [{"role": "tool", "name": part["name"], "content": part["content"]} for part in answers]
+        messages += [
+            {"role": "tool", "name": part["name"], "tool_call_id": part["id"], "content": part["content"]}
+            for part in answers
+        ]
         rest = [part for part in parts if part not in answers]
         if rest or not answers:
             messages.append({"role": role, "content": rest})
@@ -50,9 +53,12 @@ def _from_gemini(record: Json) -> Json:
     return {**others, "messages": messages}
 
 
-def _parts(content: Json) -> list[Any]:
-    """The parts of a Gemini message, each as a content part with a `type`."""
-    parts = content.get("parts")
+def _parts(content: Any) -> list[Any]:
+    """The parts of a Gemini message, each as a content part with a `type`.
+
+    A system instruction may also be a text, a part or a list of both, as Google's clients accept it.
+    """
+    parts = content.get("parts", content) if isinstance(content, dict) else content
     listed = parts if isinstance(parts, list) else [parts]
     return [_typed(part) if isinstance(part, dict) else part for part in listed]
 
@@ -61,9 +67,10 @@ def _typed(part: Json) -> Json:
     call = part.get("functionCall", part.get("function_call"))
     answer = part.get("functionResponse", part.get("function_response"))
     if isinstance(call, dict):
-        return {"type": "tool_use", "name": call.get("name"), "input": call.get("args", {})}
+        return {"type": "tool_use", "id": call.get("id"), "name": call.get("name"), "input": call.get("args", {})}
     if isinstance(answer, dict):
-        return {"type": "tool_result", "name": answer.get("name", ""), "content": answer.get("response", "")}
+        name, response = answer.get("name", ""), answer.get("response", "")
+        return {"type": "tool_result", "id": answer.get("id"), "name": name, "content": response}
     if "text" in part:
         return {"type": "thinking" if part.get("thought") else "text", "text": part["text"]}
     return {"type": next(iter(part), "")}  # inlineData, fileData, …: refused later, by this type

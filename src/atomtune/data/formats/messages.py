@@ -7,6 +7,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from shlex import quote
 from typing import Any, cast
 
 from atomtune.data.formats.content_parts import Call, Content, read_calls, read_content
@@ -178,7 +179,7 @@ def _read_role(
     near = [*difflib.get_close_matches(name.lower()[:40], list(ROLES), n=1), "assistant"]
     problem = (
         f'turn {number} says role "{word}"; expected system, user, assistant or tool. '
-        f"Rename it, or pass --roles {word}={near[0]}"
+        f"Rename it, or pass --roles {quote(f'{word}={near[0]}')}"
     )
     return Field("", (problem,))
 

@@ -18,7 +18,7 @@ _PAIRS = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"))
 #: Keys of preference data.
 KEYS = frozenset({*WANTED, *(key for pair in _PAIRS for key in pair)})
 _YES, _NO = ("true", "1", "yes", "desirable"), ("false", "0", "no", "undesirable")
-_NOTE = 'preference data: "{}" is learned as the answer, "{}" is not used'
+_NOTE = '"{}" of preference data is learned as the answer, "{}" is not used'
 
 
 def read_preference(record: Json, schema: Schema) -> Field[Json]:

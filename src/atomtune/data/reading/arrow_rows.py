@@ -59,7 +59,7 @@ def _refuse_swollen(metadata: pyarrow.parquet.FileMetaData, name: str) -> None:
             if swollen and chunk.has_dictionary_page:
                 raise BadData(
                     f'{name}: column "{chunk.path_in_schema}" unpacks to more than {MOST_GROWTH} times its size, which '
-                    "no real data does. Write the file again without dictionaries if it is right."
+                    "no real data does. If the data are right, write the file again without dictionary encoding."
                 )
 
 
@@ -114,7 +114,7 @@ def read_batches(
         if unpacked > max(FREE_BYTES, MOST_GROWTH * size):
             raise BadData(
                 f"{name}:{first}: the rows take more than {MOST_GROWTH} times the file's size, more than real data "
-                "does. Write the file again without dictionaries if it is right."
+                "does. If the data are right, write the file again without dictionary encoding."
             )
         for field in batch.schema:
             if _is_deep(field.type):

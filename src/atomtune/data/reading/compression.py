@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO, Literal
 
 import pyarrow
@@ -133,10 +134,10 @@ class _Watched(io.RawIOBase):
         except (EOFError, OSError, zlib.error) as error:  # gzip.BadGzipFile and pyarrow's errors are OSErrors
             unfinished = isinstance(error, EOFError) or "Truncated" in str(error)
             what = "ends in the middle, like an interrupted download" if unfinished else f"is damaged ({error})"
-            command = "gzip -t" if self._compression == "gzip" else "zstd -t"
+            command = f"{self._compression} -t {quote(self._name)}"
             raise BadData(
                 f"{self._name}:{self._line}: the {self._compression} file {what}. Download or compress it "
-                f"again; {command} {self._name} tests it."
+                f"again; {command} tests it."
             ) from None
         self._bytes += len(part)
         if self._bytes > self._most_bytes:

@@ -5,10 +5,12 @@ comes with a data set is never run.
 """
 
 import hashlib
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -24,8 +26,9 @@ from atomtune.data.records import Refusal
 from atomtune.errors import BadData
 from atomtune.hub_reach import OFFLINE_BY_CHOICE, endpoint_shown, stay_offline_if_unreachable
 
-#: Extensions of data files, before .gz or .zst.
-READ = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+#: Extensions of data files, before .gz or .zst, for each kind of file.
+_KINDS = ((".jsonl", ".ndjson", ".json"), (".csv", ".tsv"), (".parquet",), (".arrow",))
+READ = tuple(chain.from_iterable(_KINDS))
 #: JSON files of `datasets` that describe a data set and hold no records.
 _NO_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
@@ -100,8 +103,35 @@ def all_files(folder: Path) -> list[Path]:
 def files_of(folder: Path) -> list[Path]:
     """The files of the train split of a folder of data files, as `datasets.load_dataset` chooses them.
 
-    Raises BadData if there are none, or if `datasets` would leave out data files because the folder mixes file types.
+    Raises BadData if there are none, or if `datasets` would leave out data files that belong to no split.
     """
+    splits = _files_by_split(folder)
+    return splits[_only_split(folder, sorted(splits))]
+
+
+def unread_splits(folder: Path) -> list[str]:
+    """The splits beside train of a saved data set or a folder of data files; none of them is read."""
+    if is_saved(folder):
+        listed = folder / "dataset_dict.json"
+        splits = json.loads(listed.read_text(encoding="utf-8"))["splits"] if listed.is_file() else []
+    else:
+        splits = list(_files_by_split(folder))
+    return _beside_train(splits)
+
+
+def unread_splits_on_hub(name: str) -> list[str]:
+    return _beside_train(_fetched(name).info.splits or {})
+
+
+def _beside_train(splits: Iterable[str]) -> list[str]:
+    others = sorted(splits)
+    if "train" not in others:
+        return []
+    others.remove("train")
+    return others
+
+
+def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     here = [path for path in all_files(folder) if ending_of(path) in READ and path.name not in _NO_DATA]
     if not here:
         raise BadData(f"{folder}: neither a file nor a folder of data files. Pass one with --dataset_path.")
@@ -115,15 +145,34 @@ def files_of(folder: Path) -> list[Path]:
         raise BadData(
             f"{folder}: its README names data files outside this folder. Pass the files themselves."
         ) from None
-    chosen_files = {file for files in splits.values() for file in files}
-    left_out = [file for file in here if file.relative_to(folder) not in chosen_files]
+    split_of = {folder / file: split for split, files in splits.items() for file in files}
+    left_out = [file for file in here if file not in split_of]
     if left_out:
-        first = printable(left_out[0].name)
-        raise BadData(
-            f"{folder}: files of several kinds; {len(left_out)} would be left out, first {first}. Pass the files "
-            "themselves, or keep files of one kind in the folder."
-        )
-    return [folder / file for file in splits[_only_split(folder, sorted(splits))]]
+        raise BadData(_left_out(folder, left_out, split_of))
+    return {split: [folder / file for file in files] for split, files in splits.items()}
+
+
+def _left_out(folder: Path, left_out: Sequence[Path], split_of: Mapping[Path, str]) -> str:
+    """The error for a folder in which `datasets` gives some files no split.
+
+    It reads files of one kind. If the names of some say their split (train, test), it leaves out those without.
+    """
+    first, number = left_out[0], len(left_out)
+    for file, split in split_of.items():
+        if _kind(file) == _kind(first):
+            return (
+                f"{folder}: {printable(file.name)} belongs to the split {split}, and files that belong to none would "
+                f"be left out: {number}, first {printable(first.name)}. Pass the files themselves, or rename those to "
+                "train on so that their names begin with train."
+            )
+    return (
+        f"{folder}: files of several kinds; {number} would be left out, first {printable(first.name)}. Pass the files "
+        "themselves, or keep files of one kind in the folder."
+    )
+
+
+def _kind(file: Path) -> tuple[str, ...]:
+    return next((endings for endings in _KINDS if ending_of(file) in endings), ())
 
 
 def read_hub(source: str, *, name: str) -> Iterator[list[RawRecord | Refusal]]:

@@ -151,6 +151,20 @@ def _files_in(folder: Path) -> list[ListedFile]:
     return [ListedFile(file) for file in hub.files_of(folder)]
 
 
+def note_on_splits(source: Path | str, name: str) -> str:
+    """A note for the user if a data set has more splits than the one that is read, else "".
+
+    name  of the source in origins
+    Raises BadData like `read_files`.
+    """
+    if isinstance(source, str) and hub.is_hub_name(source):
+        unread = hub.unread_splits_on_hub(source)
+    else:
+        path = _existing(source)
+        unread = hub.unread_splits(path) if path.is_dir() and listed_files(path) is None else []
+    return f"{name}: only its split train is read, not {', '.join(unread)}." if unread else ""
+
+
 def size_of(source: Path | str) -> int:
     """The total number of bytes that `advance` will be called with; 0 if it is not known in advance."""
     if _is_on_hub(source):
@@ -250,7 +264,7 @@ def _refuse_no_text(path: Path, head: bytes) -> None:
     if head.startswith(LFS_POINTER):
         raise BadData(
             f"{path}: a git-lfs pointer, not the file itself.\n"
-            f"Fetch the files: git lfs install && git -C {path.parent} lfs pull"
+            f"Fetch the files: git lfs install && git -C {quote(str(path.parent))} lfs pull"
         )
     if head.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith(_HTML):
         raise BadData(f"{path}: a web page, such as a login or error page; expected records. Download the file itself.")

@@ -1,0 +1,53 @@
+"""Laws of the ledger's sentences: a notice and its number of records are one sentence, in both languages."""
+
+import pytest
+
+from atomtune.data.encoding.omissions import NOT_WRITTEN
+from atomtune.data.formats.detect import Schema, to_record
+from atomtune.data.ledger import Ledger
+from atomtune.data.reading.raw import RawRecord
+from atomtune.language import in_chinese, singular
+
+
+def sentence(notice: str, count: int) -> str:
+    ledger = Ledger()
+    ledger.notices[notice] = count
+    (only,) = ledger.sentences()
+    return only
+
+
+def test_a_notice_is_a_sentence_with_its_number_of_records():
+    # It was "…, so it is not learned, in 5 records."
+    said = sentence(NOT_WRITTEN["thoughts"], 1_200)
+    assert said == "in 1,200 records, the template leaves out an answer's reasoning, so it is not learned."
+    assert singular(sentence(NOT_WRITTEN["text"], 1)).startswith("in 1 record, the template")
+
+
+RECORDS = {
+    "renamed": {"instrution": "a", "output": "b"},
+    "unused": {"instruction": "a", "output": "b", "id": 7},
+    "Gemini": {"contents": [{"role": "user", "parts": [{"text": "a"}]}, {"role": "model", "parts": [{"text": "b"}]}]},
+    "texts": {"messages": ["a", "b"]},
+    "preference": {"instruction": "a", "chosen": "b", "rejected": "c"},
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_notice_about_a_record_is_a_sentence_in_both_languages(name):
+    value = RECORDS[name]
+    format_name = "messages" if name in ("Gemini", "texts") else "alpaca"
+    _, notices = to_record(RawRecord(value, "a.jsonl:1"), Schema(format_name))
+    assert notices
+    for notice in notices:
+        said = sentence(notice, 12)
+        assert said == f"in 12 records, {notice}."
+        assert not notice.endswith((",", "."))
+        assert in_chinese(said) == f"12 条记录：{in_chinese(notice)}。"
+        assert in_chinese(notice) != notice
+        assert not in_chinese(notice).endswith(("：", "，", "；", "。"))
+
+
+@pytest.mark.parametrize("notice", NOT_WRITTEN.values())
+def test_a_notice_about_an_omission_is_chinese(notice):
+    assert in_chinese(sentence(notice, 3)) == f"3 条记录：{in_chinese(notice)}。"
+    assert in_chinese(notice) != notice
