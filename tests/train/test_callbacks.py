@@ -1,11 +1,14 @@
-"""Callbacks report the problems that they watch for."""
+"""Callbacks report the problems that they watch for, and hear the signals that stop a run."""
 
+import os
+import signal
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from atomtune.train.callbacks import GradientCheck, LossSpikeWarning
+from atomtune.train.callbacks import SAME_REQUEST_SECONDS, GradientCheck, LossSpikeWarning, Stop
 
 
 def state(step: int) -> SimpleNamespace:
@@ -65,3 +68,30 @@ def test_the_gradient_check_ignores_steps_with_non_finite_gradients():
     check.on_pre_optimizer_step(None, state(0), None, model=with_gradient(float("nan")))
     check.on_pre_optimizer_step(None, state(1), None, model=with_gradient(0.0))
     assert len(said) == 1, "the first step that can tell"
+
+
+@pytest.fixture
+def stop():
+    """A Stop that hears this process's signals."""
+    hears = Stop(deadline=None, limit="")
+    hears.on_train_begin(None, None, None)
+    yield hears
+    hears.restore()
+
+
+def test_the_same_signal_again_at_once_is_one_request(stop):
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+    assert stop.received == signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("second", "after"), [(signal.SIGINT, 0), (signal.SIGTERM, SAME_REQUEST_SECONDS + 0.1)], ids=["another", "later"]
+)
+def test_another_signal_or_a_later_one_ends_the_process_at_once(stop, second, after):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(after)
+    with pytest.raises(KeyboardInterrupt, match=second.name):
+        os.kill(os.getpid(), second)
+        time.sleep(5)

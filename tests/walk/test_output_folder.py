@@ -35,8 +35,8 @@ def everything_in(folder: Path) -> dict[str, bytes]:
 
 
 NAMES = [
-    *(".saving-adapter", ".saving-checkpoint-2", ".saving-checkpoint-4", ".removing-checkpoint-2", "checkpoint-2"),
-    *("run.json", "loss.png", "adapter_model.safetensors", "tokenizer.json", ".lock"),
+    *(".saving-adapter", ".saving-checkpoint-2", ".saving-checkpoint-4", ".replaced-checkpoint-4", ".removing-checkpoint-2"),
+    *("checkpoint-2", "run.json", "loss.png", "adapter_model.safetensors", "tokenizer.json", ".lock"),
 ]
 
 
@@ -48,7 +48,7 @@ def test_nothing_behind_a_link_is_written_moved_or_removed(models, dialogues, un
     (elsewhere / "diary.txt").write_text("mine")
     (tmp_path / "file").write_text("mine too")
     out.mkdir()
-    leads_to = elsewhere if "saving" in name or "removing" in name or "checkpoint" in name else tmp_path / "file"
+    leads_to = elsewhere if "saving" in name or "checkpoint" in name else tmp_path / "file"
     (out / name).symlink_to(leads_to)
     before = everything_in(elsewhere)
     code = main(command(models("llama"), dialogues, out))
@@ -182,7 +182,7 @@ def test_a_limit_on_the_size_of_files_keeps_the_last_checkpoint(models, unlimite
     assert "Last complete checkpoint" in done.stderr
     assert [path.name for path in checkpoints(out)] == ["checkpoint-2"]
     assert damage(out / "checkpoint-2") == []
-    assert not [path for path in out.iterdir() if path.name.startswith((".saving", ".removing"))]
+    assert not [path for path in out.iterdir() if path.name.startswith((".saving", ".replaced", ".removing"))]
     assert main(command(base, dialogues, out, *flags, "--resume")) == 0
     assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
 

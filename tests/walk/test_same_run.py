@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from atomtune.cli import main
 from atomtune.model.fingerprint import fingerprint
 from atomtune.train import trainer as trainer_module
+from atomtune.train.callbacks import SAME_REQUEST_SECONDS
 from atomtune.train.checkpoint.atomic import checkpoints
 from tests.trained import whole_run
 
@@ -219,6 +220,7 @@ def test_a_second_signal_exits_at_once_and_names_the_last_checkpoint(models, dia
         steps.append(1)
         if len(steps) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(SAME_REQUEST_SECONDS + 0.1)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
         return real(*args, **kwargs)
@@ -229,6 +231,24 @@ def test_a_second_signal_exits_at_once_and_names_the_last_checkpoint(models, dia
     assert "stopped at once. The last complete checkpoint is" in said
     assert "checkpoint-2" in said
     assert record(out)["status"] == "preempted"
+
+
+def test_a_signal_that_a_launcher_passes_on_again_is_one_request(models, dialogues, tmp_path, monkeypatch, capsys):
+    # A cluster signals torchrun and its processes, and torchrun passes its signal on: each process gets it twice.
+    out, real, steps = tmp_path / "out", trainer_module.target_nats, []
+
+    def twice(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "target_nats", twice)
+    assert main(command(models("llama"), dialogues, out, "--max_steps", "9", "--layout", "padded")) == 75
+    assert "SIGTERM received; stopped after step 3 with a checkpoint" in capsys.readouterr().err
+    assert checkpoints(out)[0].name == "checkpoint-3"
 
 
 def test_a_run_under_nohup_ignores_sighup(models, dialogues, tmp_path):

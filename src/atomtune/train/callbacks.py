@@ -22,6 +22,9 @@ from atomtune.train.ranks import local, on_any_rank
 #: Signals that ask a run to stop: a launcher sends TERM, a terminal INT or HUP, a cluster's scheduler USR1 before its
 #: time limit.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+#: The same signal again within this many seconds is the same request: a cluster signals every process of a job, and
+#: torchrun, which is one of them, passes the signal on to its own.
+SAME_REQUEST_SECONDS = 1.0
 
 
 class WorkCounter(TrainerCallback, ExportableState):
@@ -86,8 +89,7 @@ class WorkCounter(TrainerCallback, ExportableState):
 class Stop(TrainerCallback):
     """Ends the run after the current step, with a checkpoint, on a signal or at the time limit.
 
-    A second signal ends it at once.
-
+    A second signal ends it at once, unless it is a repeat of the first one.
 
     reason  why this rank or another one stops, once all ranks have agreed; None before
     """
@@ -95,6 +97,7 @@ class Stop(TrainerCallback):
     def __init__(self, *, deadline: float | None, limit: str) -> None:
         """deadline is in time.monotonic(); limit is the setting that caused it, as the user wrote it"""
         self.received: int | None = None
+        self._received_at = 0.0
         self.reason: str | None = None
         self._deadline, self._limit = deadline, limit
         self._handlers_before: dict[int, Any] = {}
@@ -108,9 +111,11 @@ class Stop(TrainerCallback):
         return self._deadline is not None and time.monotonic() >= self._deadline
 
     def _receive(self, number: int, frame: object) -> None:
-        if self.received is not None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = number, now
+        elif number != self.received or now - self._received_at > SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt(signal.Signals(number).name)
-        self.received = number
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

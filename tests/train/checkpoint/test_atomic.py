@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from atomtune.train.checkpoint.atomic import (
     damage,
     rotate,
     seal,
+    staged,
     staging_of,
 )
 
@@ -125,7 +128,7 @@ def test_rotation_leaves_a_symlinked_checkpoint_alone(tmp_path):
 
 
 def test_leftover_staging_folders_of_a_killed_run_are_cleared(tmp_path):
-    for name in (".saving-checkpoint-4", ".removing-checkpoint-2"):
+    for name in (".saving-checkpoint-4", ".replaced-checkpoint-4", ".removing-checkpoint-2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("x")
     kept = sealed(tmp_path, 6)
@@ -158,6 +161,59 @@ def test_saving_a_step_again_always_leaves_a_complete_checkpoint(tmp_path, monke
         assert [path.name for path in folder.iterdir()] == ["checkpoint-4"]
         assert damage(folder / "checkpoint-4") == []
     assert survived == 1, "it died before the old name went, and between that and the new one's coming"
+
+
+def saved(folder: Path, content: bytes) -> None:
+    """Save checkpoint-4 as a run does."""
+    final = folder / "checkpoint-4"
+    with staged(final, clears=True) as staging:
+        staging.mkdir(parents=True)
+        (staging / "adapter.safetensors").write_bytes(content)
+        seal(staging, final, {"step": 4})
+
+
+def interrupted(action: Callable[[], None], *, place: int) -> bool:
+    """Run the action with Ctrl-C before or after one of its calls of the system; False if it has no n-th such place."""
+    places = 0
+
+    def count(frame, event, function):
+        nonlocal places
+        if event in ("c_call", "c_return") and getattr(function, "__module__", "") == os.rename.__module__:
+            places += 1
+            if places == place:
+                raise KeyboardInterrupt
+
+    sys.setprofile(count)
+    try:
+        action()
+    except (KeyboardInterrupt, OSError):  # shutil.rmtree turns some into "Bad file descriptor"
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+def test_ctrl_c_at_any_moment_of_saving_a_step_again_loses_neither_copy(tmp_path):
+    # Once the old checkpoint was removed first, and an interrupted save then removed the new one too.
+    kept = set()
+    for place in range(1, 1000):
+        folder = tmp_path / str(place)
+        saved(folder, b"old")
+        was_interrupted = interrupted(lambda folder=folder: saved(folder, b"new"), place=place)
+        assert [path.name for path in folder.iterdir()] == ["checkpoint-4"], place
+        assert damage(folder / "checkpoint-4") == []
+        kept.add((folder / "checkpoint-4" / "adapter.safetensors").read_bytes())
+        if not was_interrupted:
+            break
+    assert place > 40 and kept == {b"old", b"new"}
+
+
+def test_a_replaced_checkpoint_gets_its_name_back_if_no_other_has_it(tmp_path):
+    # As after a kill while an interrupted save was being undone.
+    sealed(tmp_path, 2).rename(tmp_path / ".replaced-checkpoint-2")
+    clear_staging(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert damage(tmp_path / "checkpoint-2") == []
 
 
 def test_staged_folders_are_cleared_if_damaged_and_replace_no_checkpoint(tmp_path):

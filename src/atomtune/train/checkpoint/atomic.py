@@ -27,8 +27,9 @@ from atomtune.disk import (
 from atomtune.train.checkpoint.state import state_files
 
 MANIFEST = "manifest.json"
-#: Prefixes of the names of folders that are being written, and of those that are being removed.
-STAGING, LEAVING = ".saving-", ".removing-"
+#: Prefixes of the names of folders that are being written, of those that a new one is about to replace, and of those
+#: that are being removed.
+STAGING, REPLACED, LEAVING = ".saving-", ".replaced-", ".removing-"
 
 
 def staging_of(final: Path) -> Path:
@@ -36,34 +37,44 @@ def staging_of(final: Path) -> Path:
     return final.with_name(STAGING + final.name)
 
 
+def _replaced_of(final: Path) -> Path:
+    return final.with_name(REPLACED + final.name)
+
+
 @contextlib.contextmanager
 def staged(final: Path, *, clears: bool) -> Iterator[Path]:
     """Yield a folder to write in; if it still exists at the end, it is removed, even after an error.
 
+    If `seal` was interrupted while it replaced `final`, the old folder gets its name back.
     clears  whether this rank removes it: only the rank that writes may, or it would lose the folder while writing
     """
-    staging = staging_of(final)
+    staging, replaced = staging_of(final), _replaced_of(final)
     try:
         yield staging
     finally:
         if clears:
+            if replaced.is_dir() and not replaced.is_symlink() and not final.exists():
+                replaced.rename(final)
+            remove_tree(replaced)
             remove_tree(staging)
 
 
 def clear_staging(folder: Path) -> None:
     """Finish or remove what a killed run was writing or removing. Call it only while holding the folder's lock.
 
-    A run that saves a step again removes the old folder just before it renames the new one. Killed in between, it
-    leaves a staged folder that is complete and only lacks its name. A symbolic link under such a name is not ours.
+    A run that saves a step again renames the old folder just before it renames the new one. Killed in between, it
+    leaves two folders that are complete and only lack their name. A symbolic link under such a name is not ours.
     """
-    for left in folder.glob(f"{STAGING}checkpoint-*"):
-        final = left.with_name(left.name.removeprefix(STAGING))
-        if not left.is_symlink() and not final.exists() and not damage(left):
-            sync_tree(left)
-            left.rename(final)
-            sync(folder)
-    for left in (*folder.glob(f"{STAGING}*"), *folder.glob(f"{LEAVING}*")):
-        remove_tree(left)
+    for prefix in (STAGING, REPLACED):  # a staged folder is the newer one
+        for left in folder.glob(f"{prefix}checkpoint-*"):
+            final = left.with_name(left.name.removeprefix(prefix))
+            if not left.is_symlink() and not final.exists() and not damage(left):
+                sync_tree(left)
+                left.rename(final)
+                sync(folder)
+    for prefix in (STAGING, REPLACED, LEAVING):
+        for left in folder.glob(f"{prefix}*"):
+            remove_tree(left)
     remove_unfinished(folder)
 
 
@@ -72,19 +83,23 @@ def seal(staging: Path, final: Path, facts: Mapping[str, Any]) -> None:
 
     facts  further content of the manifest
     If `final` exists and has a manifest, it is replaced; without one it is not ours, and is renamed to something else.
+    The replaced folder is removed last. If this is interrupted, `staged` gives it its name back; after a kill,
+    `clear_staging` does.
     """
     entries = {name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for name, file in _files(staging)}
     body = only_finite({**facts, "files": entries})
     write_json(staging / MANIFEST, {**body, "sha256": _digest(body)})
     open_to_umask(staging)
     sync_tree(staging)
-    if final.exists() or final.is_symlink():
-        if (final / MANIFEST).is_file() and not final.is_symlink():
-            remove(final)
-        else:
-            final.rename(numbered(final.with_name(f"{final.name}.other")))
+    replaced = _replaced_of(final)
+    if (final / MANIFEST).is_file() and not final.is_symlink():
+        remove_tree(replaced)
+        final.rename(replaced)
+    elif final.exists() or final.is_symlink():
+        final.rename(numbered(final.with_name(f"{final.name}.other")))
     staging.rename(final)
     sync(final.parent)
+    remove_tree(replaced)
 
 
 def damage(folder: Path) -> list[str]:
