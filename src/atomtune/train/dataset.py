@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -39,6 +39,7 @@ class Data:
     # Ledger of the records read before training; None for a stream, which is read during training
     stored: Ledger | None = None
     eval_size: float = 0  # --eval_size, or the value chosen for it: records, or a share below 1
+    evaluate_from: tuple[tuple[str, int], ...] = ()  # (source, rows), in the order of the rows of `evaluate`
 
     @property
     def ledger(self) -> Ledger:
@@ -79,9 +80,12 @@ def read_data(run: RunContext, template: Template) -> Data:
     evaluation = _evaluation_file(run, template)
     evaluate = evaluation.examples if evaluation else None
     eval_hash = evaluation.data_hash if evaluation else ""
+    evaluate_from: tuple[tuple[str, int], ...] = ()
+    if evaluate is not None:
+        evaluate_from = ((str(run.settings.data.eval_path), len(evaluate)),)
     if run.settings.data.streaming:
         stream, data_hash = _stream(run, template)
-        return Data(stream, evaluate, data_hash, eval_hash)
+        return Data(stream, evaluate, data_hash, eval_hash, evaluate_from=evaluate_from)
     parts = [_read(source, run, template) for source in run.settings.data.dataset_paths]
     data = concatenate(parts)
     _check_read(run, template, data)
@@ -89,13 +93,16 @@ def read_data(run: RunContext, template: Template) -> Data:
     rows = list(range(len(data.examples)))
     eval_size = records_to_hold_out(run.settings, len(data.examples), began_with=run.began_with)
     if eval_size:
-        rows, evaluate = _held_out_of(data.examples, parts, run, size=eval_size)
+        rows, rows_held_out = _hold_out(run, parts, size=eval_size)
+        evaluate = _say_held_out(run, data.examples, rows, rows_held_out)
+        evaluate_from = tuple(zip(run.settings.data.dataset_paths, _rows_of_each(parts, rows_held_out), strict=True))
     elif evaluate is not None:
         _say_overlap(run, [part.examples for part in parts], evaluate)
     if run.settings.data.mix:
         rows = _mixed_by_setting(rows, parts, run)
     chosen = eval_size if evaluate is not None else 0
-    return Data(_selected(data.examples, rows), evaluate, data.data_hash, eval_hash, data.ledger, chosen)
+    train = _selected(data.examples, rows)
+    return Data(train, evaluate, data.data_hash, eval_hash, data.ledger, chosen, evaluate_from)
 
 
 def _check_read(run: RunContext, template: Template, data: EncodedData) -> None:
@@ -107,23 +114,32 @@ def _check_read(run: RunContext, template: Template, data: EncodedData) -> None:
     refuse_broken(data.ledger, skip_bad=settings.skip_bad, all_in=RUN_RECORD)
 
 
-def _held_out_of(
-    examples: datasets.Dataset, parts: list[EncodedData], run: RunContext, *, size: float
-) -> tuple[list[int], datasets.Dataset | None]:
-    """(rows to train on, held-out examples or None)."""
-    rows, rows_held_out = _hold_out(run, parts, size=size)
+def _say_held_out(
+    run: RunContext, examples: datasets.Dataset, rows: list[int], rows_held_out: list[int]
+) -> datasets.Dataset | None:
+    """The held-out records, printed and recorded; None if there are none."""
     if not rows_held_out:
-        return rows, None
+        return None
     evaluate = examples.select(rows_held_out)
     run.record.update(records_held_out=evaluate["origin"][:])
     run.console.say(f"{len(evaluate):,} records are held out for evaluation; {len(rows):,} are trained on.")
-    return rows, evaluate
+    return evaluate
+
+
+def _ends(parts: list[EncodedData]) -> list[int]:
+    """The index after each file's last row, in the numbering of all rows."""
+    return list(accumulate(len(part.examples) for part in parts))
+
+
+def _rows_of_each(parts: list[EncodedData], rows: list[int]) -> list[int]:
+    """How many of these rows each file has."""
+    return [sum(start <= row < end for row in rows) for start, end in pairwise([0, *_ends(parts)])]
 
 
 def _mixed_by_setting(rows: list[int], parts: list[EncodedData], run: RunContext) -> list[int]:
     """The rows of one epoch, following --mix."""
     mix = run.settings.data.mix
-    ends = list(accumulate(len(part.examples) for part in parts))
+    ends = _ends(parts)
     rows = mixed(rows, ends, mix, seed=run.args.seed)
     weights = ",".join(f"{weight:g}" for weight in mix)
     if not rows:
@@ -251,25 +267,22 @@ def _texts(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) 
             yield from records_of(source, rules, rows, progress.advance, name=name)
 
 
-def records_of_rows(run: RunContext, rows: datasets.Dataset) -> dict[str, Record]:
-    """The records of some rows, which are in the order of their files: origin → record.
+def evaluation_records(run: RunContext, data: Data, rows: Sequence[int]) -> dict[int, Record]:
+    """Row → its record, for these rows of `data.evaluate`, in ascending order.
 
-    Each file is read once more, up to the last of these rows.
+    Each file is read once more, up to the last of its rows.
     """
+    assert data.evaluate is not None
     rules = Rules(**run.settings.data.rules())
     names = source_names(run.settings)
-    # An origin begins with its source's name: `train.jsonl:17`. For a folder, the file's name comes in between.
-    sources = [
-        max(
-            (source for source, name in names.items() if origin.startswith(name)), key=lambda source: len(names[source])
-        )
-        for origin in rows["origin"]
-    ]
-    records: dict[str, Record] = {}
-    for source in dict.fromkeys(sources):
-        own_rows = rows.select([number for number, own in enumerate(sources) if own == source])
-        for record in records_of(source, rules, own_rows, name=names[source]):
-            records[record.origin] = record
+    records: dict[int, Record] = {}
+    start = 0
+    for source, count in data.evaluate_from:
+        own_rows = [row for row in rows if start <= row < start + count]
+        if own_rows:
+            own_records = records_of(source, rules, data.evaluate.select(own_rows), name=names[source])
+            records.update(zip(own_rows, own_records, strict=True))
+        start += count
     return records
 
 

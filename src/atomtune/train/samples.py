@@ -24,7 +24,7 @@ from atomtune.model.generate import prompt_ids, stop_ids
 from atomtune.model.greedy_batch import generate_answers
 from atomtune.model.load import pad_id_of
 from atomtune.settings.read import DEMO_FOLDER
-from atomtune.train.dataset import Data, records_of_rows
+from atomtune.train.dataset import Data, evaluation_records
 from atomtune.train.random_state import random_state_kept
 from atomtune.train.run_context import RunContext
 
@@ -81,7 +81,7 @@ class Samples:
         if run.settings.demo:
             samples._take_demo()
         elif data.evaluate is not None:
-            samples._take_held_out(data.evaluate, shared_instruction=data.ledger.shared_instruction)
+            samples._take_held_out(data, data.evaluate)
         with random_state_kept(), answering_as(model, None):
             before = samples._answers()
         samples.samples = [
@@ -96,20 +96,20 @@ class Samples:
             self.prompts.append(prompt_ids(self.template, self.template.messages([turn])))
             self.samples.append(Sample(_text_of(turn), record.get("output", "")))
 
-    def _take_held_out(self, evaluate: datasets.Dataset, *, shared_instruction: str | None) -> None:
+    def _take_held_out(self, data: Data, evaluate: datasets.Dataset) -> None:
         """Take the last answers of some records, each with the user's last text as it is in the record."""
         draw = random.Random(self.run.args.seed)
         rows = draw.sample(range(len(evaluate)), min(_TRIED, len(evaluate)))
-        records = records_of_rows(self.run, evaluate.select(sorted(rows)))
+        records = evaluation_records(self.run, data, sorted(rows))
         tokenizer = self.template.tokenizer
         for row in rows:
             example = as_examples(evaluate[row])[-1]
-            spans, question = learned_spans(example), _question(records.get(evaluate[row]["origin"]))
+            spans, question = learned_spans(example), _question(records[row])
             if len(self.samples) < SAMPLES and question and spans and 0 < spans[-1][0] <= LONGEST_PROMPT:
                 start, end = spans[-1]
                 self.prompts.append(list(example.ids[:start]))
                 reference = tokenizer.decode(list(example.ids[start:end]), skip_special_tokens=True).strip()
-                self.samples.append(Sample(_text_of(question, without=shared_instruction), reference))
+                self.samples.append(Sample(_text_of(question, without=data.ledger.shared_instruction), reference))
 
     def _answers(self) -> list[tuple[str, bool]]:
         """(answer, is endless) for each prompt; fewer if the time is over or the model cannot generate.
@@ -161,9 +161,9 @@ class Samples:
         ]
 
 
-def _question(record: Record | None) -> Turn | None:
+def _question(record: Record) -> Turn | None:
     """The turn that the last learned answer of a record responds to."""
-    if record is None or not record.learned:
+    if not record.learned:
         return None
     before = [turn for turn in record.turns[: record.learned[-1]] if turn.role in ("user", "tool")]
     return before[-1] if before else None

@@ -126,9 +126,13 @@ def files_of(folder: Path) -> list[Path]:
     return [folder / file for file in splits[_only_split(folder, sorted(splits))]]
 
 
-def read_hub(name: str) -> Iterator[list[RawRecord | Refusal]]:
-    """The rows of a data set on the hub, through the cache of `datasets`. Raises BadData if it cannot be loaded."""
-    yield from _rows(_fetched(name), name, 0, lambda n_bytes: None)
+def read_hub(source: str, *, name: str) -> Iterator[list[RawRecord | Refusal]]:
+    """The rows of a data set on the hub, through the cache of `datasets`.
+
+    name  of the data set in origins
+    Raises BadData if it cannot be loaded.
+    """
+    yield from _rows(_fetched(source), name, 0, lambda n_bytes: None)
 
 
 def hub_fingerprint(name: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
-from typing import BinaryIO
+from typing import BinaryIO, TypeGuard
 
 from atomtune.choices import FormatName
 from atomtune.data.reading import hub, jsonl
@@ -69,9 +69,9 @@ class DataFile:
 def distinct_names(sources: Sequence[Path | str]) -> list[str]:
     """A name for each source, for origins: its file name, with as much of the path as is needed to make it unique.
 
-    Control characters are escaped, so that a terminal does not obey them.
+    A data set on the hub keeps its whole name. Control characters are escaped, so that a terminal does not obey them.
     """
-    parts = [_described(Path(source)).parts for source in sources]
+    parts = [(source,) if _is_on_hub(source) else _described(Path(source)).parts for source in sources]
     names = []
     for own in parts:
         others = [other for other in parts if other != own]
@@ -91,14 +91,14 @@ def read_files(
     source   a file, a folder, or the name of a data set on the hub (`owner/name`, `owner/name:configuration`)
     advance  called with the number of bytes read since the last call, before decompression; they add up to
              size_of(source)
-    name     the name of the source in origins; default: its file name
+    name     the name of the source in origins; default: that of distinct_names
     Raises BadData if the source is missing, empty, damaged, or not of a kind that is read here.
     """
-    if isinstance(source, str) and hub.is_hub_name(source):
-        yield DataFile(source, hub.read_hub(source))
+    name = printable(distinct_names([source])[0] if name is None else name)
+    if _is_on_hub(source):
+        yield DataFile(name, hub.read_hub(source, name=name))
         return
     path = _existing(source)
-    name = printable(distinct_names([source])[0] if name is None else name)
     if not path.is_dir():
         yield DataFile(name, _read_file(path, name, advance))
     elif hub.is_saved(path):
@@ -116,6 +116,10 @@ def refuse_missing(sources: Sequence[str]) -> None:
     for source in sources:
         if not hub.is_hub_name(source):
             _existing(source)
+
+
+def _is_on_hub(source: Path | str) -> TypeGuard[str]:
+    return isinstance(source, str) and hub.is_hub_name(source)
 
 
 def _existing(source: Path | str) -> Path:
@@ -149,7 +153,7 @@ def _files_in(folder: Path) -> list[ListedFile]:
 
 def size_of(source: Path | str) -> int:
     """The total number of bytes that `advance` will be called with; 0 if it is not known in advance."""
-    if isinstance(source, str) and hub.is_hub_name(source):
+    if _is_on_hub(source):
         return 0
     path = Path(source)
     if not path.exists():
@@ -166,7 +170,7 @@ def fingerprint_of(source: Path | str) -> str:
 
     Raises BadData if the source does not exist.
     """
-    if isinstance(source, str) and hub.is_hub_name(source):
+    if _is_on_hub(source):
         return hub.hub_fingerprint(source)
     path = _existing(source)
     if path.is_file():
