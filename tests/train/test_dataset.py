@@ -8,6 +8,7 @@ import datasets
 import pytest
 
 from atomtune.cli import main
+from atomtune.train import run, run_identity
 from tests.conftest import write_jsonl
 
 
@@ -40,7 +41,7 @@ def on_the_hub(tmp_path: Path, monkeypatch) -> str:
     return "owner/name:default"
 
 
-# --- samples ----------------------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use", ["--dataset_path", "--eval_path"])
@@ -63,3 +64,51 @@ def test_a_file_named_twice_is_trained_on(models, tmp_path):
     record = run_of(models("llama"), tmp_path / "out", "--dataset_path", data, data)
     assert record["status"] == "finished" and len(record["samples"]) == 3
     assert set(Counter(record["records_held_out"]).values()) == {2}, "a record and its copy are held out together"
+
+
+# --- held-out records -----------------------------------------------------------------------------------------------
+
+
+def test_held_out_records_are_mixed_like_those_trained_on(models, tmp_path):
+    # 60 of mine, and about 60 of the 600 general records, are an epoch; none of the last file is in it.
+    paths = [
+        write_jsonl(tmp_path / f"{name}.jsonl", different(count, first))
+        for name, count, first in (("mine", 60, 0), ("general", 600, 100), ("unused", 100, 800))
+    ]
+    mixed = ["--dataset_path", *map(str, paths), "--mix", "2", "0.2", "0"]
+    held_out = run_of(models("llama"), tmp_path / "out", *mixed)["records_held_out"]
+    assert Counter(origin.partition(".")[0] for origin in held_out) == {"mine": 6, "general": 6}
+
+
+@pytest.mark.parametrize(("alike", "held_out"), [(400, 10), (480, 0)])
+def test_a_large_group_of_alike_records_is_reported(models, tmp_path, capsys, alike, held_out):
+    data = [{"instruction": "Hello?", "output": f"Yes {n}."} for n in range(alike)] + different(500 - alike)
+    record = run_of(
+        models("llama"), tmp_path / "out", "--dataset_path", str(write_jsonl(tmp_path / "data.jsonl", data))
+    )
+    assert len(record.get("records_held_out", [])) == held_out
+    said = " ".join(capsys.readouterr().out.split())
+    if held_out:
+        assert "Of the others, a share is held out: 10 records instead of 50." in said
+    else:
+        assert "no records are held out: " in said
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_run_begun_with_other_held_out_records_is_not_resumed(models, tmp_path, capsys, monkeypatch, same):
+    def of_an_earlier_version(*arguments) -> dict:
+        values = run_identity.identity(*arguments)
+        return {name: value for name, value in values.items() if name != "held_out"}
+
+    out, data = tmp_path / "out", write_jsonl(tmp_path / "data.jsonl", different(60))
+    words = ["--dataset_path", str(data), "--save_steps", "1"]
+    with monkeypatch.context() as earlier:
+        earlier.setattr(run, "identity", of_an_earlier_version)
+        record = run_of(models("llama"), out, *words)
+    if not same:
+        record["records_held_out"][0] = "data.jsonl:0"
+        (out / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    again = ["train", "--model_path", str(models("llama")), "--output_dir", str(out), "--dtype", "float32", *words]
+    code = main([*again, "--max_steps", "2", "--per_device_train_batch_size", "2", "--resume"])
+    assert code == (0 if same else 2)
+    assert ("the held-out records (SHA-256): " in capsys.readouterr().err) != same

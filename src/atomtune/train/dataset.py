@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy
 
-from atomtune.analysis.holdout import alike, held_out, overlapping
+from atomtune.analysis.holdout import Split, alike, held_out, overlapping
+from atomtune.analysis.near_duplicates import Numbers
 from atomtune.analysis.texts import read_texts
 from atomtune.batch.cost import sample_rows
 from atomtune.choices import RUN_RECORD
@@ -23,7 +25,7 @@ from atomtune.data.reading.sources import distinct_names, fingerprint_of, size_o
 from atomtune.data.records import Record
 from atomtune.errors import BadSettings, listing
 from atomtune.settings.train_settings import TrainSettings
-from atomtune.train.defaults import Size, records_to_hold_out
+from atomtune.train.defaults import FEWEST_HELD_OUT, Size, records_to_hold_out
 from atomtune.train.run_context import RunContext
 from atomtune.train.streaming import Stream
 
@@ -48,6 +50,13 @@ class Data:
             return self.stored
         assert isinstance(self.train, Stream)
         return self.train.ledger
+
+    @property
+    def origins_held_out(self) -> list[str]:
+        """The origins of the held-out records; empty if the records to evaluate on are those of --eval_path."""
+        if self.evaluate is None or self.eval_hash:
+            return []
+        return list(self.evaluate["origin"][:])
 
     @property
     def size(self) -> Size:
@@ -91,7 +100,7 @@ def read_data(run: RunContext, template: Template) -> Data:
     _check_read(run, template, data)
 
     rows = list(range(len(data.examples)))
-    eval_size = records_to_hold_out(run.settings, len(data.examples), began_with=run.began_with)
+    eval_size = records_to_hold_out(run.settings, round(sum(_weighted(run, parts))), began_with=run.began_with)
     if eval_size:
         rows, rows_held_out = _hold_out(run, parts, size=eval_size)
         evaluate = _say_held_out(run, data.examples, rows, rows_held_out)
@@ -220,27 +229,58 @@ def mixed(rows: list[int], ends: list[int], mix: list[float], *, seed: int) -> l
     return chosen
 
 
+def _weighted(run: RunContext, parts: list[EncodedData]) -> list[float]:
+    """How many records of each file count for the split: all of the file with the largest number in --mix."""
+    mix = run.settings.data.mix or [1.0] * len(parts)
+    return [len(part.examples) * weight / max(mix) for part, weight in zip(parts, mix, strict=True)]
+
+
+def _quotas(run: RunContext, parts: list[EncodedData], wanted: int) -> tuple[Numbers, list[int]]:
+    """(the file of each row, rows to hold out of each file), as evaluation is to reflect what an epoch has.
+
+    Without --mix, all files count as one.
+    """
+    if not run.settings.data.mix:
+        return numpy.zeros(sum(len(part.examples) for part in parts), dtype=numpy.int64), [wanted]
+    files = numpy.repeat(numpy.arange(len(parts)), [len(part.examples) for part in parts])
+    weighted = _weighted(run, parts)
+    bounds = [round(wanted * until / sum(weighted)) for until in accumulate(weighted, initial=0.0)]
+    return files, [end - start for start, end in pairwise(bounds)]
+
+
 def _hold_out(run: RunContext, parts: list[EncodedData], *, size: float) -> tuple[list[int], list[int]]:
     """(rows to train on, rows to hold out); near-duplicates stay on one side."""
-    records = sum(len(part.examples) for part in parts)
-    wanted = round(size * records) if size < 1 else int(size)
+    records, weighted = sum(len(part.examples) for part in parts), round(sum(_weighted(run, parts)))
+    wanted = round(size * weighted) if size < 1 else int(size)
     groups = alike(read_texts(_texts(run, run.settings.data.dataset_paths, [part.examples for part in parts])))
-    rows = held_out(groups, wanted, seed=run.args.seed if run.args.data_seed is None else run.args.data_seed)
+    seed = run.args.seed if run.args.data_seed is None else run.args.data_seed
+    split = held_out(groups, *_quotas(run, parts, wanted), seed=seed)
     by_itself = run.settings.data.eval_size is None
-    if by_itself and (not rows[0] or len(rows[1]) > 2 * wanted):
+    too_few = split.wanted < FEWEST_HELD_OUT or len(split.held_out) > 2 * split.wanted or not split.held_out
+    if by_itself and (too_few or not split.learned):
         run.console.notice(
-            f"no records are held out: {len(rows[1]):,} of {records:,} are near-duplicates and would have to be held "
-            "out together, so the run cannot tell whether it works. --eval_path names records to evaluate on."
+            f"no records are held out: too many of the {records:,} are near-duplicates or ask the same, and such "
+            "records stay together. So the run cannot tell whether it works. --eval_path names records to evaluate on."
         )
         return list(range(records)), []
-    if not rows[0]:
+    if not (split.learned and split.held_out):
         raise BadSettings([f"--eval_size {size:g}: all {records:,} records are alike, so none can be held out fairly."])
-    if len(rows[1]) != wanted and not by_itself:
+    _say_fewer(run, split, wanted=wanted, by_itself=by_itself)
+    return split.learned, split.held_out
+
+
+def _say_fewer(run: RunContext, split: Split, *, wanted: int, by_itself: bool) -> None:
+    """Give a notice if another number of records is held out than was wanted, because similar ones stay together."""
+    if by_itself and split.wanted < wanted:
         run.console.notice(
-            f"--eval_size asks for {wanted:,} records; {len(rows[1]):,} are held out, because records that are nearly "
-            "the same are kept together."
+            f"many records are near-duplicates or ask the same, and all of these are trained on. Of the others, a "
+            f"share is held out: {len(split.held_out):,} records instead of {wanted:,}."
         )
-    return rows
+    if len(split.held_out) != wanted and not by_itself:
+        run.console.notice(
+            f"--eval_size asks for {wanted:,} records; {len(split.held_out):,} are held out, because records that are "
+            "nearly the same are kept together."
+        )
 
 
 def _say_overlap(run: RunContext, learned: list[datasets.Dataset], evaluate: datasets.Dataset) -> None:
