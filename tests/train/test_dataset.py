@@ -112,3 +112,22 @@ def test_a_run_begun_with_other_held_out_records_is_not_resumed(models, tmp_path
     code = main([*again, "--max_steps", "2", "--per_device_train_batch_size", "2", "--resume"])
     assert code == (0 if same else 2)
     assert ("the held-out records (SHA-256): " in capsys.readouterr().err) != same
+
+
+# --- every record is accounted for ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_refused_records_of_the_evaluation_file_are_in_run_json(models, tmp_path, capsys, skips):
+    data = write_jsonl(tmp_path / "mine.jsonl", different(8))
+    other = write_jsonl(tmp_path / "other.jsonl", [*different(4, 100), *[{"instruction": "x", "outptu": "y"}] * 30])
+    words = ["--dataset_path", str(data), "--eval_path", str(other), *(["--skip_bad"] if skips else [])]
+    model, out = models("llama"), tmp_path / "out"
+    command = ["train", "--model_path", str(model), "--output_dir", str(out), "--max_steps", "1", *words]
+    assert main(command) == (0 if skips else 2)
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert ("(all in run.json)" in capsys.readouterr().err) != skips
+    evaluation = record["evaluation"]
+    assert (evaluation["path"], evaluation["records_read"], evaluation["records_used"]) == (str(other), 34, 4)
+    assert [one["origin"] for one in evaluation["records_refused"]] == [f"other.jsonl:{n}" for n in range(5, 35)]
+    assert len(record.get("records_refused", [])) == 0, "those of the file that is trained on"

@@ -23,7 +23,7 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import Ledger, refuse_broken, refuse_unusable
 from atomtune.data.reading.sources import distinct_names, fingerprint_of, size_of
 from atomtune.data.records import Record
-from atomtune.errors import BadSettings, listing
+from atomtune.errors import BadData, BadSettings, listing
 from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.defaults import FEWEST_HELD_OUT, Size, records_to_hold_out
 from atomtune.train.run_context import RunContext
@@ -72,7 +72,7 @@ class Data:
         if not isinstance(self.train, Stream):
             return {}
         say_ledger(self.train.ledger, self.train.template, console)
-        return {**self.train.ledger.to_run_json(), "records_copied": None}  # finding copies needs all records at once
+        return _of_stream(self.train.ledger)
 
     def some(self, records: int, *, seed: int) -> list[dict[str, Any]]:
         """`records` training records drawn without replacement; of a stream, the first ones."""
@@ -170,6 +170,7 @@ def _evaluation_file(run: RunContext, template: Template) -> EncodedData | None:
     if not settings.eval_path:
         return None
     data = _read(settings.eval_path, run, template)
+    run.record.update(evaluation={"path": settings.eval_path, "sha256": data.data_hash, **data.ledger.to_run_json()})
     run.console.say(f"{Path(settings.eval_path).name}, for evaluation:")
     say_ledger(data.ledger, template, run.console)
     refuse_unusable(data.ledger, [settings.eval_path], all_in=RUN_RECORD)
@@ -182,7 +183,11 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
     settings = run.settings.data
 
     def check(ledger: Ledger) -> None:
-        refuse_broken(ledger, skip_bad=settings.skip_bad, all_in=RUN_RECORD)
+        try:
+            refuse_broken(ledger, skip_bad=settings.skip_bad, all_in=RUN_RECORD)
+        except BadData:
+            run.record.update(**_of_stream(ledger))
+            raise
 
     rules = Rules(**settings.rules())
     stream = Stream(
@@ -194,8 +199,16 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
         f"streaming {', '.join(settings.dataset_paths)}: records are encoded while training and shuffled in a buffer "
         f"of {settings.shuffle_buffer:,}."
     )
-    next(iter(stream))  # reports problems of the first records before the model is loaded
+    try:
+        next(iter(stream))  # reports problems of the first records before the model is loaded
+    finally:
+        run.record.update(**_of_stream(stream.ledger))
     return stream, data_hash
+
+
+def _of_stream(ledger: Ledger) -> dict[str, Any]:
+    """The keys of run.json for the records that a stream has read."""
+    return {**ledger.to_run_json(), "records_copied": None}  # finding copies needs all records at once
 
 
 def _read(source: str, run: RunContext, template: Template) -> EncodedData:
