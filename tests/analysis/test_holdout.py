@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from atomtune.analysis.holdout import alike, held_out, overlapping
 from atomtune.analysis.shared_beginnings import beginnings_of, without_beginning
-from atomtune.analysis.texts import read_texts
 from atomtune.data.records import Record, Turn
+from tests.analysis.reading import texts_of
 
 groupings = st.lists(st.integers(0, 30), min_size=2, max_size=120).map(numpy.array)
 same_every_time = settings(derandomize=True, database=None, deadline=None)
@@ -20,7 +20,7 @@ def record(asked: str, answer: str, task: str = "") -> Record:
 
 def together(*records: Record) -> list[list[int]]:
     """The rows of each group with more than one record."""
-    groups = alike(read_texts(records)).tolist()
+    groups = alike(texts_of(records)).tolist()
     return [rows for one in sorted(set(groups)) if len(rows := [i for i, g in enumerate(groups) if g == one]) > 1]
 
 

@@ -14,7 +14,7 @@ import numpy
 
 from atomtune.analysis.holdout import Split, alike, held_out, overlapping
 from atomtune.analysis.near_duplicates import Numbers
-from atomtune.analysis.texts import read_texts
+from atomtune.analysis.texts import Texts, read_texts, sampled_rows
 from atomtune.batch.cost import sample_rows
 from atomtune.choices import RUN_RECORD
 from atomtune.console import Console
@@ -265,7 +265,7 @@ def _hold_out(run: RunContext, parts: list[EncodedData], *, size: float) -> tupl
     """(rows to train on, rows to hold out); near-duplicates stay on one side."""
     records, weighted = sum(len(part.examples) for part in parts), round(sum(_weighted(run, parts)))
     wanted = round(size * weighted) if size < 1 else int(size)
-    groups = alike(read_texts(_texts(run, run.settings.data.dataset_paths, [part.examples for part in parts])))
+    groups = alike(_texts(run, run.settings.data.dataset_paths, [part.examples for part in parts]))
     seed = run.args.seed if run.args.data_seed is None else run.args.data_seed
     split = held_out(groups, *_quotas(run, parts, wanted), seed=seed)
     by_itself = run.settings.data.eval_size is None
@@ -300,7 +300,7 @@ def _say_overlap(run: RunContext, learned: list[datasets.Dataset], evaluate: dat
     """Give a notice naming the evaluation records that are near-duplicates of training records."""
     settings = run.settings.data
     sources = [*settings.dataset_paths, str(settings.eval_path)]
-    groups = alike(read_texts(_texts(run, sources, [*learned, evaluate])))
+    groups = alike(_texts(run, sources, [*learned, evaluate]))
     rows = overlapping(groups, sum(map(len, learned)))
     origins = evaluate.select(rows)["origin"][:]
     run.record.update(eval_records_like_trained_ones=origins)
@@ -311,7 +311,14 @@ def _say_overlap(run: RunContext, learned: list[datasets.Dataset], evaluate: dat
         )
 
 
-def _texts(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) -> Iterator[Record]:
+def _texts(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) -> Texts:
+    """The texts of these rows, which are read again."""
+    rows = sampled_rows([len(examples) for examples in stored])
+    sampled = [examples.select(own) for examples, own in zip(stored, rows, strict=True)]
+    return read_texts(_records(run, sources, stored), _records(run, sources, sampled))
+
+
+def _records(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) -> Iterator[Record]:
     """The records of these rows, read once more with a progress bar."""
     rules = Rules(**run.settings.data.rules())
     for source, rows in zip(sources, stored, strict=True):
