@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from atomtune.analysis.holdout import alike, held_out, overlapping
 from atomtune.analysis.shared_beginnings import beginnings_of, without_beginning
-from atomtune.analysis.texts import read_texts
 from atomtune.data.records import Record, Turn
+from tests.analysis.reading import texts_of
 
 groupings = st.lists(st.integers(0, 30), min_size=2, max_size=120).map(numpy.array)
 same_every_time = settings(derandomize=True, database=None, deadline=None)
@@ -20,14 +20,19 @@ def record(asked: str, answer: str, task: str = "") -> Record:
 
 def together(*records: Record) -> list[list[int]]:
     """The rows of each group with more than one record."""
-    groups = alike(read_texts(records)).tolist()
+    groups = alike(texts_of(records)).tolist()
     return [rows for one in sorted(set(groups)) if len(rows := [i for i, g in enumerate(groups) if g == one]) > 1]
+
+
+def of_one_file(groups, count: int, *, seed: int) -> tuple[list[int], list[int]]:
+    learned, held, _ = held_out(groups, numpy.zeros(len(groups), dtype=numpy.int64), [count], seed=seed)
+    return learned, held
 
 
 @same_every_time
 @given(groups=groupings, share=st.floats(0.01, 0.99), seed=st.integers(0, 5))
 def test_split_keeps_groups_together_and_loses_no_row(groups, share, seed):
-    learned, held = held_out(groups, max(1, int(share * len(groups))), seed=seed)
+    learned, held = of_one_file(groups, max(1, int(share * len(groups))), seed=seed)
     assert sorted([*learned, *held]) == list(range(len(groups)))
     assert not set(groups[learned].tolist()) & set(groups[held].tolist())
     assert held
@@ -37,16 +42,42 @@ def test_split_keeps_groups_together_and_loses_no_row(groups, share, seed):
 @given(groups=groupings, share=st.floats(0.05, 0.95), seed=st.integers(0, 5))
 def test_holdout_size_is_off_by_less_than_one_group(groups, share, seed):
     count = max(1, int(share * len(groups)))
-    _, held = held_out(groups, count, seed=seed)
+    _, held = of_one_file(groups, count, seed=seed)
     largest = numpy.bincount(groups).max()
     assert abs(len(held) - count) < largest or len(held) == largest
 
 
 def test_dissimilar_rows_are_held_out_in_the_exact_count():
     groups = numpy.arange(1000)
-    learned, held = held_out(groups, 100, seed=1)
+    learned, held = of_one_file(groups, 100, seed=1)
     assert (len(learned), len(held)) == (900, 100)
-    assert held_out(groups, 100, seed=1) == (learned, held) != held_out(groups, 100, seed=2)
+    assert of_one_file(groups, 100, seed=1) == (learned, held) != of_one_file(groups, 100, seed=2)
+
+
+def test_records_that_differ_are_not_all_held_out_beside_a_large_group_of_alike_ones():
+    # Catches a quota that is filled from the few other records, of which none would be left to learn.
+    groups = numpy.array([0] * 900 + list(range(900, 1000)))
+    learned, held = of_one_file(groups, 100, seed=1)
+    assert len(held) == 10 and min(held) >= 900, "a tenth of the hundred that differ"
+    assert set(range(900)) < set(learned)
+
+
+@same_every_time
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 2)), min_size=6, max_size=120),
+    quotas=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    seed=st.integers(0, 5),
+)
+def test_each_file_keeps_its_quota_and_one_with_quota_0_is_learned_whole(rows, quotas, seed):
+    groups, files = numpy.array([group for group, _ in rows]), numpy.array([file for _, file in rows])
+    learned, held, wanted = held_out(groups, files, [*quotas, 0], seed=seed)
+    assert sorted([*learned, *held]) == list(range(len(rows)))
+    assert not set(groups[learned].tolist()) & set(groups[held].tolist())
+    assert not (files[held] == 2).any()
+    smallest = len(set(groups[held].tolist())) <= 1  # a group that exceeds the quotas, if no other fits
+    within = numpy.bincount(files[held], minlength=3) <= numpy.array([*quotas, 0])
+    assert within.all() or smallest
+    assert len(held) <= wanted or smallest
 
 
 def test_equal_prompts_and_near_equal_records_stay_together():

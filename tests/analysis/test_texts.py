@@ -9,13 +9,14 @@ from collections import Counter
 import numpy
 import pytest
 
-from atomtune.analysis.texts import own_text, read_texts
+from atomtune.analysis.texts import own_text, sampled_rows
 from atomtune.analysis.unicode_scripts import SCRIPTS, letters_of
 from atomtune.choices import CHECKS
 from atomtune.data.cache import as_table
 from atomtune.data.ledger import Ledger
 from atomtune.data.records import Example, Record, Refusal, RefusalKind, Turn
 from atomtune.inspect.checks import findings_of, near_or_equal, read_tokens
+from tests.analysis.reading import texts_of
 from tests.conftest import SHARED_DATA
 
 STOP, UNKNOWN = 2, 0
@@ -115,7 +116,25 @@ def test_a_shared_instruction_above_an_input_does_not_make_records_similar():
     asked = [dialogue(style, f"答案{c}{c}，如此而已", input=f"第{c}个问题是什么{c}") for c in "甲乙丙丁"]
     records = [Record((Turn("system", style), *one.turns), one.origin) for one in asked]
     assert style not in own_text(records[0])
-    assert read_texts(records).near.tolist() == [0, 1, 2, 3]
+    assert texts_of(records).near.tolist() == [0, 1, 2, 3]
+
+
+def test_a_beginning_shared_by_later_records_only_does_not_make_them_similar():
+    # Catches a search in the first records alone, as when a file of general records comes before the user's own.
+    persona = "You are the keeper of a lighthouse who answers in short and friendly sentences. " * 5
+    general = [dialogue(f"{n * 7919 % 1009} {n * n}?", f"{n * 31}") for n in range(1000)]
+    own = [dialogue(f"{persona}{n * 6007 % 1009} {n * n * n}?", f"{n * 37}") for n in range(1000)]
+    groups = texts_of([*general, *own]).near[1000:]
+    assert numpy.unique(groups, return_counts=True)[1].max() < 20
+
+
+def test_rows_to_sample_come_from_every_part_of_the_sources():
+    few, many, none = sampled_rows([100, 9900, 0])
+    assert len(few) + len(many) == 1000 and none == []
+    assert few == sorted(set(few)) and many == sorted(set(many))
+    assert 1 <= len(few) <= 30 and max(few) < 100
+    assert all(50 < sum(start <= row < start + 990 for row in many) < 150 for start in range(0, 9900, 990))
+    assert sampled_rows([2, 3]) == [[0, 1], [0, 1, 2]], "all, if they are few"
 
 
 def test_read_texts_collects_prompts_answers_scripts_and_blank_answers():
@@ -125,7 +144,7 @@ def test_read_texts_collects_prompts_answers_scripts_and_blank_answers():
         dialogue("hello", " \n"),
         dialogue("1", "2"),
     ]
-    seen = read_texts(records)
+    seen = texts_of(records)
     assert seen.prompts[0] == seen.prompts[1] != seen.prompts[2]
     assert len(set(seen.answers.tolist())) == 4
     assert [SCRIPTS[script] if script >= 0 else None for script in seen.script] == ["Han", "Latin", "Latin", None]
@@ -134,12 +153,12 @@ def test_read_texts_collects_prompts_answers_scripts_and_blank_answers():
 
 
 def test_the_boundary_of_instruction_and_input_distinguishes_prompts():
-    one, other = (read_texts([dialogue(a, "x", input=b)]).prompts[0] for a, b in (("ab", "c"), ("a", "bc")))
+    one, other = (texts_of([dialogue(a, "x", input=b)]).prompts[0] for a, b in (("ab", "c"), ("a", "bc")))
     assert one != other
 
 
 def problems(records: list[Record], tables, ledger: Ledger | None = None):
-    texts, tokens = read_texts(records), read_tokens(tables, stops=[STOP], unknown=None)
+    texts, tokens = texts_of(records), read_tokens(tables, stops=[STOP], unknown=None)
     none = numpy.zeros(0, dtype=numpy.int64)
     return findings_of(ledger or Ledger(), texts, tokens, {"cut": none, "control": none}), texts, tokens
 
@@ -224,7 +243,7 @@ def test_the_112_copies_of_the_dialogues_are_found():
         pytest.skip("the dialogues' file is not here")
     values = [json.loads(line) for line in SHARED_DATA.read_text(encoding="utf-8").splitlines()]
     records = [dialogue(one["instruction"], one["output"], f"a:{i}") for i, one in enumerate(values)]
-    texts = read_texts(records)
+    texts = texts_of(records)
     equal = Counter((one["instruction"], one["output"]) for one in values)
     assert len(values) - len(equal) == 112
     groups = len(set(texts.near.tolist()))

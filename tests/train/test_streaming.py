@@ -16,6 +16,8 @@ from tests.conftest import DIALOGUES, write_jsonl
 from tests.tiny import CHATML, tokenizer_of
 
 RECORDS = 40
+#: It leaves the thoughts of earlier answers out, so the next prompt does not continue the last answer.
+TEMPLATE = ("--template", "qwen3")
 
 
 @pytest.fixture
@@ -101,7 +103,7 @@ def test_records_refused_from_a_stream_are_reported(models, tmp_path, capsys):
     assert [one["origin"] for one in refused] == ["train.jsonl:9"]
 
 
-def test_examples_read_but_not_trained_on_are_reported(models, files, tmp_path):
+def test_records_read_but_not_trained_on_are_reported(models, files, tmp_path):
     # The account covers all records that were read; many of them may still wait in the buffer when the run ends.
     command = ["train", "--model_path", str(models("llama")), "--dataset_path", *files, "--dtype", "float32"]
     command += ["--streaming", "true", "--per_device_train_batch_size", "2", "--save_strategy", "no"]
@@ -111,10 +113,35 @@ def test_examples_read_but_not_trained_on_are_reported(models, files, tmp_path):
         assert main([*command, "--max_steps", str(steps), "--output_dir", str(out)]) == 0
         records.append(json.loads((out / "run.json").read_text()))
     early, late = records
-    assert early["examples_waiting"] == early["examples"] - 4 > 0
-    assert late["examples_waiting"] == 0
+    assert early["records_waiting"] == early["records_used"] - 4 > 0
+    assert late["records_waiting"] == 0
     said = [any("are not learned" in notice for notice in record["notices"]) for record in records]
     assert said == [True, False]
+
+
+def test_a_stream_of_records_with_several_examples_is_learned_whole(models, tmp_path):
+    # Catches counting the examples that were read against the records that were drawn.
+    turns = [("user", "Where?"), ("assistant", "Here.", "hm"), ("user", "And now?"), ("assistant", "There.")]
+    messages = [dict(zip(("role", "content", "reasoning_content"), turn, strict=False)) for turn in turns]
+    data = write_jsonl(tmp_path / "split.jsonl", [{"messages": messages}] * 8)
+    out = tmp_path / "out"
+    command = ["train", "--model_path", str(models("qwen3")), "--dataset_path", str(data), "--output_dir", str(out)]
+    assert main([*command, "--streaming", "--max_steps", "2", "--per_device_train_batch_size", "4", *TEMPLATE]) == 0
+    record = json.loads((out / "run.json").read_text())
+    assert (record["examples"], record["records_used"], record["records_waiting"]) == (16, 8, 0)
+    assert record["records_split_origins"] == [f"split.jsonl:{n}" for n in range(1, 9)]
+
+
+@pytest.mark.parametrize("buffer", [2, 1000])
+def test_broken_records_of_a_stream_are_all_in_run_json(models, tmp_path, capsys, buffer):
+    broken = [{"instruction": "x", "outptu": "y"} for _ in range(30)]
+    data = write_jsonl(tmp_path / "train.jsonl", [*DIALOGUES, *broken])
+    out = tmp_path / "out"
+    command = ["train", "--model_path", str(models("qwen3")), "--dataset_path", str(data), "--output_dir", str(out)]
+    assert main([*command, "--streaming", "--max_steps", "2", "--shuffle_buffer", str(buffer)]) == 2
+    assert "(all in run.json)" in capsys.readouterr().err
+    refused = json.loads((out / "run.json").read_text())["records_refused"]
+    assert [one["origin"] for one in refused] == [f"train.jsonl:{n}" for n in range(9, 39)]
 
 
 def test_settings_unsupported_by_streaming_are_refused_before_reading_data(capsys):

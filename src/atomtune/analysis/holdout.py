@@ -4,6 +4,9 @@ A split that puts equal questions, or a record and its near-duplicate, on both s
 """
 
 import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy
 
@@ -16,25 +19,54 @@ def alike(texts: Texts) -> Numbers:
     return joined(texts.near, texts.prompts)
 
 
-def held_out(groups: Numbers, count: int, *, seed: int) -> tuple[list[int], list[int]]:
-    """Split the rows into (rows to learn, rows to hold out), both in ascending order.
+class Split(NamedTuple):
+    """Rows to learn and rows to hold out, both in ascending order, and how many were to be held out."""
 
-    Whole groups are held out, in random order, up to `count` rows. A group that no longer fits is skipped. If no group
-    fits at all, the smallest one is held out.
+    learned: list[int]
+    held_out: list[int]
+    wanted: int
+
+
+def held_out(groups: Numbers, files: Numbers, quotas: Sequence[int], *, seed: int) -> Split:
+    """Hold out whole groups, in random order, up to each file's quota. A group that no longer fits is skipped.
+
+    A group that exceeds a quota by itself is learned whole. A quota therefore shrinks by the share of the file's rows
+    that are in such groups; otherwise all other rows might be held out, and the run would learn none of them.
+    If no group fits at all, the smallest one is held out.
 
     groups  [N]  the group of each row
+    files   [N]  the file of each row
+    quotas  [F]  rows to hold out of each file; of one with quota 0, none is held out
     """
-    shuffled = _members(groups)
-    random.Random(seed).shuffle(shuffled)
+    file_of = files.tolist()
+    counted = [(rows, Counter(file_of[row] for row in rows)) for rows in _members(groups)]
+    random.Random(seed).shuffle(counted)
+    fitting = [(rows, counts) for rows, counts in counted if all(quotas[file] >= counts[file] for file in counts)]
+    room = _fair(quotas, numpy.bincount(files, minlength=len(quotas)).tolist(), (counts for _, counts in fitting))
+    wanted = sum(room) if fitting else sum(quotas)
     rows_held_out: list[int] = []
-    for rows in shuffled:
-        if len(rows_held_out) + len(rows) <= count:
+    for rows, counts in fitting:
+        if all(room[file] >= counts[file] for file in counts):
             rows_held_out += rows
+            room = [left - counts[file] for file, left in enumerate(room)]
     if not rows_held_out:
-        rows_held_out = min(shuffled, key=len)
+        rows_held_out = min(
+            (rows for rows, counts in counted if all(quotas[file] for file in counts)), key=len, default=[]
+        )
     apart = set(rows_held_out)
     rows_to_learn = [row for row in range(len(groups)) if row not in apart]
-    return rows_to_learn, sorted(rows_held_out)
+    return Split(rows_to_learn, sorted(rows_held_out), wanted)
+
+
+def _fair(quotas: Sequence[int], lengths: Sequence[int], fitting: Iterable[Counter[int]]) -> list[int]:
+    """[F] The quotas, each times the share of the file's rows that are in groups that can be held out."""
+    apart: Counter[int] = Counter()
+    for counts in fitting:
+        apart.update(counts)
+    return [
+        quota * apart[file] // length if length else 0
+        for file, (quota, length) in enumerate(zip(quotas, lengths, strict=True))
+    ]
 
 
 def _members(groups: Numbers) -> list[list[int]]:

@@ -5,6 +5,7 @@ All of them are arrays of a few bytes per record, and no texts are kept, so that
 
 import hashlib
 import itertools
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,8 @@ from atomtune.analysis.shared_beginnings import beginnings_of, without_beginning
 from atomtune.analysis.unicode_scripts import SCRIPTS, letters_of
 from atomtune.data.records import Record
 
-#: Shared beginnings are searched in this many of the first records.
-_TOLD_FROM = 1000
+#: Shared beginnings are searched in this many records.
+_SAMPLED = 1000
 #: Two records with the same longest text are near-duplicates if the rest is at most one ninth of their text.
 _OTHERS = 9
 #: Texts whose letters are counted at once, and values that a column buffers.
@@ -136,12 +137,25 @@ def _hash(*texts: str) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
 
 
-def read_texts(records: Iterable[Record]) -> Texts:
-    """Compute the statistics in one pass over the records."""
-    # The first records are read ahead, to find shared beginnings, which are removed before texts are compared.
-    coming = iter(records)
-    first = list(itertools.islice(coming, _TOLD_FROM))
-    seen = _Seen(beginnings_of([own_text(record) for record in first]))
-    near = near_groups(seen.own_texts(itertools.chain(first, coming)))
+def sampled_rows(lengths: Sequence[int]) -> list[list[int]]:
+    """The rows of each source in which shared beginnings are searched; drawn from all, always the same.
+
+    The first rows would not do: records of other kinds may follow.
+
+    lengths  how many records each source has
+    """
+    total = sum(lengths)
+    drawn = sorted(random.Random(0).sample(range(total), min(_SAMPLED, total)))
+    bounds = itertools.pairwise(itertools.accumulate(lengths, initial=0))
+    return [[row - start for row in drawn if start <= row < end] for start, end in bounds]
+
+
+def read_texts(records: Iterable[Record], sample: Iterable[Record]) -> Texts:
+    """Compute the statistics in one pass over the records.
+
+    sample  those of sampled_rows: beginnings that they share are removed before texts are compared
+    """
+    seen = _Seen(beginnings_of([own_text(record) for record in sample]))
+    near = near_groups(seen.own_texts(records))
     columns = (seen.prompts.whole(), seen.answers.whole())
     return Texts(*columns, near, seen.script.whole(), seen.letters, seen.blank.whole(), seen.beside.whole())

@@ -107,6 +107,7 @@ class Ledger:
             "format": self.format,
             "records_with_control_strings": self.control_origins,
             "records_cut_origins": self.cut_origins,
+            "records_split_origins": self.split_origins,
         }
 
     def to_json(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from atomtune.analysis.texts import Texts, read_texts
+from atomtune.analysis.texts import Texts, read_texts, sampled_rows
 from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, sample_rows
 from atomtune.choices import Check
 from atomtune.console import Console
@@ -100,7 +100,7 @@ def build_report(settings: InspectSettings, template: Template, console: Console
     data = concatenate(parts)
     ledger, stored = data.ledger, data.examples
 
-    texts = read_texts(_records_of(sources, parts))
+    texts = _texts(sources, [part.examples for part in parts])
     assert len(texts.near) == len(stored), "the texts and the tokens of a record stand at the same place"
     stop_ids = template.tokenizer.convert_tokens_to_ids(list(template.stops))
     tokens = read_tokens(_tables(stored), stops=stop_ids, unknown=template.unknown_id)
@@ -127,9 +127,15 @@ def build_report(settings: InspectSettings, template: Template, console: Console
     )
 
 
-def _records_of(sources: Sequence[_Source], parts: Sequence[EncodedData]) -> Iterator[Record]:
-    for source, part in zip(sources, parts, strict=True):
-        yield from source.records(part.examples)
+def _texts(sources: Sequence[_Source], stored: Sequence[datasets.Dataset]) -> Texts:
+    rows = sampled_rows([len(examples) for examples in stored])
+    sampled = [examples.select(own) for examples, own in zip(stored, rows, strict=True)]
+    return read_texts(_records_of(sources, stored), _records_of(sources, sampled))
+
+
+def _records_of(sources: Sequence[_Source], stored: Sequence[datasets.Dataset]) -> Iterator[Record]:
+    for source, examples in zip(sources, stored, strict=True):
+        yield from source.records(examples)
 
 
 def _limits(lengths: NDArray[numpy.int32], max_tokens: int, *, most_tokens: int) -> tuple[Limit, ...]:

@@ -12,7 +12,7 @@ from atomtune.settings.flags import types_of
 #: Settings that the sweep itself sets for its trials.
 NOT_SHARED = ("output_dir", "resume")
 #: Settings of the records that change neither the held-out records nor their tokens.
-SAME_RECORDS = ("mix", "layout")
+SAME_RECORDS = ("layout",)
 #: Settings that cannot be tried, and why: the sweep sets them, or trials could not be compared.
 NOT_TRIED = {
     **dict.fromkeys(("output_dir", "resume"), "the sweep sets it for each trial"),

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy
 
-from atomtune.analysis.holdout import alike, held_out, overlapping
-from atomtune.analysis.texts import read_texts
+from atomtune.analysis.holdout import Split, alike, held_out, overlapping
+from atomtune.analysis.near_duplicates import Numbers
+from atomtune.analysis.texts import Texts, read_texts, sampled_rows
 from atomtune.batch.cost import sample_rows
 from atomtune.choices import RUN_RECORD
 from atomtune.console import Console
@@ -20,9 +22,9 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import Ledger, first_few, refuse_broken, refuse_unusable
 from atomtune.data.reading.sources import distinct_names, fingerprint_of, joint_fingerprint, note_on_splits, size_of
 from atomtune.data.records import Record
-from atomtune.errors import BadSettings, listing
+from atomtune.errors import BadData, BadSettings, listing
 from atomtune.settings.train_settings import TrainSettings
-from atomtune.train.defaults import Size, records_to_hold_out
+from atomtune.train.defaults import FEWEST_HELD_OUT, Size, records_to_hold_out
 from atomtune.train.run_context import RunContext
 from atomtune.train.streaming import Stream
 
@@ -49,6 +51,13 @@ class Data:
         return self.train.ledger
 
     @property
+    def origins_held_out(self) -> list[str]:
+        """The origins of the held-out records; empty if the records to evaluate on are those of --eval_path."""
+        if self.evaluate is None or self.eval_hash:
+            return []
+        return list(self.evaluate["origin"][:])
+
+    @property
     def size(self) -> Size:
         """How many records there are to train and evaluate on."""
         held_out = len(self.evaluate) if self.evaluate is not None else 0
@@ -62,7 +71,7 @@ class Data:
         if not isinstance(self.train, Stream):
             return {}
         say_ledger(self.train.ledger, self.train.template, console)
-        return {**self.train.ledger.to_run_json(), "records_copied": None}  # finding copies needs all records at once
+        return _of_stream(self.train.ledger)
 
     def some(self, records: int, *, seed: int) -> list[dict[str, Any]]:
         """`records` training records drawn without replacement; of a stream, the first ones."""
@@ -79,7 +88,9 @@ def read_data(run: RunContext, template: Template) -> Data:
     evaluation = _evaluation_file(run, template)
     evaluate = evaluation.examples if evaluation else None
     eval_hash = evaluation.data_hash if evaluation else ""
-    evaluate_from = ((str(run.settings.data.eval_path), len(evaluate)),) if evaluate is not None else ()
+    evaluate_from: tuple[tuple[str, int], ...] = ()
+    if evaluate is not None:
+        evaluate_from = ((str(run.settings.data.eval_path), len(evaluate)),)
     if run.settings.data.streaming:
         stream, data_hash = _stream(run, template)
         return Data(stream, evaluate, data_hash, eval_hash, evaluate_from=evaluate_from)
@@ -88,7 +99,7 @@ def read_data(run: RunContext, template: Template) -> Data:
     _check_read(run, template, data)
 
     rows = list(range(len(data.examples)))
-    eval_size = records_to_hold_out(run.settings, len(data.examples), began_with=run.began_with)
+    eval_size = records_to_hold_out(run.settings, round(sum(_weighted(run, parts))), began_with=run.began_with)
     if eval_size:
         rows, rows_held_out = _hold_out(run, parts, size=eval_size)
         evaluate = _say_held_out(run, data.examples, rows, rows_held_out)
@@ -158,6 +169,7 @@ def _evaluation_file(run: RunContext, template: Template) -> EncodedData | None:
     if not settings.eval_path:
         return None
     data = _read(settings.eval_path, run, template)
+    run.record.update(evaluation={"path": settings.eval_path, "sha256": data.data_hash, **data.ledger.to_run_json()})
     run.console.say(f"{Path(settings.eval_path).name}, for evaluation:")
     say_ledger(data.ledger, template, run.console)
     refuse_unusable(data.ledger, [settings.eval_path], all_in=RUN_RECORD)
@@ -170,7 +182,11 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
     settings = run.settings.data
 
     def check(ledger: Ledger) -> None:
-        refuse_broken(ledger, skip_bad=settings.skip_bad, all_in=RUN_RECORD)
+        try:
+            refuse_broken(ledger, skip_bad=settings.skip_bad, all_in=RUN_RECORD)
+        except BadData:
+            run.record.update(**_of_stream(ledger))
+            raise
 
     rules = Rules(**settings.rules())
     stream = Stream(
@@ -185,8 +201,16 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
     for source in settings.dataset_paths:
         if note := note_on_splits(source, source_names(run.settings)[source]):
             run.console.notice(note)
-    next(iter(stream))  # reports problems of the first records before the model is loaded
+    try:
+        next(iter(stream))  # reports problems of the first records before the model is loaded
+    finally:
+        run.record.update(**_of_stream(stream.ledger))
     return stream, data_hash
+
+
+def _of_stream(ledger: Ledger) -> dict[str, Any]:
+    """The keys of run.json for the records that a stream has read."""
+    return {**ledger.to_run_json(), "records_copied": None}  # finding copies needs all records at once
 
 
 def _read(source: str, run: RunContext, template: Template) -> EncodedData:
@@ -220,34 +244,65 @@ def mixed(rows: list[int], ends: list[int], mix: list[float], *, seed: int) -> l
     return chosen
 
 
+def _weighted(run: RunContext, parts: list[EncodedData]) -> list[float]:
+    """How many records of each file count for the split: all of the file with the largest number in --mix."""
+    mix = run.settings.data.mix or [1.0] * len(parts)
+    return [len(part.examples) * weight / max(mix) for part, weight in zip(parts, mix, strict=True)]
+
+
+def _quotas(run: RunContext, parts: list[EncodedData], wanted: int) -> tuple[Numbers, list[int]]:
+    """(the file of each row, rows to hold out of each file), as evaluation is to reflect what an epoch has.
+
+    Without --mix, all files count as one.
+    """
+    if not run.settings.data.mix:
+        return numpy.zeros(sum(len(part.examples) for part in parts), dtype=numpy.int64), [wanted]
+    files = numpy.repeat(numpy.arange(len(parts)), [len(part.examples) for part in parts])
+    weighted = _weighted(run, parts)
+    bounds = [round(wanted * until / sum(weighted)) for until in accumulate(weighted, initial=0.0)]
+    return files, [end - start for start, end in pairwise(bounds)]
+
+
 def _hold_out(run: RunContext, parts: list[EncodedData], *, size: float) -> tuple[list[int], list[int]]:
     """(rows to train on, rows to hold out); near-duplicates stay on one side."""
-    records = sum(len(part.examples) for part in parts)
-    wanted = round(size * records) if size < 1 else int(size)
-    groups = alike(read_texts(_texts(run, run.settings.data.dataset_paths, [part.examples for part in parts])))
-    rows = held_out(groups, wanted, seed=run.args.seed if run.args.data_seed is None else run.args.data_seed)
+    records, weighted = sum(len(part.examples) for part in parts), round(sum(_weighted(run, parts)))
+    wanted = round(size * weighted) if size < 1 else int(size)
+    groups = alike(_texts(run, run.settings.data.dataset_paths, [part.examples for part in parts]))
+    seed = run.args.seed if run.args.data_seed is None else run.args.data_seed
+    split = held_out(groups, *_quotas(run, parts, wanted), seed=seed)
     by_itself = run.settings.data.eval_size is None
-    if by_itself and (not rows[0] or len(rows[1]) > 2 * wanted):
+    too_few = split.wanted < FEWEST_HELD_OUT or len(split.held_out) > 2 * split.wanted or not split.held_out
+    if by_itself and (too_few or not split.learned):
         run.console.notice(
-            f"no records are held out: {len(rows[1]):,} of {records:,} are near-duplicates and would have to be held "
-            "out together, so the run cannot tell whether it works. --eval_path names records to evaluate on."
+            f"no records are held out: too many of the {records:,} are near-duplicates or ask the same, and such "
+            "records stay together. So the run cannot tell whether it works. --eval_path names records to evaluate on."
         )
         return list(range(records)), []
-    if not rows[0]:
+    if not (split.learned and split.held_out):
         raise BadSettings([f"--eval_size {size:g}: all {records:,} records are alike, so none can be held out fairly."])
-    if len(rows[1]) != wanted and not by_itself:
+    _say_fewer(run, split, wanted=wanted, by_itself=by_itself)
+    return split.learned, split.held_out
+
+
+def _say_fewer(run: RunContext, split: Split, *, wanted: int, by_itself: bool) -> None:
+    """Give a notice if another number of records is held out than was wanted, because similar ones stay together."""
+    if by_itself and split.wanted < wanted:
         run.console.notice(
-            f"--eval_size asks for {wanted:,} records; {len(rows[1]):,} are held out, because records that are nearly "
-            "the same are kept together."
+            f"many records are near-duplicates or ask the same, and all of these are trained on. Of the others, a "
+            f"share is held out: {len(split.held_out):,} records instead of {wanted:,}."
         )
-    return rows
+    if len(split.held_out) != wanted and not by_itself:
+        run.console.notice(
+            f"--eval_size asks for {wanted:,} records; {len(split.held_out):,} are held out, because records that are "
+            "nearly the same are kept together."
+        )
 
 
 def _say_overlap(run: RunContext, learned: list[datasets.Dataset], evaluate: datasets.Dataset) -> None:
     """Give a notice naming the evaluation records that are near-duplicates of training records."""
     settings = run.settings.data
     sources = [*settings.dataset_paths, str(settings.eval_path)]
-    groups = alike(read_texts(_texts(run, sources, [*learned, evaluate])))
+    groups = alike(_texts(run, sources, [*learned, evaluate]))
     rows = overlapping(groups, sum(map(len, learned)))
     origins = evaluate.select(rows)["origin"][:]
     run.record.update(eval_records_like_trained_ones=origins)
@@ -259,7 +314,14 @@ def _say_overlap(run: RunContext, learned: list[datasets.Dataset], evaluate: dat
         )
 
 
-def _texts(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) -> Iterator[Record]:
+def _texts(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) -> Texts:
+    """The texts of these rows, which are read again."""
+    rows = sampled_rows([len(examples) for examples in stored])
+    sampled = [examples.select(own) for examples, own in zip(stored, rows, strict=True)]
+    return read_texts(_records(run, sources, stored), _records(run, sources, sampled))
+
+
+def _records(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) -> Iterator[Record]:
     """The records of these rows, read once more with a progress bar."""
     rules = Rules(**run.settings.data.rules())
     for source, rows in zip(sources, stored, strict=True):

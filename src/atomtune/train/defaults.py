@@ -32,7 +32,7 @@ USUAL_EPOCHS, MOST_EPOCHS = 3, 10
 _RECORDS_A_STEP = ("gradient_accumulation_steps", "per_device_train_batch_size")
 #: With fewer records, all are trained on: a few held-out ones would say little and be missing in training.
 LEAST_TO_SPLIT = 50
-HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 200
+HELD_OUT_SHARE, FEWEST_HELD_OUT, MOST_HELD_OUT = 0.1, 5, 200
 #: Number of logged losses, if a run has that many steps; and the most steps between two of them.
 LOGGED_LINES, LONGEST_SILENCE = 50, 10
 #: A run with FEWEST_EPOCHS to MANY_EPOCHS is evaluated and saved after each epoch; any other one TIMES times.
@@ -104,6 +104,7 @@ def with_sequence_limit(run: RunContext) -> tuple[RunContext, BaseShape]:
 def records_to_hold_out(settings: TrainSettings, records: int, *, began_with: Mapping[str, Any]) -> float:
     """--eval_size, or the value that auto means: a number of records, or a share below 1; 0 for none.
 
+    records     how many there are; with --mix, those of a file count as much as an epoch uses them
     began_with  values chosen by the run that is resumed; empty for a new one
     Raises BadSettings if it would hold out none or all of the records.
     """

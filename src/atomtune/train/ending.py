@@ -61,16 +61,17 @@ def _upload(run: RunContext, upload: HubUpload, adapter_files: list[str]) -> Non
 
 
 def _say_waiting(run: RunContext, trainer: LoraTrainer, ledger: Ledger) -> None:
-    """Give a notice about examples that a stream read but did not train on; its ledger counts all that it read."""
+    """Give a notice about records that a stream read but did not train on; its ledger counts all that it read."""
     args = run.args
+    # A row is a record, even if it has several examples.
     drawn = trainer.state.global_step * args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    waiting = max(ledger.examples - drawn, 0)
-    run.record.update(examples_waiting=waiting)
+    waiting = max(ledger.records_used - drawn, 0)
+    run.record.update(records_waiting=waiting)
     if waiting:
         run.console.notice(
-            f"{waiting:,} of the {ledger.examples:,} examples that the stream read were still waiting to be shuffled "
-            "at the end, so they are not learned. A larger --max_steps includes them; a smaller --shuffle_buffer holds "
-            "fewer back."
+            f"{waiting:,} of the {ledger.records_used:,} records that the stream read were still waiting to be "
+            "shuffled at the end, so they are not learned. A larger --max_steps includes them; a smaller "
+            "--shuffle_buffer holds fewer back."
         )
 
 

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -26,6 +26,7 @@ from atomtune.model.fingerprint import folder_of, weight_files
 from atomtune.train.checkpoint.atomic import read_manifest
 from atomtune.train.dataset import Data
 from atomtune.train.run_context import RunContext
+from atomtune.train.run_report import read_record
 
 #: Settings of the Trainer that change the numbers a run computes.
 TRAINER_SETTINGS = (
@@ -65,10 +66,11 @@ OURS = {
     "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_experts"),
     "run": ("skip_nonfinite",),
 }
-_DAY, _WEIGHTS = "template_date", "base_weights"
+_DAY, _WEIGHTS, _HELD_OUT = "template_date", "base_weights", "held_out"
 _FILES = {
     "data": "the data file (SHA-256)",
     "evaluation": "the evaluation file (SHA-256)",
+    _HELD_OUT: "the held-out records (SHA-256)",
     "base_config": "the base's config.json (SHA-256)",
     _WEIGHTS: "the base's weights (checksum)",
     "template": "the template (SHA-256)",
@@ -91,6 +93,7 @@ def identity(run: RunContext, template: Template, data: Data) -> dict[str, Any]:
     values: dict[str, Any] = {
         "data": data.data_hash,
         "evaluation": data.eval_hash,
+        _HELD_OUT: _held_out_hash(data.origins_held_out),
         "template": _sha(template.source),
         "tokenizer": _sha(tokenizer_text(template.tokenizer)),
         "ranks": args.world_size,
@@ -158,7 +161,7 @@ def refuse_another_run(run: RunContext, now: dict[str, Any]) -> None:
     except (OSError, ValueError):
         console.notice(f"{checkpoint} has no manifest; so it cannot be checked whether this run made it.")
         return
-    before = manifest.get("identity", {})
+    before = {**_held_out_before(checkpoint), **manifest.get("identity", {})}
     others = _other_versions(manifest.get("versions", {}), run.record.values["versions"])
     if others:
         console.notice(f"versions changed since the run began, so the last bits may differ: {others}.")
@@ -202,6 +205,18 @@ def _refuse_changes(run: RunContext, checkpoint: Path, before: Mapping[str, Any]
             f"these weights: --continue_training --checkpoint {adapter_file(checkpoint)} --output_dir NEW",
         ]
     )
+
+
+def _held_out_before(checkpoint: Path) -> dict[str, str]:
+    """The held-out records of a run whose manifests do not name them, from its run.json; empty if it has none."""
+    record = read_record(checkpoint.parent)
+    return {_HELD_OUT: _held_out_hash(record.get("records_held_out") or [])} if record else {}
+
+
+def _held_out_hash(origins: Sequence[str]) -> str:
+    """A hash of the records' places in their files, which may be renamed; "none" if there are none."""
+    places = [origin.rpartition(":")[2] for origin in origins]
+    return _sha(" ".join(places)) if places else "none"
 
 
 def _other_versions(before: Mapping[str, str], now: Mapping[str, str]) -> str:

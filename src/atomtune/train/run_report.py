@@ -129,4 +129,5 @@ _IS_OURS: dict[str, Callable[[object], bool]] = {
     "start": lambda value: isinstance(value, str),
     "steps": _is_number,
     "lengths": _are_lengths,
+    "records_held_out": lambda value: isinstance(value, list) and all(isinstance(origin, str) for origin in value),
 }

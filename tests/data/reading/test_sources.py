@@ -261,6 +261,15 @@ def test_files_with_the_same_name_get_the_shortest_distinct_paths():
     assert len(set(names)) == len(names)
 
 
+def test_a_data_set_on_the_hub_is_named_in_full():
+    # Origins begin with this name, so a shorter one would not be found in them.
+    assert distinct_names(["owner/name", "owner/name:zh", "a/train.jsonl"]) == [
+        "owner/name",
+        "owner/name:zh",
+        "train.jsonl",
+    ]
+
+
 # --- progress -------------------------------------------------------------------------------------------------------
 
 
