@@ -84,12 +84,13 @@ def folder_of(path: str) -> Path | None:
 def weight_files(folder: Path) -> list[Path]:
     """The weight files in a model's folder: safetensors, else those that torch.save wrote; empty if there are none.
 
+    A snapshot in the hub's cache whose download was interrupted has none either: loading the model completes it.
     Raises BadModel for an index that cannot be read, or that names a missing file or one outside the folder.
     """
     # Both indexes are read first: a bad one is refused even if the other would be enough.
     shards = {index: _named_in(folder / index) for index in (INDEX, OLD_INDEX) if (folder / index).is_file()}
     for index, pattern in ((INDEX, "model*.safetensors"), (OLD_INDEX, "pytorch_model*.bin")):
-        files = shards.get(index) or sorted(folder.glob(pattern))
+        files = shards[index] if index in shards else sorted(folder.glob(pattern))
         if files:
             return files
     return []
@@ -102,9 +103,16 @@ def _named_in(index: Path) -> list[Path]:
         listed = ", ".join(repr(name[:60]) for name in outside[:3])
         raise BadModel(f"{index}: names {listed}, which is not a file name in this folder.")
     missing = sorted(name for name in names if not (index.parent / name).is_file())
+    if missing and _is_snapshot(index.parent):
+        return []
     if missing:
         raise BadModel(f"{index}: names {', '.join(missing[:3])}, which is not in this folder. Copy the model again.")
     return [index.parent / name for name in sorted(names)]
+
+
+def _is_snapshot(folder: Path) -> bool:
+    """Whether a folder is in the hub's cache: models--OWNER--NAME/snapshots/REVISION, beside models--OWNER--NAME/blobs."""
+    return folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir()
 
 
 def _is_file_name(name: str) -> bool:
