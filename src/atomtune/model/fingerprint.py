@@ -111,7 +111,7 @@ def _named_in(index: Path) -> list[Path]:
 
 
 def _is_snapshot(folder: Path) -> bool:
-    """Whether a folder is in the hub's cache: models--OWNER--NAME/snapshots/REVISION, beside models--OWNER--NAME/blobs."""
+    """Whether a folder is in the hub's cache: models--OWNER--NAME/snapshots/REVISION, with blobs beside snapshots."""
     return folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir()
 
 
