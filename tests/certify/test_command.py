@@ -15,11 +15,14 @@ from safetensors.torch import load_file, save_file
 from atomtune.certify import command
 from atomtune.certify.prompts import OUR_OWN, CertPrompt
 from atomtune.cli import main
+from atomtune.console import Console
 from atomtune.engines.engine import Request, UnknownTokens
 from atomtune.engines.served_folder import ServedFolder
 from atomtune.engines.transformers_in_process import TransformersInProcess
 from atomtune.errors import BadModel
+from atomtune.model.adapter_folder import base_of
 from atomtune.model.load import load_tokenizer
+from atomtune.settings.fields import CertifySettings
 from tests.conftest import DIALOGUES, write_jsonl
 from tests.tiny import build
 from tests.walk.test_pages import wrong_next_steps
@@ -241,6 +244,16 @@ def test_an_unwritable_certificate_folder_is_refused_before_loading(adapter, mon
     assert certify(adapter) == 2
     assert f"--adapter_path {adapter}: its certificate cannot be written there: Read-only" in told(capsys)
     assert not (adapter / "certificate.json").exists()
+
+
+def test_an_engine_is_asked_for_no_more_context_than_the_base_has_positions(adapter):
+    # vLLM refuses to start with more: an adapter trained on records of the full length could not be certified there.
+    positions = json.loads((Path(base_of(adapter, None)) / "config.json").read_text())["max_position_embeddings"]
+    for longest, context in ((64, 64 + 40), (positions, positions)):
+        metadata = json.loads((adapter / "atomtune.json").read_text())
+        (adapter / "atomtune.json").write_text(json.dumps({**metadata, "max_seq_length": longest}))
+        settings = CertifySettings(adapter_path=str(adapter), dtype="float32", max_new_tokens=40)
+        assert command.trained_side(settings, Console()).context == context
 
 
 def prompts_of(adapter: Path, monkeypatch) -> set[str]:

@@ -34,6 +34,7 @@ from atomtune.language import translated
 from atomtune.model.adapter import load_trained
 from atomtune.model.adapter_folder import CERTIFICATE, CONFIG, AdapterMetadata, base_of
 from atomtune.model.base_as_trained import adapter_and_base, base_spec
+from atomtune.model.base_shape import positions_of
 from atomtune.model.fingerprint import is_at_hand, refuse_other_base
 from atomtune.model.generate import stop_ids
 from atomtune.model.load import dtype_name, load_base, load_dequantized, quiet_libraries, stored_dtype
@@ -49,14 +50,18 @@ _OF_ANOTHER_TOOL = 256
 
 @dataclass(frozen=True)
 class TrainedSide:
-    """The results of our side, computed once and compared with any number of engines."""
+    """The results of our side, computed once and compared with any number of engines.
+
+    context  tokens that an engine has to hold: a prompt with its answer, and no more than the base has positions for,
+             which vLLM would refuse
+    """
 
     template: Template
     expected: list[Expected]
     stop_ids: list[int]
     dtype: str
     max_new_tokens: int
-    max_tokens: int
+    context: int
 
 
 def certify(settings: CertifySettings) -> int:
@@ -166,9 +171,11 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     model = load_trained(base, adapter).eval()
     expected = expect(model, prompts, template, max_new_tokens=settings.max_new_tokens)
     stops = stop_ids(model, template)
+    context = max_tokens + settings.max_new_tokens
+    context = min(context, positions_of(model.config) or context)
     del model, base
     free_memory()
-    return TrainedSide(template, expected, stops, dtype_name(dtype), settings.max_new_tokens, max_tokens)
+    return TrainedSide(template, expected, stops, dtype_name(dtype), settings.max_new_tokens, context)
 
 
 def _of_today(template: Template, console: Console) -> Template:
@@ -264,7 +271,7 @@ def certify_together(
         view,
         base=base,
         dtype=first.dtype,
-        context=max(side.max_tokens + side.max_new_tokens for side in sides.values()),
+        context=max(side.context for side in sides.values()),
         trust_remote_code=settings.trust_remote_code,
         adapters=[ServedAdapter(name, folder.resolve()) for name, folder in zip(names, sides, strict=True)],
     )
@@ -282,14 +289,13 @@ def certify_together(
 def start(engine: EngineName, served: Path, side: TrainedSide, settings: CertifySettings) -> Any:
     """The engine, to be used in a `with` statement."""
     if engine == "llama.cpp":
-        return LlamaCpp(served, context=side.max_tokens + side.max_new_tokens)
+        return LlamaCpp(served, context=side.context)
     as_written = engine == "transformers"
     folder = ServedFolder(served, base=settings.model_path, stop_ids=side.stop_ids, as_written=as_written)
     if engine == "vllm":
         base = base_of(served, settings.model_path) if (served / ADAPTER_CONFIG).is_file() else None
-        context = side.max_tokens + side.max_new_tokens
         trust = settings.trust_remote_code
-        return VllmServe(folder, base=base, dtype=side.dtype, context=context, trust_remote_code=trust)
+        return VllmServe(folder, base=base, dtype=side.dtype, context=side.context, trust_remote_code=trust)
     kind = TransformersServe if engine == "transformers" else TransformersInProcess
     return kind(folder, dtype=side.dtype, trust_remote_code=settings.trust_remote_code)
 
