@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from atomtune.model.few_walks import spare_walks
+from atomtune.model.few_walks import learned_weights, spare_walks
 
 
 class Model(nn.Module):
@@ -49,8 +49,14 @@ def test_a_training_step_does_not_traverse_the_modules(model):
     model(torch.ones(1, 3)).sum().backward()
     with no_walk():
         assert model.train() is model
+        learned_weights(model)
         model.zero_grad()
     assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_the_learned_weights_are_the_same_with_and_without_a_walk(model):
+    for each in (model, Model()):
+        assert [id(weight) for weight in learned_weights(each)] == [id(each.learned.weight), id(each.learned.bias)]
 
 
 @pytest.mark.parametrize("part", ["frozen", "dropout"])

@@ -11,11 +11,19 @@ from torch import nn
 
 def spare_walks(model: nn.Module) -> None:
     """Let a model's train() and zero_grad() go through lists of its modules and weights, made here once."""
+    learned = learned_weights(model)
     # As in fused_lora, a change of class leaves modules, names and what is saved as they are.
     model.__class__ = type(type(model).__name__, (FewWalks, type(model)), {})
     assert isinstance(model, FewWalks)
     model.all_modules = list(model.modules())
-    model.all_learned = [weight for weight in model.parameters() if weight.requires_grad]
+    model.all_learned = learned
+
+
+def learned_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The trained weights of a model; without a walk through its modules after `spare_walks`."""
+    if isinstance(model, FewWalks):
+        return model.all_learned
+    return [weight for weight in model.parameters() if weight.requires_grad]
 
 
 class FewWalks(nn.Module):

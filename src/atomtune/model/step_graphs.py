@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from atomtune.batch.attention_plan import AttentionPlan
+from atomtune.model.few_walks import learned_weights
 from atomtune.model.loss import target_nats
 from atomtune.model.memory import free_on_gpu, peak_bytes
 
@@ -72,7 +73,7 @@ class StepGraphs:
     ) -> None:
         self.model, self.label_smoothing = model, label_smoothing
         self._most_tokens = MOST_WORK / sum(weight.numel() for weight in model.parameters())
-        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.weights = learned_weights(model)
         dtypes = {weight.dtype for weight in self.weights}
         self._is_on = len(dtypes) == 1
         numbers = sum(weight.numel() for weight in self.weights)

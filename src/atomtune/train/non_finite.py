@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from atomtune.errors import RunFailed, listing
+from atomtune.model.few_walks import learned_weights
 from atomtune.train.callbacks import WorkCounter
 from atomtune.train.ranks import local, mean_over_ranks, of_all_ranks, on_any_rank
 
@@ -55,7 +56,6 @@ class SkipNonFinite(TrainerCallback):
         self.work, self.budget, self.notice = work, budget, notice
         self._micro_batches: list[tuple[torch.Tensor, Sequence[str]]] = []  # (loss, origins) of the current step
         self._waiting: _Step | None = None  # made or skipped on the device, but not judged yet
-        self._learned: tuple[nn.Module | None, list[nn.Parameter]] = (None, [])
         # Counted since the last log.
         self._steps = self._skipped = 0
         self._skipped_loss = 0.0
@@ -75,9 +75,7 @@ class SkipNonFinite(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self.judge(args)
-        if self._learned[0] is not model:  # once: a walk through 32 layers with adapters takes 3 ms
-            self._learned = (model, [weight for weight in model.parameters() if weight.requires_grad])
-        weights = [weight for weight in self._learned[1] if weight.grad is not None]
+        weights = [weight for weight in learned_weights(model) if weight.grad is not None]
         gradients = [local(weight.grad) for weight in weights if weight.grad is not None]
         scaler = getattr(optimizer, "scaler", None)
         if scaler is not None:

@@ -20,6 +20,7 @@ from transformers import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from atomtune.errors import RunFailed, listing
+from atomtune.model.few_walks import learned_weights
 from atomtune.model.loss import target_nats
 from atomtune.model.step_graphs import StepGraphs
 from atomtune.train.callbacks import (
@@ -120,11 +121,7 @@ class LoraTrainer(SavingTrainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         if not self._ranks_evaluate_alone:  # FSDP and DeepSpeed recognise their own parameters
             return super()._clip_grad_norm(model)
-        return self.accelerator.clip_grad_norm_(self._learned, self.args.max_grad_norm)
-
-    @cached_property
-    def _learned(self) -> list[torch.nn.Parameter]:
-        return [weight for weight in self.model.parameters() if weight.requires_grad]
+        return self.accelerator.clip_grad_norm_(learned_weights(self.model), self.args.max_grad_norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the mean loss of the steps that were made, without skipped steps."""
