@@ -1,11 +1,14 @@
 """Resume command: tells a user how to continue a run that ended early."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from atomtune.console import as_command
 from atomtune.settings.fields import is_secret
 from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.run_context import RunContext
+
+#: Settings that start a run from somewhere else, and contradict --resume.
+_STARTS = ("continue_training", "checkpoint", "resume_from_checkpoint")
 
 
 def how_to_resume(run: RunContext) -> str:
@@ -13,9 +16,10 @@ def how_to_resume(run: RunContext) -> str:
     settings, folder = run.settings, run.args.output_dir
     if settings.argv is None:
         return f"The same call with resume=True continues from there (output_dir={folder!r})."
-    if run.args.world_size > 1:  # the launcher's own command is not known
+    # The launcher's own command is not known, and a start in a YAML file cannot be taken back with a flag.
+    if run.args.world_size > 1 or not all(settings.origins.get(name, "--").startswith("--") for name in _STARTS):
         return f"The same command with --resume{_in_place_of(settings)} continues from there (--output_dir {folder})."
-    words = [word for word in without_start(settings.argv) if word != "--resume"]
+    words = list(_without((*_STARTS, "resume"), settings.argv))
     if "output_dir" not in settings.origins:
         words += ["--output_dir", folder]
     return f"To continue from there:\n  {as_command(['train', *words, '--resume'])}"
@@ -30,12 +34,17 @@ def _in_place_of(settings: TrainSettings) -> str:
 
 def without_start(argv: Sequence[str]) -> Iterator[str]:
     """The words of a command, without secrets and without flags that start the run from somewhere else."""
+    return _without(_STARTS, argv)
+
+
+def _without(names: Collection[str], argv: Sequence[str]) -> Iterator[str]:
+    """The words of a command, without secrets and without these flags and their values."""
     is_value_left_out = False
     for word in argv:
         flag, equals, _ = word.partition("=")
         name = flag.replace("-", "_").lstrip("_")
         if word.startswith("--"):
-            is_left_out = name in ("continue_training", "checkpoint", "resume_from_checkpoint") or is_secret(name)
+            is_left_out = name in names or is_secret(name)
             is_value_left_out = is_left_out and not equals
         else:
             # A flag has one value: the next word may be run.yaml
