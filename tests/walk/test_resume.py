@@ -357,6 +357,67 @@ def test_the_resume_command_suggested_by_a_stopped_run_works(whole, tmp_path, ca
     assert (out / "adapter_model.safetensors").read_bytes() == (undisturbed / "adapter_model.safetensors").read_bytes()
 
 
+#: A checkpoint and an evaluation at every step. With greater_is_better the worst loss counts as the best, so that the
+#: first step is the best one and the last is not.
+WORST = [
+    *("--eval_size", "8", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"),
+    *("--load_best_model_at_end", "true", "--metric_for_best_model", "eval_loss", "--greater_is_better", "true"),
+]
+
+
+@pytest.fixture(scope="module")
+def worst(models, tmp_path_factory) -> tuple[list[str], Path]:
+    """The command without an output folder, and the folder, of a finished run whose best checkpoint is its first.
+
+    The folder was moved afterwards, so the paths that the run has recorded lead nowhere.
+    """
+    from tests.conftest import numbered_dialogues, write_jsonl
+
+    folder = tmp_path_factory.mktemp("worst")
+    data = write_jsonl(folder / "dialogues.jsonl", numbered_dialogues())
+    command = [*arguments(models("llama"), data, folder / "out", *WORST), "--max_steps", "6"]
+    assert main([*command, "--save_total_limit", "9"]) == 0
+    state = json.loads((folder / "out" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(folder / "out" / "checkpoint-1")
+    at = command.index("--output_dir")
+    return [*command[:at], *command[at + 2 :]], (folder / "out").rename(folder / "moved")
+
+
+def stopped_in_step(monkeypatch, step: int) -> None:
+    """Send SIGTERM to this process in a step of the next run; each step has two micro-batches."""
+    from atomtune.train import trainer
+
+    real, calls = trainer.target_nats, []
+
+    def target_nats(model, *args, **kwargs):
+        calls.append(model.training)
+        if sum(calls) == 2 * step and model.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(model, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "target_nats", target_nats)
+
+
+def test_a_stop_keeps_its_checkpoint_beside_the_best_with_a_limit_of_one(worst, tmp_path, monkeypatch, capsys):
+    # The Trainer removes every checkpoint but the best at the end of training, and a stop is one too.
+    (command, whole), out = worst, tmp_path / "out"
+    foreign = out / "checkpoint-3.other-1"
+    foreign.mkdir(parents=True)
+    one = [*command, "--output_dir", str(out), "--save_total_limit", "1"]
+    with monkeypatch.context() as patch:
+        stopped_in_step(patch, 3)
+        assert main(one) == 75
+    assert "stopped after step 3 with a checkpoint" in capsys.readouterr().err
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3", foreign.name}
+    assert main([*one, "--resume"]) == 0
+    assert "at step 3" in " ".join(capsys.readouterr().out.split())
+    assert {path.name for path in out.glob("checkpoint-*")} == {
+        *("checkpoint-1", "checkpoint-3", "checkpoint-6"),  # the best, the one resumed from, the last
+        foreign.name,
+    }
+    same_run(out, whole)
+
+
 @pytest.mark.parametrize("fault", ["moved", "damaged", pytest.param("gone", marks=pytest.mark.slow)])
 def test_the_best_checkpoint_is_found_after_a_move_or_reported_as_missing(models, dialogues, tmp_path, capsys, fault):
     # As after a kill between the last checkpoint and the save of the adapter.

@@ -195,6 +195,15 @@ class SavingTrainer(Trainer):
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             fill_again(self.accelerator.unwrap_model(self.model), best)  # PEFT may leave out some tensors
 
+    # Private: with a limit of one, the Trainer would remove every checkpoint but the best, also that of a stop.
+    def _finalize_training(self, *args: Any) -> Any:
+        """As in the Trainer, but no checkpoint is removed: `rotate` has done that."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args)
+        finally:
+            self.args.save_total_limit = limit
+
     # Private: train.model has already loaded the adapter on every rank, checking every tensor.
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Do nothing."""
