@@ -383,6 +383,16 @@ def worst(models, tmp_path_factory) -> tuple[list[str], Path]:
     return [*command[:at], *command[at + 2 :]], (folder / "out").rename(folder / "moved")
 
 
+def killed_after(step: int, whole: Path, out: Path) -> None:
+    """A copy of a run's folder as a kill after this step leaves it."""
+    shutil.copytree(whole, out)
+    for later in out.glob("checkpoint-*"):
+        if int(later.name[11:]) > step:
+            shutil.rmtree(later)
+    (out / "adapter_model.safetensors").unlink()
+    (out / "run.json").write_text(json.dumps({"status": "running"}))
+
+
 def stopped_in_step(monkeypatch, step: int) -> None:
     """Send SIGTERM to this process in a step of the next run; each step has two micro-batches."""
     from atomtune.train import trainer
@@ -416,6 +426,30 @@ def test_a_stop_keeps_its_checkpoint_beside_the_best_with_a_limit_of_one(worst, 
         foreign.name,
     }
     same_run(out, whole)
+
+
+def test_fewer_steps_than_the_checkpoint_has_end_the_run_without_mentioning_patience(worst, tmp_path, capsys):
+    (command, whole), out = worst, tmp_path / "out"
+    killed_after(4, whole, out)
+    assert main([*command, "--max_steps", "3", "--output_dir", str(out), "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "Done: 4 steps, all done before." in said
+    assert "Ended before" not in said
+
+
+def test_the_end_by_patience_is_reported_with_the_present_length(worst, tmp_path, capsys):
+    (command, _), out = worst, tmp_path / "out"
+    early = [*command, "--output_dir", str(out), "--learning_rate", "1e-12", "--early_stopping_patience", "1"]
+    assert main(early) == 0
+    steps = json.loads((out / "run.json").read_text())["steps"]
+    assert steps < 6
+    (out / "adapter_model.safetensors").unlink()
+    (out / "run.json").write_text(json.dumps({"status": "running"}))
+    capsys.readouterr()
+    assert main([*early, "--max_steps", "9", "--resume"]) == 0
+    assert f"Done: {steps} steps, all done before. Ended before step 9: --early_stopping_patience 1." in (
+        " ".join(capsys.readouterr().out.split())
+    )
 
 
 @pytest.mark.parametrize("fault", ["moved", "damaged", pytest.param("gone", marks=pytest.mark.slow)])

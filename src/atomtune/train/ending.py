@@ -160,8 +160,8 @@ def _say(run: RunContext, trainer: LoraTrainer, result: Outcome) -> None:
     if steps > trainer.first_step:
         pace = f" in {work.elapsed():.0f} s, {work.examples / max(work.elapsed(), 1e-9):.1f} examples/s"
     done = f"Done: {steps:,} steps{pace}."
-    if steps < trainer.state.max_steps:
-        patience = run.settings.run.early_stopping_patience
+    patience = run.settings.run.early_stopping_patience
+    if patience and steps < trainer.state.max_steps:
         done += f" Ended before step {trainer.state.max_steps:,}: --early_stopping_patience {patience}."
     run.console.say(f"\n{done}")
     run.console.say("\n".join(result.sentences()), style="bold")

@@ -427,7 +427,8 @@ def _fit(run: RunContext, trainer: LoraTrainer, data: Data, picture: LossPicture
 def _train_steps(run: RunContext, trainer: LoraTrainer) -> None:
     if run.resumed is None:
         trainer.train()
-    elif trainer.all_steps_made(run.resumed.checkpoint):
+    elif trainer.no_step_is_left(run.resumed.checkpoint):
+        trainer.finish_at(run.resumed.checkpoint)
         run.console.say("Nothing is left to train: all steps are done. The adapter that the run keeps is saved.")
     else:
         trainer.train(resume_from_checkpoint=str(run.resumed.checkpoint))

@@ -37,6 +37,7 @@ from atomtune.train.dataloader import with_signal_masked_workers
 from atomtune.train.non_finite import SkipNonFinite
 from atomtune.train.random_state import random_state_kept
 from atomtune.train.ranks import of_all_ranks, on_any_rank
+from atomtune.train.run_length import run_length
 
 
 class LoraTrainer(SavingTrainer):
@@ -138,8 +139,8 @@ class LoraTrainer(SavingTrainer):
         """Judge the last step before a checkpoint is written."""
         self.non_finite.judge(self.args)
 
-    def all_steps_made(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is of the run's last step. If so, its state is loaded, and owed work is done.
+    def no_step_is_left(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is of the run's last step; an evaluation that it owes may be made to find that out.
 
         The Trainer itself would make one more step from such a checkpoint (seen in 5.23, with max_steps).
         """
@@ -148,15 +149,18 @@ class LoraTrainer(SavingTrainer):
             steps_are_made = state.global_step >= self.args.max_steps
         else:  # at the end of an epoch it is exactly an integer
             steps_are_made = (state.epoch or 0) >= self.args.num_train_epochs
-        ends_early = self.early_stopping.is_due(state.log_history) or self._owed_evaluation_ends(state)
-        if not steps_are_made and not ends_early:
-            return False
-        self.state, self.first_step = state, state.global_step
-        self.work.on_train_begin(self.args, state, self.control)
-        self.make_owed_evaluation()
+        return steps_are_made or self.early_stopping.is_due(state.log_history) or self._owed_evaluation_ends(state)
+
+    def finish_at(self, checkpoint: Path) -> None:
+        """Do all that a run does besides its steps: take the checkpoint's state, evaluate if owed, load the best."""
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        self.state.max_steps = self.args.max_steps  # the present length, which may be another than the checkpoint's
+        if self.args.max_steps <= 0:
+            self.state.max_steps = run_length(len(self.train_dataset), self.args).steps
+        self.work.on_train_begin(self.args, self.state, self.control)
+        self.begin()
         self.take_the_best()
-        self.work.on_train_end(self.args, state, self.control)
-        return True
+        self.work.on_train_end(self.args, self.state, self.control)
 
     def _owed_evaluation_ends(self, state: TrainerState) -> bool:
         """Whether a checkpoint owes an evaluation that ends the run early.
