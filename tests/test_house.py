@@ -186,6 +186,7 @@ PRIVATE = {
         "Trainer._determine_best_metric",
         "Trainer._evaluate",
         "Trainer._get_train_sampler",
+        "Trainer._load_best_model",
     },
 }
 

@@ -393,6 +393,88 @@ def killed_after(step: int, whole: Path, out: Path) -> None:
     (out / "run.json").write_text(json.dumps({"status": "running"}))
 
 
+def adapter_is_of(out: Path) -> list[str]:
+    """The checkpoints whose adapter the run has saved."""
+    adapter = (out / "adapter_model.safetensors").read_bytes()
+    return [
+        path.name for path in out.glob("checkpoint-*") if (path / "adapter_model.safetensors").read_bytes() == adapter
+    ]
+
+
+@pytest.mark.parametrize("step", [4, 6], ids=["steps left", "no step left"])
+@pytest.mark.parametrize("fault", ["damaged", "gone"])
+def test_a_resume_without_its_best_checkpoint_is_refused_before_it_trains(worst, tmp_path, capsys, fault, step):
+    # Once the last step's adapter was saved, and called the best.
+    (command, whole), out = worst, tmp_path / "out"
+    killed_after(step, whole, out)
+    if fault == "damaged":
+        (out / "checkpoint-1" / "adapter_model.safetensors").write_bytes(b"torn")
+    else:
+        shutil.rmtree(out / "checkpoint-1")
+    resume = [*command, "--output_dir", str(out), "--resume"]
+    assert main(resume) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"The best checkpoint so far, {out / 'checkpoint-1'}, cannot be used" in said
+    assert "--resume_anyway" in said and "--load_best_model_at_end false" in said
+    assert json.loads((out / "run.json").read_text()) == {"status": "running"}
+    assert not (out / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"), [(["--resume_anyway"], 5), (["--load_best_model_at_end", "false"], 6)], ids=["anyway", "last"]
+)
+def test_a_run_that_goes_on_without_its_best_checkpoint_reports_what_it_keeps(worst, tmp_path, capsys, flags, kept):
+    (command, whole), out = worst, tmp_path / "out"
+    killed_after(4, whole, out)
+    shutil.rmtree(out / "checkpoint-1")
+    assert main([*command, "--output_dir", str(out), "--resume", *flags]) == 0
+    assert adapter_is_of(out) == [f"checkpoint-{kept}"]
+    record = json.loads((out / "run.json").read_text())
+    losses = {entry["step"]: entry["loss"] for entry in record["eval_history"]}
+    assert record["outcome"]["kept_step"] == kept and record["eval_loss"] == losses[kept]
+    assert any("Only the evaluations still to come" in notice for notice in record["notices"]) == (kept == 5)
+
+
+def test_a_run_without_its_best_checkpoint_and_without_steps_left_keeps_the_last(worst, tmp_path):
+    (command, whole), out = worst, tmp_path / "out"
+    killed_after(6, whole, out)
+    shutil.rmtree(out / "checkpoint-1")
+    assert main([*command, "--output_dir", str(out), "--resume", "--resume_anyway"]) == 0
+    assert adapter_is_of(out) == ["checkpoint-6"]
+    assert json.loads((out / "run.json").read_text())["outcome"]["kept_step"] == 6
+
+
+@pytest.mark.parametrize("way", ["no step left", "steps left", "another folder"])
+def test_the_best_checkpoint_is_found_after_a_move(worst, tmp_path, way):
+    (command, whole), moved, out = worst, tmp_path / "moved", tmp_path / "out"
+    killed_after(6 if way == "no step left" else 4, whole, moved)
+    flags = ["--output_dir", str(out), "--resume_from_checkpoint", str(moved / "checkpoint-4")]
+    if way != "another folder":
+        out, flags = moved, ["--output_dir", str(moved), "--resume"]
+    assert main([*command, *flags, "--save_total_limit", "1"]) == 0
+    assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+    assert json.loads((out / "run.json").read_text())["outcome"]["kept_step"] == 1
+    assert (moved / "checkpoint-1").is_dir()
+
+
+def test_a_best_checkpoint_that_is_damaged_during_the_run_fails_it(worst, tmp_path, monkeypatch, capsys):
+    from atomtune.train import trainer
+
+    (command, _), out, real = worst, tmp_path / "out", trainer.LoraTrainer._finalize_training
+
+    def torn(self, *args):
+        (out / "checkpoint-1" / "adapter_model.safetensors").write_bytes(b"torn")
+        return real(self, *args)
+
+    monkeypatch.setattr(trainer.LoraTrainer, "_finalize_training", torn)
+    assert main([*command, "--output_dir", str(out)]) == 3
+    assert f"The best checkpoint, {out / 'checkpoint-1'}, cannot be used" in capsys.readouterr().err
+    assert not (out / "adapter_model.safetensors").exists()
+    monkeypatch.undo()
+    assert main([*command, "--output_dir", str(out), "--resume", "--load_best_model_at_end", "false"]) == 0
+    assert adapter_is_of(out) == ["checkpoint-6"]
+
+
 def stopped_in_step(monkeypatch, step: int) -> None:
     """Send SIGTERM to this process in a step of the next run; each step has two micro-batches."""
     from atomtune.train import trainer
@@ -428,6 +510,37 @@ def test_a_stop_keeps_its_checkpoint_beside_the_best_with_a_limit_of_one(worst, 
     same_run(out, whole)
 
 
+def test_a_stop_does_not_load_the_best_checkpoint(worst, tmp_path, monkeypatch, capsys):
+    # Once a damaged one made a stop a failure, though the run's own checkpoint was complete.
+    from atomtune.train import trainer
+
+    (command, _), out, real = worst, tmp_path / "out", trainer.LoraTrainer._finalize_training
+
+    def torn(self, *args):
+        (out / "checkpoint-1" / "adapter_model.safetensors").write_bytes(b"torn")
+        return real(self, *args)
+
+    monkeypatch.setattr(trainer.LoraTrainer, "_finalize_training", torn)
+    stopped_in_step(monkeypatch, 3)
+    assert main([*command, "--output_dir", str(out)]) == 75
+    assert "stopped after step 3 with a checkpoint" in capsys.readouterr().err
+
+
+def test_only_a_step_with_a_checkpoint_is_kept_as_the_best(worst, tmp_path, monkeypatch):
+    # Once an evaluation between two checkpoints was reported as the one that is kept.
+    (command, _), whole, out = worst, tmp_path / "whole", tmp_path / "out"
+    command = [*command, "--save_steps", "2", "--save_total_limit", "9"]
+    assert main([*command, "--output_dir", str(whole)]) == 0
+    record = json.loads((whole / "run.json").read_text())
+    assert adapter_is_of(whole) == ["checkpoint-2"] and record["outcome"]["kept_step"] == 2
+    # A stop saves a step between two, which is not kept either.
+    with monkeypatch.context() as patch:
+        stopped_in_step(patch, 1)
+        assert main([*command, "--output_dir", str(out)]) == 75
+    assert main([*command, "--output_dir", str(out), "--resume"]) == 0
+    same_run(out, whole)
+
+
 def test_fewer_steps_than_the_checkpoint_has_end_the_run_without_mentioning_patience(worst, tmp_path, capsys):
     (command, whole), out = worst, tmp_path / "out"
     killed_after(4, whole, out)
@@ -450,37 +563,6 @@ def test_the_end_by_patience_is_reported_with_the_present_length(worst, tmp_path
     assert f"Done: {steps} steps, all done before. Ended before step 9: --early_stopping_patience 1." in (
         " ".join(capsys.readouterr().out.split())
     )
-
-
-@pytest.mark.parametrize("fault", ["moved", "damaged", pytest.param("gone", marks=pytest.mark.slow)])
-def test_the_best_checkpoint_is_found_after_a_move_or_reported_as_missing(models, dialogues, tmp_path, capsys, fault):
-    # As after a kill between the last checkpoint and the save of the adapter.
-    flags = ["--eval_size", "8", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
-    # With greater_is_better the worst loss counts as the best, so that it is not the last one.
-    flags += ["--load_best_model_at_end", "--metric_for_best_model", "eval_loss", "--greater_is_better", "true"]
-    flags += ["--save_total_limit", "9"]
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    command = [*arguments(models("llama"), dialogues, whole, *flags), "--max_steps", "6"]
-    assert main(command) == 0
-    best = Path(json.loads((whole / "checkpoint-6" / "trainer_state.json").read_text())["best_model_checkpoint"])
-    assert best.name != "checkpoint-6", "else the last weights are the best and nothing is seen"
-    expected = (whole / "adapter_model.safetensors").read_bytes()
-    (whole / "adapter_model.safetensors").unlink()
-    (whole / "run.json").write_text(json.dumps({"status": "running"}))
-    whole.rename(out)
-    if fault == "damaged":
-        (out / best.name / "adapter_model.safetensors").write_bytes(b"torn")
-    if fault == "gone":
-        shutil.rmtree(out / best.name)
-    capsys.readouterr()
-    code = main([str(out) if word == str(whole) else word for word in command] + ["--resume"])
-    if fault == "moved":
-        assert code == 0
-        assert (out / "adapter_model.safetensors").read_bytes() == expected
-    else:
-        assert code == 3
-        assert "The best checkpoint" in capsys.readouterr().err
-        assert not (out / "adapter_model.safetensors").exists()
 
 
 def test_changed_library_versions_are_reported(whole, tmp_path, capsys, monkeypatch):

@@ -141,16 +141,15 @@ def _save_adapter(run: RunContext, trainer: LoraTrainer) -> None:
             publish(staging, folder, last=WEIGHTS)
 
 
-def _keeps_best(trainer: LoraTrainer) -> bool:
-    return bool(trainer.args.load_best_model_at_end and trainer.state.best_global_step)
-
-
 def _outcome_of(trainer: LoraTrainer) -> Outcome:
     state = trainer.state
-    kept_step = state.best_global_step if _keeps_best(trainer) else state.global_step
-    epochs = float(state.epoch or 0)
-    in_steps = trainer.args.max_steps > 0
-    return outcome(state.log_history, steps=state.global_step, epochs=epochs, kept_step=kept_step, in_steps=in_steps)
+    return outcome(
+        state.log_history,
+        steps=state.global_step,
+        epochs=float(state.epoch or 0),
+        kept_step=trainer.kept_step,
+        in_steps=trainer.args.max_steps > 0,
+    )
 
 
 def _say(run: RunContext, trainer: LoraTrainer, result: Outcome) -> None:
