@@ -170,6 +170,7 @@ PRIVATE = {
     "model/step_graphs.py": {"module._parameters"},
     "train/arguments.py": {"args._n_gpu"},
     "train/checkpoint/saving_trainer.py": {
+        "Trainer._finalize_training",
         "Trainer._load_best_model",
         "Trainer._load_from_checkpoint",
         "Trainer._load_optimizer_and_scheduler",
@@ -184,6 +185,7 @@ PRIVATE = {
         "Trainer._determine_best_metric",
         "Trainer._evaluate",
         "Trainer._get_train_sampler",
+        "Trainer._load_best_model",
     },
 }
 

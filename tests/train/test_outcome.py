@@ -74,7 +74,7 @@ def test_the_best_step_and_the_one_that_is_kept_are_named():
     text = " ".join(kept.sentences())
     assert "3.000 before training → 1.000 at step 20" in text and "1.500 at the end" in text
     assert "at step 20, the best, which is kept" in text
-    assert "of the last step, 40, not of the best one" in " ".join(told([3.0, 1.5, 1.0, 1.2, 1.5], FALLING).sentences())
+    assert "of step 40 of 40, not of the best one" in " ".join(told([3.0, 1.5, 1.0, 1.2, 1.5], FALLING).sentences())
 
 
 @pytest.mark.parametrize(

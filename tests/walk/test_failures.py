@@ -224,6 +224,20 @@ def test_a_save_that_fails_leaves_nothing_and_the_next_is_tried(models, dialogue
     assert any("checkpoint-6 could not be written" in notice for notice in status(out)["notices"])
 
 
+def test_the_earlier_best_is_kept_if_the_best_step_cannot_be_saved(models, dialogues, tmp_path, monkeypatch):
+    # Once the run ended with an error, because its best checkpoint did not exist, and the earlier one was removed.
+    losses = {0: 9.0, 2: 5.0, 4: 1.0, 6: 8.0, 8: 7.0}
+    monkeypatch.setattr(trainer.LoraTrainer, "_evaluation_sums", lambda self, _: (losses[self.state.global_step], 1))
+    failing_disk(monkeypatch, lambda save: save == 2)
+    out = tmp_path / "out"
+    flags = ["--max_steps", "8", "--save_steps", "2", "--eval_size", "8", "--save_total_limit", "1"]
+    assert main(command(models("llama"), dialogues, out, *flags)) == 0
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-8"}
+    assert (status(out)["outcome"]["kept_step"], status(out)["eval_loss"]) == (2, 5.0)
+    best = out / "checkpoint-2" / "adapter_model.safetensors"
+    assert (out / "adapter_model.safetensors").read_bytes() == best.read_bytes()
+
+
 def test_a_disk_that_stays_full_ends_the_run(models, dialogues, tmp_path, monkeypatch, capsys):
     saves = failing_disk(monkeypatch, lambda save: save > 1)
     out = tmp_path / "out"

@@ -35,14 +35,9 @@ def everything_in(folder: Path) -> dict[str, bytes]:
 
 
 NAMES = [
-    *(
-        ".saving-adapter",
-        ".saving-checkpoint-2",
-        ".saving-checkpoint-4",
-        ".replaced-checkpoint-4",
-        ".removing-checkpoint-2",
-    ),
-    *("checkpoint-2", "run.json", "loss.png", "adapter_model.safetensors", "tokenizer.json", ".lock"),
+    *(".saving-adapter", ".saving-checkpoint-2", ".saving-checkpoint-4", ".replaced-checkpoint-4"),
+    *(".removing-checkpoint-2", "checkpoint-2", "run.json", "loss.png", "adapter_model.safetensors", "tokenizer.json"),
+    ".lock",
 ]
 
 

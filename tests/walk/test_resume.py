@@ -357,35 +357,212 @@ def test_the_resume_command_suggested_by_a_stopped_run_works(whole, tmp_path, ca
     assert (out / "adapter_model.safetensors").read_bytes() == (undisturbed / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("fault", ["moved", "damaged", pytest.param("gone", marks=pytest.mark.slow)])
-def test_the_best_checkpoint_is_found_after_a_move_or_reported_as_missing(models, dialogues, tmp_path, capsys, fault):
-    # As after a kill between the last checkpoint and the save of the adapter.
-    flags = ["--eval_size", "8", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
-    # With greater_is_better the worst loss counts as the best, so that it is not the last one.
-    flags += ["--load_best_model_at_end", "--metric_for_best_model", "eval_loss", "--greater_is_better", "true"]
-    flags += ["--save_total_limit", "9"]
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    command = [*arguments(models("llama"), dialogues, whole, *flags), "--max_steps", "6"]
-    assert main(command) == 0
-    best = Path(json.loads((whole / "checkpoint-6" / "trainer_state.json").read_text())["best_model_checkpoint"])
-    assert best.name != "checkpoint-6", "else the last weights are the best and nothing is seen"
-    expected = (whole / "adapter_model.safetensors").read_bytes()
-    (whole / "adapter_model.safetensors").unlink()
-    (whole / "run.json").write_text(json.dumps({"status": "running"}))
-    whole.rename(out)
+#: A checkpoint and an evaluation at every step. With greater_is_better the worst loss counts as the best, so that the
+#: first step is the best one and the last is not.
+WORST = [
+    *("--eval_size", "8", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"),
+    *("--load_best_model_at_end", "true", "--metric_for_best_model", "eval_loss", "--greater_is_better", "true"),
+]
+
+
+@pytest.fixture(scope="module")
+def worst(models, tmp_path_factory) -> tuple[list[str], Path]:
+    """The command without an output folder, and the folder, of a finished run whose best checkpoint is its first.
+
+    The folder was moved afterwards, so the paths that the run has recorded lead nowhere.
+    """
+    from tests.conftest import numbered_dialogues, write_jsonl
+
+    folder = tmp_path_factory.mktemp("worst")
+    data = write_jsonl(folder / "dialogues.jsonl", numbered_dialogues())
+    command = [*arguments(models("llama"), data, folder / "out", *WORST), "--max_steps", "6"]
+    assert main([*command, "--save_total_limit", "9"]) == 0
+    state = json.loads((folder / "out" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(folder / "out" / "checkpoint-1")
+    at = command.index("--output_dir")
+    return [*command[:at], *command[at + 2 :]], (folder / "out").rename(folder / "moved")
+
+
+def killed_after(step: int, whole: Path, out: Path) -> None:
+    """A copy of a run's folder as a kill after this step leaves it."""
+    shutil.copytree(whole, out)
+    for later in out.glob("checkpoint-*"):
+        if int(later.name[11:]) > step:
+            shutil.rmtree(later)
+    (out / "adapter_model.safetensors").unlink()
+    (out / "run.json").write_text(json.dumps({"status": "running"}))
+
+
+def adapter_is_of(out: Path) -> list[str]:
+    """The checkpoints whose adapter the run has saved."""
+    adapter = (out / "adapter_model.safetensors").read_bytes()
+    return [
+        path.name for path in out.glob("checkpoint-*") if (path / "adapter_model.safetensors").read_bytes() == adapter
+    ]
+
+
+@pytest.mark.parametrize("step", [4, 6], ids=["steps left", "no step left"])
+@pytest.mark.parametrize("fault", ["damaged", "gone"])
+def test_a_resume_without_its_best_checkpoint_is_refused_before_it_trains(worst, tmp_path, capsys, fault, step):
+    # Once the last step's adapter was saved, and called the best.
+    (command, whole), out = worst, tmp_path / "out"
+    killed_after(step, whole, out)
     if fault == "damaged":
-        (out / best.name / "adapter_model.safetensors").write_bytes(b"torn")
-    if fault == "gone":
-        shutil.rmtree(out / best.name)
-    capsys.readouterr()
-    code = main([str(out) if word == str(whole) else word for word in command] + ["--resume"])
-    if fault == "moved":
-        assert code == 0
-        assert (out / "adapter_model.safetensors").read_bytes() == expected
+        (out / "checkpoint-1" / "adapter_model.safetensors").write_bytes(b"torn")
     else:
-        assert code == 3
-        assert "The best checkpoint" in capsys.readouterr().err
-        assert not (out / "adapter_model.safetensors").exists()
+        shutil.rmtree(out / "checkpoint-1")
+    resume = [*command, "--output_dir", str(out), "--resume"]
+    assert main(resume) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"The best checkpoint so far, {out / 'checkpoint-1'}, cannot be used" in said
+    assert "--resume_anyway" in said and "--load_best_model_at_end false" in said
+    assert json.loads((out / "run.json").read_text()) == {"status": "running"}
+    assert not (out / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"), [(["--resume_anyway"], 5), (["--load_best_model_at_end", "false"], 6)], ids=["anyway", "last"]
+)
+def test_a_run_that_goes_on_without_its_best_checkpoint_reports_what_it_keeps(worst, tmp_path, capsys, flags, kept):
+    (command, whole), out = worst, tmp_path / "out"
+    killed_after(4, whole, out)
+    shutil.rmtree(out / "checkpoint-1")
+    assert main([*command, "--output_dir", str(out), "--resume", *flags]) == 0
+    assert adapter_is_of(out) == [f"checkpoint-{kept}"]
+    record = json.loads((out / "run.json").read_text())
+    losses = {entry["step"]: entry["loss"] for entry in record["eval_history"]}
+    assert record["outcome"]["kept_step"] == kept and record["eval_loss"] == losses[kept]
+    assert any("Only the evaluations still to come" in notice for notice in record["notices"]) == (kept == 5)
+
+
+def test_a_run_without_its_best_checkpoint_and_without_steps_left_keeps_the_last(worst, tmp_path):
+    (command, whole), out = worst, tmp_path / "out"
+    killed_after(6, whole, out)
+    shutil.rmtree(out / "checkpoint-1")
+    assert main([*command, "--output_dir", str(out), "--resume", "--resume_anyway"]) == 0
+    assert adapter_is_of(out) == ["checkpoint-6"]
+    assert json.loads((out / "run.json").read_text())["outcome"]["kept_step"] == 6
+
+
+@pytest.mark.parametrize("way", ["no step left", "steps left", "another folder"])
+def test_the_best_checkpoint_is_found_after_a_move(worst, tmp_path, way):
+    (command, whole), moved, out = worst, tmp_path / "moved", tmp_path / "out"
+    killed_after(6 if way == "no step left" else 4, whole, moved)
+    flags = ["--output_dir", str(out), "--resume_from_checkpoint", str(moved / "checkpoint-4")]
+    if way != "another folder":
+        out, flags = moved, ["--output_dir", str(moved), "--resume"]
+    assert main([*command, *flags, "--save_total_limit", "1"]) == 0
+    assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+    assert json.loads((out / "run.json").read_text())["outcome"]["kept_step"] == 1
+    assert (moved / "checkpoint-1").is_dir()
+
+
+def test_a_best_checkpoint_that_is_damaged_during_the_run_fails_it(worst, tmp_path, monkeypatch, capsys):
+    from atomtune.train import trainer
+
+    (command, _), out, real = worst, tmp_path / "out", trainer.LoraTrainer._finalize_training
+
+    def torn(self, *args):
+        (out / "checkpoint-1" / "adapter_model.safetensors").write_bytes(b"torn")
+        return real(self, *args)
+
+    monkeypatch.setattr(trainer.LoraTrainer, "_finalize_training", torn)
+    assert main([*command, "--output_dir", str(out)]) == 3
+    assert f"The best checkpoint, {out / 'checkpoint-1'}, cannot be used" in capsys.readouterr().err
+    assert not (out / "adapter_model.safetensors").exists()
+    monkeypatch.undo()
+    assert main([*command, "--output_dir", str(out), "--resume", "--load_best_model_at_end", "false"]) == 0
+    assert adapter_is_of(out) == ["checkpoint-6"]
+
+
+def stopped_in_step(monkeypatch, step: int) -> None:
+    """Send SIGTERM to this process in a step of the next run; each step has two micro-batches."""
+    from atomtune.train import trainer
+
+    real, calls = trainer.target_nats, []
+
+    def target_nats(model, *args, **kwargs):
+        calls.append(model.training)
+        if sum(calls) == 2 * step and model.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(model, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "target_nats", target_nats)
+
+
+def test_a_stop_keeps_its_checkpoint_beside_the_best_with_a_limit_of_one(worst, tmp_path, monkeypatch, capsys):
+    # The Trainer removes every checkpoint but the best at the end of training, and a stop is one too.
+    (command, whole), out = worst, tmp_path / "out"
+    foreign = out / "checkpoint-3.other-1"
+    foreign.mkdir(parents=True)
+    one = [*command, "--output_dir", str(out), "--save_total_limit", "1"]
+    with monkeypatch.context() as patch:
+        stopped_in_step(patch, 3)
+        assert main(one) == 75
+    assert "stopped after step 3 with a checkpoint" in capsys.readouterr().err
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3", foreign.name}
+    assert main([*one, "--resume"]) == 0
+    assert "at step 3" in " ".join(capsys.readouterr().out.split())
+    assert {path.name for path in out.glob("checkpoint-*")} == {
+        *("checkpoint-1", "checkpoint-3", "checkpoint-6"),  # the best, the one resumed from, the last
+        foreign.name,
+    }
+    same_run(out, whole)
+
+
+def test_a_stop_does_not_load_the_best_checkpoint(worst, tmp_path, monkeypatch, capsys):
+    # Once a damaged one made a stop a failure, though the run's own checkpoint was complete.
+    from atomtune.train import trainer
+
+    (command, _), out, real = worst, tmp_path / "out", trainer.LoraTrainer._finalize_training
+
+    def torn(self, *args):
+        (out / "checkpoint-1" / "adapter_model.safetensors").write_bytes(b"torn")
+        return real(self, *args)
+
+    monkeypatch.setattr(trainer.LoraTrainer, "_finalize_training", torn)
+    stopped_in_step(monkeypatch, 3)
+    assert main([*command, "--output_dir", str(out)]) == 75
+    assert "stopped after step 3 with a checkpoint" in capsys.readouterr().err
+
+
+def test_only_a_step_with_a_checkpoint_is_kept_as_the_best(worst, tmp_path, monkeypatch):
+    # Once an evaluation between two checkpoints was reported as the one that is kept.
+    (command, _), whole, out = worst, tmp_path / "whole", tmp_path / "out"
+    command = [*command, "--save_steps", "2", "--save_total_limit", "9"]
+    assert main([*command, "--output_dir", str(whole)]) == 0
+    record = json.loads((whole / "run.json").read_text())
+    assert adapter_is_of(whole) == ["checkpoint-2"] and record["outcome"]["kept_step"] == 2
+    # A stop saves a step between two, which is not kept either.
+    with monkeypatch.context() as patch:
+        stopped_in_step(patch, 1)
+        assert main([*command, "--output_dir", str(out)]) == 75
+    assert main([*command, "--output_dir", str(out), "--resume"]) == 0
+    same_run(out, whole)
+
+
+def test_fewer_steps_than_the_checkpoint_has_end_the_run_without_mentioning_patience(worst, tmp_path, capsys):
+    (command, whole), out = worst, tmp_path / "out"
+    killed_after(4, whole, out)
+    assert main([*command, "--max_steps", "3", "--output_dir", str(out), "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "Done: 4 steps, all done before." in said
+    assert "Ended before" not in said
+
+
+def test_the_end_by_patience_is_reported_with_the_present_length(worst, tmp_path, capsys):
+    (command, _), out = worst, tmp_path / "out"
+    early = [*command, "--output_dir", str(out), "--learning_rate", "1e-12", "--early_stopping_patience", "1"]
+    assert main(early) == 0
+    steps = json.loads((out / "run.json").read_text())["steps"]
+    assert steps < 6
+    (out / "adapter_model.safetensors").unlink()
+    (out / "run.json").write_text(json.dumps({"status": "running"}))
+    capsys.readouterr()
+    assert main([*early, "--max_steps", "9", "--resume"]) == 0
+    assert f"Done: {steps} steps, all done before. Ended before step 9: --early_stopping_patience 1." in (
+        " ".join(capsys.readouterr().out.split())
+    )
 
 
 def test_changed_library_versions_are_reported(whole, tmp_path, capsys, monkeypatch):

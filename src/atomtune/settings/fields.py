@@ -402,8 +402,8 @@ class TrainerSettings:
     )
     load_best_model_at_end: bool | None = setting(
         None,
-        "end with the adapter of the best evaluation, not of the last step; default: auto, if a checkpoint is saved "
-        "with each evaluation",
+        "end with the adapter of the checkpoint with the best evaluation, not of the last step; default: auto, if each "
+        "checkpoint is evaluated",
         rare=True,
     )
     save_total_limit: int | None = setting(
@@ -495,7 +495,9 @@ class RunSettings:
         rare=True,
     )
     resume_anyway: bool = setting(
-        False, "resume even though data or settings have changed since the run began", rare=True
+        False,
+        "resume even though data or settings have changed since the run began, or its best checkpoint is gone",
+        rare=True,
     )
     early_stopping_patience: int = setting(
         0,

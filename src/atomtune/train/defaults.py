@@ -297,7 +297,7 @@ def _checkpoints(derived: Derived, settings: TrainSettings, size: Size, length: 
 
 
 def _best(derived: Derived, settings: TrainSettings, size: Size) -> None:
-    """Keep the best checkpoint as the result, if one is saved with each evaluation and the weights are not sharded."""
+    """Keep the best checkpoint as the result, if each one is evaluated and the weights are not sharded."""
     if not _is_auto(settings, "load_best_model_at_end"):
         return
     values = {**settings.trainer, **derived.values}

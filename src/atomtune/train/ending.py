@@ -163,16 +163,15 @@ def _save_adapter(run: RunContext, trainer: LoraTrainer) -> None:
             publish(staging, folder, last=WEIGHTS)
 
 
-def _keeps_best(trainer: LoraTrainer) -> bool:
-    return bool(trainer.args.load_best_model_at_end and trainer.state.best_global_step)
-
-
 def _outcome_of(trainer: LoraTrainer) -> Outcome:
     state = trainer.state
-    kept_step = state.best_global_step if _keeps_best(trainer) else state.global_step
-    epochs = float(state.epoch or 0)
-    in_steps = trainer.args.max_steps > 0
-    return outcome(state.log_history, steps=state.global_step, epochs=epochs, kept_step=kept_step, in_steps=in_steps)
+    return outcome(
+        state.log_history,
+        steps=state.global_step,
+        epochs=float(state.epoch or 0),
+        kept_step=trainer.kept_step,
+        in_steps=trainer.args.max_steps > 0,
+    )
 
 
 def _say(run: RunContext, trainer: LoraTrainer, result: Outcome) -> None:
@@ -182,8 +181,8 @@ def _say(run: RunContext, trainer: LoraTrainer, result: Outcome) -> None:
     if steps > trainer.first_step:
         pace = f" in {work.elapsed():.0f} s, {work.examples / max(work.elapsed(), 1e-9):.1f} examples/s"
     done = f"Done: {steps:,} steps{pace}."
-    if steps < trainer.state.max_steps:
-        patience = run.settings.run.early_stopping_patience
+    patience = run.settings.run.early_stopping_patience
+    if patience and steps < trainer.state.max_steps:
         done += f" Ended before step {trainer.state.max_steps:,}: --early_stopping_patience {patience}."
     run.console.say(f"\n{done}")
     run.console.say("\n".join(result.sentences()), style="bold")

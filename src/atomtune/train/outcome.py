@@ -73,7 +73,7 @@ class Outcome:
                 f"Held-out loss {begins}{self.best:.3f} at step {self.best_step:,}, the best, which is kept{at_end}."
             ]
         text = f"Held-out loss {begins}{self.best:.3f} at step {self.best_step:,}, the best{at_end}."
-        return [text, f"The adapter is that of the last step, {self.kept_step:,}, not of the best one."]
+        return [text, f"The adapter is that of step {self.kept_step:,} of {self.steps:,}, not of the best one."]
 
     def _advice(self) -> list[str]:
         match self.verdict:

@@ -40,6 +40,7 @@ from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.arguments import lengths, lengths_set, trainer_arguments
 from atomtune.train.callbacks import BeforeFirstStep, Stop
 from atomtune.train.checkpoint.atomic import clear_staging, read_manifest
+from atomtune.train.checkpoint.best import best_to_keep
 from atomtune.train.checkpoint.start import Finished, Resumed, Start, find_start
 from atomtune.train.dataset import Data, read_data
 from atomtune.train.defaults import began_with, with_defaults, with_sequence_limit
@@ -174,6 +175,7 @@ class _Prepared:
 
     run       with the settings that follow from the records
     identity  values that a resumed run must share with the original one
+    best      the best checkpoint so far of a resumed run
     """
 
     run: RunContext
@@ -181,6 +183,7 @@ class _Prepared:
     template: Template
     data: Data
     identity: dict[str, Any]
+    best: Path | None
 
 
 def _run(run: RunContext, began: float) -> None:
@@ -218,10 +221,14 @@ def _prepare(run: RunContext) -> _Prepared:
         _refuse_tokens_without_row(run, tokenizer, data)
     run_identity = identity(run, template, data)
     refuse_another_run(run, run_identity)
+    best = None
+    if run.resumed:
+        anyway = run.settings.run.resume_anyway
+        best = best_to_keep(run.resumed.checkpoint, run.args, anyway=anyway, notice=run.console.notice)
     _say_changed_length(run)
     if run.settings.run.verify:
         check_equal(run, data, pad_id=pad_id_of(tokenizer))
-    return _Prepared(run, tokenizer, template, data, run_identity)
+    return _Prepared(run, tokenizer, template, data, run_identity, best)
 
 
 def _load_trainer(prepared: _Prepared, began: float) -> LoraTrainer:
@@ -317,6 +324,7 @@ def _trainer(
             skip_nonfinite=run.settings.run.skip_nonfinite,
             patience=run.settings.run.early_stopping_patience,
             resumed_from=run.resumed.checkpoint if run.resumed else None,
+            best=prepared.best,
             card=partial(model_card, run.record.values, metadata),
             notice=run.console.notice,
             model=model,
@@ -431,7 +439,8 @@ def _fit(run: RunContext, trainer: LoraTrainer, data: Data, picture: LossPicture
 def _train_steps(run: RunContext, trainer: LoraTrainer) -> None:
     if run.resumed is None:
         trainer.train()
-    elif trainer.all_steps_made(run.resumed.checkpoint):
+    elif trainer.no_step_is_left(run.resumed.checkpoint):
+        trainer.finish_at(run.resumed.checkpoint)
         run.console.say("Nothing is left to train: all steps are done. The adapter that the run keeps is saved.")
     else:
         trainer.train(resume_from_checkpoint=str(run.resumed.checkpoint))
@@ -453,9 +462,8 @@ def _step_shape(run: RunContext, data: Data) -> StepShape:
 
 
 def _raise_if_stopped(run: RunContext, trainer: LoraTrainer) -> None:
-    state = trainer.state
-    unfinished = state.global_step < state.max_steps or trainer.work.owes_evaluation
-    if trainer.stop.reason is not None and unfinished:
+    if trainer.is_stopped_early:
+        state = trainer.state
         raise Stopped(
             f"{trainer.stop.reason}; stopped after step {state.global_step:,} with a checkpoint.\n{how_to_resume(run)}"
         )

@@ -18,6 +18,7 @@ from accelerate.utils import send_to_device
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import SaveStrategy
 
 from atomtune.errors import RunFailed, listing
 from atomtune.model.few_walks import learned_weights
@@ -38,6 +39,7 @@ from atomtune.train.dataloader import with_signal_masked_workers
 from atomtune.train.non_finite import SkipNonFinite
 from atomtune.train.random_state import random_state_kept
 from atomtune.train.ranks import of_all_ranks, on_any_rank
+from atomtune.train.run_length import run_length
 
 
 class LoraTrainer(SavingTrainer):
@@ -135,8 +137,8 @@ class LoraTrainer(SavingTrainer):
         """Judge the last step before a checkpoint is written."""
         self.non_finite.judge(self.args)
 
-    def all_steps_made(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is of the run's last step. If so, its state is loaded, and owed work is done.
+    def no_step_is_left(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is of the run's last step; an evaluation that it owes may be made to find that out.
 
         The Trainer itself would make one more step from such a checkpoint (seen in 5.23, with max_steps).
         """
@@ -145,15 +147,18 @@ class LoraTrainer(SavingTrainer):
             steps_are_made = state.global_step >= self.args.max_steps
         else:  # at the end of an epoch it is exactly an integer
             steps_are_made = (state.epoch or 0) >= self.args.num_train_epochs
-        ends_early = self.early_stopping.is_due(state.log_history) or self._owed_evaluation_ends(state)
-        if not steps_are_made and not ends_early:
-            return False
-        self.state, self.first_step = state, state.global_step
-        self.work.on_train_begin(self.args, state, self.control)
-        self.make_owed_evaluation()
+        return steps_are_made or self.early_stopping.is_due(state.log_history) or self._owed_evaluation_ends(state)
+
+    def finish_at(self, checkpoint: Path) -> None:
+        """Do all that a run does besides its steps: take the checkpoint's state, evaluate if owed, load the best."""
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        self.state.max_steps = self.args.max_steps  # the present length, which may be another than the checkpoint's
+        if self.args.max_steps <= 0:
+            self.state.max_steps = run_length(len(self.train_dataset), self.args).steps
+        self.work.on_train_begin(self.args, self.state, self.control)
+        self.begin()
         self.take_the_best()
-        self.work.on_train_end(self.args, state, self.control)
-        return True
+        self.work.on_train_end(self.args, self.state, self.control)
 
     def _owed_evaluation_ends(self, state: TrainerState) -> bool:
         """Whether a checkpoint owes an evaluation that ends the run early.
@@ -270,8 +275,35 @@ class LoraTrainer(SavingTrainer):
 
     # Private: the Trainer calls it after every evaluation, even one without a result.
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As in the Trainer. An interrupted evaluation is saved as owed, not as the best."""
-        return super()._determine_best_metric(metrics, trial) if metrics else self.work.owes_evaluation
+        """As in the Trainer, but only a step with a checkpoint can be the best.
+
+        An interrupted evaluation is saved as owed, not as the best.
+        """
+        if not metrics:
+            return self.work.owes_evaluation
+        return self._is_saved_by_schedule and super()._determine_best_metric(metrics, trial)
+
+    @property
+    def _is_saved_by_schedule(self) -> bool:
+        """Whether the settings ask for a checkpoint of this step. A stop saves other steps, which must not matter."""
+        state, strategy = self.state, self.args.save_strategy
+        if strategy == SaveStrategy.STEPS:
+            return state.global_step % state.save_steps == 0 or state.global_step >= state.max_steps
+        if strategy == SaveStrategy.EPOCH:
+            return state.epoch == round(state.epoch) or state.global_step >= state.max_steps
+        return True
+
+    @property
+    def is_stopped_early(self) -> bool:
+        """Whether the run was told to stop while work was left, which a resumed run does."""
+        is_unfinished = self.state.global_step < self.state.max_steps or self.work.owes_evaluation
+        return self.stop.reason is not None and is_unfinished
+
+    # Private: the Trainer would load the best checkpoint even if the run is to be resumed from the last one.
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint's weights if the run is over. Raises RunFailed if it is damaged."""
+        if not self.is_stopped_early:
+            super()._load_best_model()
 
     # Private: the only way to use another sampler in the Trainer's own DataLoader.
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -283,12 +315,14 @@ class LoraTrainer(SavingTrainer):
         return sampler
 
     def begin(self) -> None:
-        """Before the first step, apply the intervals of the present settings, and make an evaluation that is owed."""
+        """Before the first step, apply the present settings' intervals, name the best, make an owed evaluation."""
         self.first_step = self.state.global_step
         self.state.compute_steps(self.args, self.state.max_steps)
         if self.state.global_step:
             self.args.eval_on_start = False  # it was made at the start of the original run
+        self.name_the_best()
         self.make_owed_evaluation()
+        self.note_best_saved()
 
     def make_owed_evaluation(self) -> None:
         """Make the evaluation that was due at the checkpoint's step but not made before it was saved."""
@@ -296,7 +330,8 @@ class LoraTrainer(SavingTrainer):
             self.work.owes_evaluation = False
             # Private: calls evaluate(), and then steps a schedule that needs the result.
             self._determine_best_metric(self._evaluate(None, None), None)
-            self.name_the_best()
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(self.resumed_from)
 
 
 class _ByLength(LengthGroupedSampler):

@@ -18,6 +18,7 @@ from atomtune.errors import BadModel, RunFailed, listing
 from atomtune.model.adapter import fill_again, refuse_not_finite, refuse_unlike
 from atomtune.model.adapter_folder import AdapterMetadata
 from atomtune.train.checkpoint.atomic import checkpoints, damage, rotate, seal, staged
+from atomtune.train.checkpoint.best import problems_of
 from atomtune.train.checkpoint.start import STATE, step_of
 from atomtune.train.checkpoint.state import WEIGHTS_ONLY, has_optimizer
 from atomtune.train.hub_upload import HubUpload
@@ -25,6 +26,8 @@ from atomtune.train.ranks import on_any_rank
 
 #: How many saves in a row may fail before the run ends.
 FAILED_SAVES = 3
+#: Attributes of the Trainer's state that say which checkpoint is the best.
+BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
 #: Keys of a parameter group that come from the run's settings and that no optimizer changes.
 GROUP_SETTINGS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
 #: The Trainer writes its arguments beside every adapter, as a pickle that nothing reads.
@@ -38,6 +41,7 @@ class SavingTrainer(Trainer):
     facts         content of each manifest besides its files: the run's identity and the versions
     card          makes the text of README.md from the Trainer's log
     resumed_from  the checkpoint that this run resumed from, which is never rotated away; None for a new run
+    best          the best checkpoint until then (best.py)
     """
 
     control: TrainerControl
@@ -49,6 +53,7 @@ class SavingTrainer(Trainer):
         metadata: AdapterMetadata,
         facts: Mapping[str, Any],
         resumed_from: Path | None,
+        best: Path | None,
         card: Callable[[Sequence[Mapping[str, Any]]], str],
         notice: Callable[[str], None],
         **kwargs: Any,
@@ -57,7 +62,9 @@ class SavingTrainer(Trainer):
         self.card = card
         # Not passed as the Trainer's processing_class, which would change the model's special ids to the tokenizer's.
         self.tokenizer_to_save, self.metadata, self.facts, self.notice = tokenizer, metadata, facts, notice
-        self.resumed_from, self.failed_saves = resumed_from, 0
+        self.resumed_from, self.best, self.failed_saves = resumed_from, best, 0
+        self._best_saved: dict[str, Any] = dict.fromkeys(BEST)
+        self._best_loaded: int | None = None
         self._folder_identity = identity_of(Path(self.args.output_dir))
         #: The names of the files that the last save_model wrote.
         self.adapter_files: list[str] = []
@@ -124,6 +131,7 @@ class SavingTrainer(Trainer):
                     self._give_up(failure)
                     return
         self.failed_saves = 0
+        self.note_best_saved()
         if self.args.should_save:
             protected = [path for path in (self.state.best_model_checkpoint, self.resumed_from) if path]
             rotate(final.parent, keep=self.args.save_total_limit, protected=protected, notice=self.notice)
@@ -135,7 +143,8 @@ class SavingTrainer(Trainer):
 
     def _fill_checkpoint(self, staging: Path, final: Path) -> None:
         self.store_flos()
-        self.name_the_best(final)
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)
         self.save_model(str(staging), _internal_call=True)
         if not self.args.save_only_model:
             # The Trainer's own methods for these files; it has no public ones.
@@ -155,11 +164,12 @@ class SavingTrainer(Trainer):
                 self.upload.send_checkpoint(final, self.adapter_files)
 
     def _give_up(self, error: BaseException | None) -> None:
-        """Continue training without this checkpoint.
+        """Continue training without this checkpoint, which then is not the best one either.
 
         Raises RunFailed after FAILED_SAVES failures or if the run is stopping.
         """
         self.failed_saves += 1
+        self._set_best(self._best_saved)
         newest_whole = next((path for path in checkpoints(Path(self.args.output_dir)) if not damage(path)), None)
         reason = disk_reason(error, Path(self.args.output_dir)) if error else "another rank failed"
         what = (
@@ -173,32 +183,54 @@ class SavingTrainer(Trainer):
             ) from error
         self.notice(f"{what} Training continues; the next save tries again.")
 
-    def name_the_best(self, final: Path | None = None) -> None:
-        """Set the path of the best checkpoint in this run's folder, which may have been moved since it was recorded."""
-        best = getattr(self.state, "best_global_step", None)
-        path = Path(self.args.output_dir) / f"checkpoint-{best}"
-        if best and (path == final or path.is_dir()):
-            self.state.best_model_checkpoint = str(path)
+    def name_the_best(self) -> None:
+        """Enter the best checkpoint in a resumed run's state; the Trainer has only looked where it was recorded."""
+        if self.best is not None:
+            self.state.best_model_checkpoint = str(self.best)
+        elif self.args.load_best_model_at_end:
+            self._set_best(dict.fromkeys(BEST))
+
+    def _set_best(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(self.state, name, value)
+
+    def note_best_saved(self) -> None:
+        """Note the best checkpoint once it is on the disk; it stays the best if a better one cannot be written."""
+        self._best_saved = {name: getattr(self.state, name) for name in BEST}
 
     def take_the_best(self) -> None:
         """Load the best checkpoint's weights in place of the last step's, if the settings say so."""
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
 
+    @property
+    def kept_step(self) -> int:
+        """The step whose weights the model has at the end: the best one if it was loaded, else the last."""
+        return self.state.global_step if self._best_loaded is None else self._best_loaded
+
     # Private: if a checkpoint is missing, the Trainer would only warn and keep the last step's weights.
     def _load_best_model(self) -> None:
         """Load the best checkpoint's weights. Raises RunFailed if it is damaged."""
         self.take_averaged_weights()  # called later, it would change the best weights
-        self.name_the_best()
         best = Path(self.state.best_model_checkpoint)
-        if problems := damage(best):
+        if problems := problems_of(best):
             raise RunFailed(
                 f"The best checkpoint, {best}, cannot be used: {listing(problems, 3)}.\n"
-                "Without --load_best_model_at_end the run ends with the last step's adapter (add --resume)."
+                "With --resume --load_best_model_at_end false the run ends with the last step's adapter."
             )
         super()._load_best_model()
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             fill_again(self.accelerator.unwrap_model(self.model), best)  # PEFT may leave out some tensors
+        self._best_loaded = self.state.best_global_step
+
+    # Private: with a limit of one, the Trainer would remove every checkpoint but the best, also that of a stop.
+    def _finalize_training(self, *args: Any) -> Any:
+        """As in the Trainer, but no checkpoint is removed: `rotate` has done that."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args)
+        finally:
+            self.args.save_total_limit = limit
 
     # Private: train.model has already loaded the adapter on every rank, checking every tensor.
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
