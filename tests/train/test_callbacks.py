@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from atomtune.train.callbacks import SAME_REQUEST_SECONDS, GradientCheck, LossSpikeWarning, Stop
+from atomtune.train.callbacks import SAME_REQUEST_SECONDS, GradientCheck, LossSpikeWarning, Stop, WorkCounter
 
 
 def state(step: int) -> SimpleNamespace:
@@ -31,6 +31,21 @@ def test_a_loss_spike_is_reported_with_its_step():
 @pytest.mark.parametrize("losses", [[9.0 - 0.3 * n for n in range(25)], [2.0, 2.6, 1.5, 2.4, 1.7] * 6, [2.0, 9.0]])
 def test_falling_and_noisy_losses_are_not_reported_as_spikes(losses):
     assert spikes_of(losses) == []
+
+
+def test_evaluations_do_not_count_as_seconds_of_training(monkeypatch):
+    # They would make examples_per_second smaller: 200 held-out records are evaluated eleven times in a default run.
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    work = WorkCounter()
+    work.on_evaluate(None, state(0), None, metrics={"eval_runtime": 7.0})  # before training
+    work.on_train_begin(None, SimpleNamespace(global_step=0, stateful_callbacks={}), None)
+    now = 130.0
+    work.on_evaluate(None, state(5), None, metrics={"eval_runtime": 10.0})
+    assert work.state()["attributes"]["seconds"] == 20.0  # in a checkpoint
+    now = 135.0
+    work.on_train_end(None, state(5), None)
+    assert work.elapsed() == 25.0
 
 
 def model() -> torch.nn.Module:

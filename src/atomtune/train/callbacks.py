@@ -62,6 +62,8 @@ class WorkCounter(TrainerCallback, ExportableState):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.owes_evaluation = False
+        if self._since:  # during training
+            self.seconds -= kwargs["metrics"].get("eval_runtime", 0.0)
 
     def state(self) -> dict[str, Any]:
         attributes = {name: getattr(self, name) for name in self.CARRIED}
@@ -69,6 +71,7 @@ class WorkCounter(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": attributes}
 
     def elapsed(self) -> float:
+        """Seconds of training, without evaluations, so that the examples of a second are those that were trained on."""
         return self.seconds + (time.perf_counter() - self._since if self._since else 0.0)
 
     def on_train_begin(
