@@ -265,7 +265,7 @@ def _recorded(work: Callable[[], Any]) -> Callable[[], Any]:
 def equality(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
     """Run the comparison of `atomtune verify` for each dtype and layout, and for trees also with spans."""
     from atomtune.console import Console
-    from atomtune.model import row_attention
+    from atomtune.model import liger, row_attention
     from atomtune.settings.fields import VerifySettings
     from atomtune.verify import Check
 
@@ -278,6 +278,7 @@ def equality(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
         :6
     ]  # plain PEFT computes one record at a time, at the host's pace
     chosen = row_attention.way_of
+    kernels = liger.Circumstances(wanted=None, device=device().type, is_installed=liger.is_installed())
     figures: Figures = {}
     runs = [("tree", ""), ("packed", ""), ("padded", ""), ("tree", "spans")]
     if job["shape"] in gpu_workloads.KINDS:
@@ -289,8 +290,8 @@ def equality(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
             if way and not has_gpu():
                 continue  # on a CPU the plan has blocks and no spans
             compared = Check(
-                examples=examples, model=settings, lora=settings, wanted=layout, device=device(), pad_id=0, per_batch=6,
-                console=Console(speaks=False),
+                examples=examples, model=settings, lora=settings, wanted=layout, kernels=kernels, device=device(),
+                pad_id=0, per_batch=6, console=Console(speaks=False),
             ).compare(dtype)  # fmt: skip
             name = f"{str(dtype).removeprefix('torch.')} {layout} {way}".strip()
             apart = {measure.name: [_short(measure.apart), _short(measure.allowed)] for measure in compared.measures}

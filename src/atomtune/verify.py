@@ -5,8 +5,8 @@ logits, PEFT's own layers, the library's attention. It runs twice, since two cor
 path's difference is judged by that noise (model/agreement.py). In 16 bits a record can be so sensitive that two plain
 runs agree by chance and are both far from the exact gradient. So what does not hold in 16 bits is computed in float32
 too, where rounding is small, and the distance of the fast path from that is judged by the distance of a plain run.
-Not compared are dropout, steps replayed as CUDA graphs (a run compares each recording, model/step_graphs.py), and
-Liger's kernels on sharded weights, where the Trainer applies them.
+Not compared are dropout, the Trainer's autocast (--fp16, --bf16), steps replayed as CUDA graphs (a run compares each
+recording, model/step_graphs.py), and Liger's kernels on sharded weights, where the Trainer applies them.
 """
 
 import math
