@@ -24,8 +24,9 @@ def together(*records: Record) -> list[list[int]]:
     return [rows for one in sorted(set(groups)) if len(rows := [i for i, g in enumerate(groups) if g == one]) > 1]
 
 
-def of_one_file(groups, count: int, *, seed: int) -> tuple[list[int], list[int]]:
-    learned, held, _ = held_out(groups, numpy.zeros(len(groups), dtype=numpy.int64), [count], seed=seed)
+def of_one_file(groups, count: int, *, seed: int, is_asked_for: bool = False) -> tuple[list[int], list[int]]:
+    files = numpy.zeros(len(groups), dtype=numpy.int64)
+    learned, held, _ = held_out(groups, files, [count], is_asked_for=is_asked_for, seed=seed)
     return learned, held
 
 
@@ -54,11 +55,15 @@ def test_dissimilar_rows_are_held_out_in_the_exact_count():
     assert of_one_file(groups, 100, seed=1) == (learned, held) != of_one_file(groups, 100, seed=2)
 
 
-def test_records_that_differ_are_not_all_held_out_beside_a_large_group_of_alike_ones():
+@pytest.mark.parametrize(
+    ("is_asked_for", "count", "held_out"),
+    [(False, 100, 10), (True, 100, 50), (True, 20, 20)],  # a tenth of the hundred that differ; half of them at most
+)
+def test_records_that_differ_are_not_all_held_out_beside_a_large_group_of_alike_ones(is_asked_for, count, held_out):
     # Catches a quota that is filled from the few other records, of which none would be left to learn.
     groups = numpy.array([0] * 900 + list(range(900, 1000)))
-    learned, held = of_one_file(groups, 100, seed=1)
-    assert len(held) == 10 and min(held) >= 900, "a tenth of the hundred that differ"
+    learned, held = of_one_file(groups, count, seed=1, is_asked_for=is_asked_for)
+    assert len(held) == held_out and min(held) >= 900
     assert set(range(900)) < set(learned)
 
 
@@ -70,7 +75,7 @@ def test_records_that_differ_are_not_all_held_out_beside_a_large_group_of_alike_
 )
 def test_each_file_keeps_its_quota_and_one_with_quota_0_is_learned_whole(rows, quotas, seed):
     groups, files = numpy.array([group for group, _ in rows]), numpy.array([file for _, file in rows])
-    learned, held, wanted = held_out(groups, files, [*quotas, 0], seed=seed)
+    learned, held, wanted = held_out(groups, files, [*quotas, 0], is_asked_for=False, seed=seed)
     assert sorted([*learned, *held]) == list(range(len(rows)))
     assert not set(groups[learned].tolist()) & set(groups[held].tolist())
     assert not (files[held] == 2).any()

@@ -5,7 +5,7 @@ A split that puts equal questions, or a record and its near-duplicate, on both s
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy
@@ -27,11 +27,12 @@ class Split(NamedTuple):
     wanted: int
 
 
-def held_out(groups: Numbers, files: Numbers, quotas: Sequence[int], *, seed: int) -> Split:
+def held_out(groups: Numbers, files: Numbers, quotas: Sequence[int], *, is_asked_for: bool, seed: int) -> Split:
     """Hold out whole groups, in random order, up to each file's quota. A group that no longer fits is skipped.
 
     A group that exceeds a quota by itself is learned whole. A quota therefore shrinks by the share of the file's rows
-    that are in such groups; otherwise all other rows might be held out, and the run would learn none of them.
+    that are in such groups; otherwise all other rows might be held out, and the run would learn none of them. A quota
+    that the user has asked for shrinks only to half of those other rows.
     If no group fits at all, the smallest one is held out.
 
     groups  [N]  the group of each row
@@ -42,7 +43,14 @@ def held_out(groups: Numbers, files: Numbers, quotas: Sequence[int], *, seed: in
     counted = [(rows, Counter(file_of[row] for row in rows)) for rows in _members(groups)]
     random.Random(seed).shuffle(counted)
     fitting = [(rows, counts) for rows, counts in counted if all(quotas[file] >= counts[file] for file in counts)]
-    room = _fair(quotas, numpy.bincount(files, minlength=len(quotas)).tolist(), (counts for _, counts in fitting))
+    lengths = numpy.bincount(files, minlength=len(quotas)).tolist()
+    others: Counter[int] = Counter()  # file → its rows in groups that can be held out
+    for _, counts in fitting:
+        others.update(counts)
+    room = list(quotas)
+    for file, quota in enumerate(quotas):
+        if others[file] < lengths[file]:
+            room[file] = min(quota, others[file] // 2) if is_asked_for else quota * others[file] // lengths[file]
     wanted = sum(room) if fitting else sum(quotas)
     rows_held_out: list[int] = []
     for rows, counts in fitting:
@@ -56,17 +64,6 @@ def held_out(groups: Numbers, files: Numbers, quotas: Sequence[int], *, seed: in
     apart = set(rows_held_out)
     rows_to_learn = [row for row in range(len(groups)) if row not in apart]
     return Split(rows_to_learn, sorted(rows_held_out), wanted)
-
-
-def _fair(quotas: Sequence[int], lengths: Sequence[int], fitting: Iterable[Counter[int]]) -> list[int]:
-    """[F] The quotas, each times the share of the file's rows that are in groups that can be held out."""
-    apart: Counter[int] = Counter()
-    for counts in fitting:
-        apart.update(counts)
-    return [
-        quota * apart[file] // length if length else 0
-        for file, (quota, length) in enumerate(zip(quotas, lengths, strict=True))
-    ]
 
 
 def _members(groups: Numbers) -> list[list[int]]:

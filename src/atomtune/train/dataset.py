@@ -269,8 +269,8 @@ def _hold_out(run: RunContext, parts: list[EncodedData], *, size: float) -> tupl
     wanted = round(size * weighted) if size < 1 else int(size)
     groups = alike(_texts(run, run.settings.data.dataset_paths, [part.examples for part in parts]))
     seed = run.args.seed if run.args.data_seed is None else run.args.data_seed
-    split = held_out(groups, *_quotas(run, parts, wanted), seed=seed)
     by_itself = run.settings.data.eval_size is None
+    split = held_out(groups, *_quotas(run, parts, wanted), is_asked_for=not by_itself, seed=seed)
     too_few = split.wanted < FEWEST_HELD_OUT or len(split.held_out) > 2 * split.wanted or not split.held_out
     if by_itself and (too_few or not split.learned):
         run.console.notice(
