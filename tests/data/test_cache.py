@@ -14,8 +14,9 @@ import pytest
 from tokenizers import Regex, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizer
 
-from atomtune.data import cache, workers
-from atomtune.data.cache import Rules, as_examples, examples_of, fingerprint_of, records_of, tokenizer_text
+from atomtune.data import cache, cache_key, workers
+from atomtune.data.cache import Rules, as_examples, examples_of, fingerprint_of, records_of
+from atomtune.data.cache_key import tokenizer_text
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.encoding.encode import encode
@@ -245,8 +246,8 @@ def test_another_version_of_a_library_that_makes_tokens_changes_the_cache_key(
     asked(data, tmp_path / "cache")
     no_encoding()
     asked(data, tmp_path / "cache")
-    installed = cache.version
-    monkeypatch.setattr(cache, "version", lambda name: "0.0" if name == library else installed(name))
+    installed = cache_key.version
+    monkeypatch.setattr(cache_key, "version", lambda name: "0.0" if name == library else installed(name))
     with pytest.raises(EncodedAgainError):
         asked(data, tmp_path / "cache")
 

@@ -457,16 +457,22 @@ def test_the_best_checkpoint_is_found_after_a_move(worst, tmp_path, way):
     assert (moved / "checkpoint-1").is_dir()
 
 
-def test_a_best_checkpoint_that_is_damaged_during_the_run_fails_it(worst, tmp_path, monkeypatch, capsys):
+def damaged_after_training(monkeypatch, checkpoint: Path) -> None:
+    """Damage a checkpoint of the next run after its last step."""
     from atomtune.train import trainer
 
-    (command, _), out, real = worst, tmp_path / "out", trainer.LoraTrainer._finalize_training
+    real = trainer.LoraTrainer._finalize_training
 
     def torn(self, *args):
-        (out / "checkpoint-1" / "adapter_model.safetensors").write_bytes(b"torn")
+        (checkpoint / "adapter_model.safetensors").write_bytes(b"torn")
         return real(self, *args)
 
     monkeypatch.setattr(trainer.LoraTrainer, "_finalize_training", torn)
+
+
+def test_a_best_checkpoint_that_is_damaged_during_the_run_fails_it(worst, tmp_path, monkeypatch, capsys):
+    (command, _), out = worst, tmp_path / "out"
+    damaged_after_training(monkeypatch, out / "checkpoint-1")
     assert main([*command, "--output_dir", str(out)]) == 3
     assert f"The best checkpoint, {out / 'checkpoint-1'}, cannot be used" in capsys.readouterr().err
     assert not (out / "adapter_model.safetensors").exists()
@@ -512,15 +518,8 @@ def test_a_stop_keeps_its_checkpoint_beside_the_best_with_a_limit_of_one(worst, 
 
 def test_a_stop_does_not_load_the_best_checkpoint(worst, tmp_path, monkeypatch, capsys):
     # Once a damaged one made a stop a failure, though the run's own checkpoint was complete.
-    from atomtune.train import trainer
-
-    (command, _), out, real = worst, tmp_path / "out", trainer.LoraTrainer._finalize_training
-
-    def torn(self, *args):
-        (out / "checkpoint-1" / "adapter_model.safetensors").write_bytes(b"torn")
-        return real(self, *args)
-
-    monkeypatch.setattr(trainer.LoraTrainer, "_finalize_training", torn)
+    (command, _), out = worst, tmp_path / "out"
+    damaged_after_training(monkeypatch, out / "checkpoint-1")
     stopped_in_step(monkeypatch, 3)
     assert main([*command, "--output_dir", str(out)]) == 75
     assert "stopped after step 3 with a checkpoint" in capsys.readouterr().err

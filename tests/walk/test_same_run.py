@@ -213,19 +213,24 @@ def test_a_signal_before_the_first_step_reports_that_nothing_is_saved(models, di
     assert main(command(models("llama"), dialogues, out, "--max_steps", "2", "--resume")) == 0
 
 
-def test_a_second_signal_exits_at_once_and_names_the_last_checkpoint(models, dialogues, tmp_path, monkeypatch, capsys):
-    out, real, steps = tmp_path / "out", trainer_module.target_nats, []
+def stopped_twice(monkeypatch, *, seconds_apart: float) -> None:
+    """Send SIGTERM twice to this process in the third step of the next run."""
+    real, steps = trainer_module.target_nats, []
 
-    def twice(*args, **kwargs):
+    def target_nats(*args, **kwargs):
         steps.append(1)
         if len(steps) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(SAME_REQUEST_SECONDS + 0.1)
+            time.sleep(seconds_apart)
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(trainer_module, "target_nats", twice)
+    monkeypatch.setattr(trainer_module, "target_nats", target_nats)
+
+
+def test_a_second_signal_exits_at_once_and_names_the_last_checkpoint(models, dialogues, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    stopped_twice(monkeypatch, seconds_apart=SAME_REQUEST_SECONDS + 0.1)
     assert main(command(models("llama"), dialogues, out, "--max_steps", "9", "--layout", "padded")) == 75
     said = capsys.readouterr().err
     assert "stopped at once. The last complete checkpoint is" in said
@@ -235,17 +240,8 @@ def test_a_second_signal_exits_at_once_and_names_the_last_checkpoint(models, dia
 
 def test_a_signal_that_a_launcher_passes_on_again_is_one_request(models, dialogues, tmp_path, monkeypatch, capsys):
     # A cluster signals torchrun and its processes, and torchrun passes its signal on: each process gets it twice.
-    out, real, steps = tmp_path / "out", trainer_module.target_nats, []
-
-    def twice(*args, **kwargs):
-        steps.append(1)
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(trainer_module, "target_nats", twice)
+    out = tmp_path / "out"
+    stopped_twice(monkeypatch, seconds_apart=0.1)
     assert main(command(models("llama"), dialogues, out, "--max_steps", "9", "--layout", "padded")) == 75
     assert "SIGTERM received; stopped after step 3 with a checkpoint" in capsys.readouterr().err
     assert checkpoints(out)[0].name == "checkpoint-3"

@@ -6,9 +6,9 @@ All of them are arrays of a few bytes per record, and no texts are kept, so that
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -16,6 +16,9 @@ from atomtune.analysis.near_duplicates import Numbers, folded, near_groups
 from atomtune.analysis.shared_beginnings import beginnings_of, without_beginning
 from atomtune.analysis.unicode_scripts import SCRIPTS, letters_of
 from atomtune.data.records import Record
+
+if TYPE_CHECKING:
+    import datasets
 
 #: Shared beginnings are searched in this many records.
 _SAMPLED = 1000
@@ -148,6 +151,18 @@ def sampled_rows(lengths: Sequence[int]) -> list[list[int]]:
     drawn = sorted(random.Random(0).sample(range(total), min(_SAMPLED, total)))
     bounds = itertools.pairwise(itertools.accumulate(lengths, initial=0))
     return [[row - start for row in drawn if start <= row < end] for start, end in bounds]
+
+
+def texts_of_rows(
+    stored: Sequence["datasets.Dataset"], records_of: Callable[[Sequence["datasets.Dataset"]], Iterable[Record]]
+) -> Texts:
+    """The statistics of the stored rows of some sources, whose records are read again.
+
+    records_of  reads the records of some rows of each source
+    """
+    rows = sampled_rows([len(examples) for examples in stored])
+    sampled = [examples.select(own) for examples, own in zip(stored, rows, strict=True)]
+    return read_texts(records_of(stored), records_of(sampled))
 
 
 def read_texts(records: Iterable[Record], sample: Iterable[Record]) -> Texts:

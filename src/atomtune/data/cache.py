@@ -1,7 +1,6 @@
 """Example cache: encoded examples stored as Arrow files under a hash of everything they depend on.
 
-The key is a hash of the file's bytes, the tokenizer, the template, the settings, this room's code and the versions of
-the libraries that make tokens. Any change that could change a token changes the key, so a stale entry is never used.
+Any change that could change a token changes the hash (cache_key.py), so a stale entry is never used.
 An entry is a folder of two files and their checksums. One that does not match its checksums is built again, with a
 note to the user.
 A row is a record with all its Examples. They are drawn together, so that their shared prefix is computed once.
@@ -10,21 +9,17 @@ A row is a record with all its Examples. They are drawn together, so that their 
 import contextlib
 import errno
 import hashlib
-import inspect
 import itertools
 import json
 import os
-import re
 import shutil
-import sys
 import tempfile
 import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +30,7 @@ from datasets.arrow_writer import ArrowWriter
 from numpy.typing import NDArray
 
 from atomtune.choices import FormatChoice, Learn, Overlength
+from atomtune.data.cache_key import cache_key
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import runs_programs
 from atomtune.data.encoding.encode import Encoder, entered_in_ledger
@@ -72,12 +68,6 @@ FEATURES = datasets.Features(
 _SAMPLE_VALUES = 100
 #: The files of an entry.
 EXAMPLES, LEDGER, CHECKSUMS = "examples.arrow", "ledger.json", "checksums.json"
-#: Libraries that read records, render templates or make tokens; the last four only for tokenizers written in Python.
-_LIBRARIES = (
-    *("datasets", "jinja2", "tokenizers", "transformers"),
-    *("mistral-common", "regex", "sentencepiece", "tiktoken"),
-)
-_RELATIVE_IMPORT = re.compile(rb"^\s*from\s+\.(\w+)\s+import", re.MULTILINE | re.ASCII)
 #: Errors of a rename whose target exists and cannot be replaced.
 _TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EACCES}
 #: Attempts to take a name that other processes may take at the same moment.
@@ -120,60 +110,6 @@ class Part:
     instructions: Counter[str]
 
 
-def _versions() -> list[str]:
-    """The versions of the installed libraries that read records, render templates or make tokens."""
-    versions = []
-    for library in _LIBRARIES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions.append(f"{library} {version(library)}")
-    return versions
-
-
-@cache
-def _code_hash() -> str:
-    """SHA-256 of the code and templates in data/: another version of them may encode differently."""
-    files = sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".jinja"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-
-
-def tokenizer_text(tokenizer: Any) -> str:
-    """Everything that decides which ids the tokenizer gives to a text, as JSON for the cache key."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    arguments: dict[str, str] = {}
-    if backend is not None:
-        body = backend.to_str()
-    else:
-        body = json.dumps(sorted(tokenizer.get_vocab().items()))
-        # A tokenizer written in Python has rules besides its vocabulary; its arguments select among them.
-        for name, value in sorted(tokenizer.init_kwargs.items()):
-            arguments[name] = str(value)
-    parts = [type(tokenizer).__name__, body, str(tokenizer.special_tokens_map), arguments]
-    if code := _own_code(type(tokenizer)):
-        parts.append(code)
-    return json.dumps(parts)
-
-
-def _own_code(tokenizer_class: type) -> str:
-    """SHA-256 of a tokenizer's code that comes with its model, and of what that imports from the files beside it.
-
-    Returns "" for a class of a library, whose version is part of the key.
-    """
-    waiting: list[Path] = []
-    for base in tokenizer_class.__mro__:
-        if base.__module__.partition(".")[0] not in {*_LIBRARIES, *sys.stdlib_module_names}:
-            with contextlib.suppress(OSError, TypeError):  # it was typed into a notebook
-                waiting.append(Path(inspect.getfile(base)))
-    codes: dict[Path, bytes] = {}
-    while waiting:
-        file = waiting.pop()
-        if file not in codes and file.is_file():
-            codes[file] = file.read_bytes()
-            waiting += [file.with_name(f"{name.decode()}.py") for name in _RELATIVE_IMPORT.findall(codes[file])]
-    if not codes:
-        return ""
-    return hashlib.sha256(b"".join(codes[file] for file in sorted(codes))).hexdigest()
-
-
 def examples_of(
     source: Path | str,
     template: Template,
@@ -196,7 +132,7 @@ def examples_of(
     stamp = stamp_of(source)
     data_hash = fingerprint_of(source)
     folder = cache_dir or Path(datasets.config.HF_DATASETS_CACHE)
-    place = folder / "atomtune" / _key(name, data_hash, template, rules)
+    place = folder / "atomtune" / cache_key(name, data_hash, template, str(rules))
     notes: tuple[str, ...] = ()
     problems = {entry: entry_problem(entry) for entry in (place, _own(place))}
     entry = next((entry for entry, problem in problems.items() if not problem), None)
@@ -231,20 +167,6 @@ def _changed(source: Path | str) -> BadData:
     return BadData(
         f"{source} changed while it was being read. Run the command again once nothing writes to it any more."
     )
-
-
-def _key(name: str, data_hash: str, template: Template, rules: Rules) -> str:
-    """The cache key: a hash of everything that could change a token or an origin; 32 hex digits."""
-    made_of = [
-        _code_hash(),
-        *_versions(),
-        data_hash,
-        name,
-        *template.made_of(),
-        str(rules),
-        tokenizer_text(template.tokenizer),
-    ]
-    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
 
 
 def _own(place: Path) -> Path:

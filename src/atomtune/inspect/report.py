@@ -5,6 +5,7 @@ The Examples are those that a run would train on, from the same cache.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 
 import datasets
@@ -13,7 +14,7 @@ import pyarrow
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from atomtune.analysis.texts import Texts, read_texts, sampled_rows
+from atomtune.analysis.texts import Texts, texts_of_rows
 from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, sample_rows
 from atomtune.choices import Check
 from atomtune.console import Console
@@ -100,7 +101,7 @@ def build_report(settings: InspectSettings, template: Template, console: Console
     data = concatenate(parts)
     ledger, stored = data.ledger, data.examples
 
-    texts = _texts(sources, [part.examples for part in parts])
+    texts = texts_of_rows([part.examples for part in parts], partial(_records_of, sources))
     assert len(texts.near) == len(stored), "the texts and the tokens of a record stand at the same place"
     stop_ids = template.tokenizer.convert_tokens_to_ids(list(template.stops))
     tokens = read_tokens(_tables(stored), stops=stop_ids, unknown=template.unknown_id)
@@ -125,12 +126,6 @@ def build_report(settings: InspectSettings, template: Template, console: Console
         saving=saving,
         notes=data.notes,
     )
-
-
-def _texts(sources: Sequence[_Source], stored: Sequence[datasets.Dataset]) -> Texts:
-    rows = sampled_rows([len(examples) for examples in stored])
-    sampled = [examples.select(own) for examples, own in zip(stored, rows, strict=True)]
-    return read_texts(_records_of(sources, stored), _records_of(sources, sampled))
 
 
 def _records_of(sources: Sequence[_Source], stored: Sequence[datasets.Dataset]) -> Iterator[Record]:

@@ -21,7 +21,7 @@ from atomtune.certify.command import (
 )
 from atomtune.choices import BASE, EngineName
 from atomtune.console import Console, shortened
-from atomtune.data.cache import tokenizer_text
+from atomtune.data.cache_key import tokenizer_text
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import written_call
 from atomtune.engines import llama_cpp, transformers_serve, vllm_serve

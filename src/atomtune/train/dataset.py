@@ -4,6 +4,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy
 
 from atomtune.analysis.holdout import Split, alike, held_out, overlapping
 from atomtune.analysis.near_duplicates import Numbers
-from atomtune.analysis.texts import Texts, read_texts, sampled_rows
+from atomtune.analysis.texts import Texts, texts_of_rows
 from atomtune.batch.cost import sample_rows
 from atomtune.choices import RUN_RECORD
 from atomtune.console import Console
@@ -316,12 +317,10 @@ def _say_overlap(run: RunContext, learned: list[datasets.Dataset], evaluate: dat
 
 def _texts(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) -> Texts:
     """The texts of these rows, which are read again."""
-    rows = sampled_rows([len(examples) for examples in stored])
-    sampled = [examples.select(own) for examples, own in zip(stored, rows, strict=True)]
-    return read_texts(_records(run, sources, stored), _records(run, sources, sampled))
+    return texts_of_rows(stored, partial(_records, run, sources))
 
 
-def _records(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) -> Iterator[Record]:
+def _records(run: RunContext, sources: list[str], stored: Sequence[datasets.Dataset]) -> Iterator[Record]:
     """The records of these rows, read once more with a progress bar."""
     rules = Rules(**run.settings.data.rules())
     for source, rows in zip(sources, stored, strict=True):

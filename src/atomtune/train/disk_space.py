@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from atomtune.data.cache import tokenizer_text
+from atomtune.data.cache_key import tokenizer_text
 from atomtune.errors import RunFailed
 from atomtune.train.run_context import RunContext
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from atomtune.data.cache import tokenizer_text
+from atomtune.data.cache_key import tokenizer_text
 from atomtune.data.encoding.chat_template import Template
 from atomtune.disk import read_json_object
 from atomtune.errors import BadSettings
