@@ -84,7 +84,8 @@ def test_every_message_matches_only_its_own_translation():
             continue
         values = {name: f"v{number}a" for number, name in enumerate(sorted(names_in(english)))}
         expected = "".join(literal + values.get(name or "", "") for literal, name, _, _ in Formatter().parse(chinese))
-        assert chinese_catalogue.translated(english.format(**values), is_ours=True) == expected
+        actual = chinese_catalogue.translated(english.format(**values), is_ours=True)
+        assert actual.replace(" ", "") == expected.replace(" ", "")  # spaces next to values: the test below
 
 
 def test_translations_are_chinese_with_full_width_punctuation():
@@ -104,6 +105,12 @@ def test_filled_in_values_are_not_translated():
 def test_a_message_within_a_message_is_translated():
     own = Catalogue({"{path} cannot be used: {reason}.": "{path} 不能用：{reason!m}。", "no record": "没有记录"})
     assert own.translated("no record cannot be used: no record.") == "no record 不能用：没有记录。"
+
+
+def test_a_space_stands_between_chinese_and_a_latin_value():
+    own = Catalogue({"{place} is {value}; expected text": "{place!m}是{value!m}；应为文本", "the text": "正文"})
+    assert own.translated("the text is null; expected text", is_ours=True) == "正文是 null；应为文本"
+    assert own.translated("turn 2 is 12; expected text", is_ours=True) == "turn 2 是 12；应为文本"
 
 
 def test_lines_of_a_list_keep_their_bullets_and_their_indent():
@@ -136,7 +143,7 @@ def test_each_line_about_a_record_is_translated_separately():
     [
         (
             "a.jsonl:1  instruction is a number; expected text; output is a list; expected text.",
-            "a.jsonl:1  instruction是数；应为文本；output是列表；应为文本。",
+            "a.jsonl:1  instruction 是数；应为文本；output 是列表；应为文本。",
         ),
         (
             'a.jsonl:1  no key "a"; keys here: x, y; no key "b"; keys here: x, y.',

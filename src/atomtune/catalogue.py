@@ -29,6 +29,8 @@ _FLAG = re.compile(r"(?<![\w-])--(?=[a-z])", re.ASCII)
 _ABOUT_A_RECORD = re.compile(r"(atomtune \w+: )?(\S+:\d+  )(.+)\.")
 _LINES_ABOUT_RECORDS = re.compile(_ABOUT_A_RECORD.pattern + r"\n")
 _FULL_WIDTH_END = tuple("。；：，？！）")
+#: The border between Chinese and Latin letters or digits, where Chinese is written with a space.
+_BORDER = re.compile(r"[\u4e00-\u9fff][A-Za-z0-9]|[A-Za-z0-9][\u4e00-\u9fff]")
 #: Prefix of each line of a list.
 _BULLET = "- "
 LIST_MARKS = {"; ": "；", ": ": "：", ", ": "，", " and ": "和", " or ": "或"}
@@ -181,11 +183,11 @@ class Catalogue:
     def _filled(self, template: Template, values: Mapping[str, str]) -> str:
         text = ""
         for literal, name, _, kind in Formatter().parse(template.translation):
-            text += literal
+            text = _joined(text, literal)
             if name:
                 value = self.translated(values[name], is_ours=True) if kind == "m" else values[name]
                 # Chinese has no space before a message, but line breaks around it stay.
-                text += value if value == values[name] or text.endswith("\n") else value.strip(" ")
+                text = _joined(text, value if value == values[name] or text.endswith("\n") else value.strip(" "))
         return text
 
     def _in_parts(self, message: str, is_ours: bool) -> str | None:
@@ -204,3 +206,9 @@ class Catalogue:
                 if translated_parts != parts:
                     return translated_mark.join(translated_parts)
         return None
+
+
+def _joined(before: str, behind: str) -> str:
+    """Two parts of a sentence, with the space that Chinese has next to Latin letters and digits."""
+    space = " " if _BORDER.fullmatch(before[-1:] + behind[:1]) else ""
+    return before + space + behind

@@ -311,8 +311,7 @@ def _unfit(base: CausalLM, target: str) -> list[str]:
             continue
         if not isinstance(module, nn.Linear | Conv1D):
             kind = type(module).__name__
-            article = "an " if kind[0] in "AEIO" else "a "
-            return [f"--lora_targets {target}: {name} is {article}{kind}; LoRA adapts only linear layers here."]
+            return [f"--lora_targets {target}: {name} is of the type {kind}; LoRA adapts only linear layers here."]
         if tied and module is head:
             return [
                 f"--lora_targets {target}: in this model the output layer and the embedding are one matrix, so an "
