@@ -406,6 +406,16 @@ def test_an_adapter_of_another_tool_is_evaluated_up_to_the_positions_of_its_base
     assert found["records_read"] == found["records_used"] == 2 and found["records_cut"] == 0
 
 
+def test_records_longer_than_the_base_has_positions_are_refused_before_it_is_loaded(models, tmp_path, capsys):
+    """Regression: --max_seq_length was obeyed on any base: figures without meaning, and with GPT-2 an IndexError."""
+    data = write_jsonl(tmp_path / "data.jsonl", [{"instruction": "Who are you? " * 400, "output": "I keep the light."}])
+    words = ["--model_path", str(models("llama")), "--dataset_path", str(data), "--max_seq_length", "4000"]
+    assert evaluate(*words, "--output_dir", str(tmp_path / "out"), "--no_generate") == 2
+    captured = capsys.readouterr()
+    assert "this model has 512 positions.\nPass --max_seq_length 512 or less." in captured.err
+    assert "loading" not in captured.out
+
+
 def test_a_base_alone_is_not_given_more_tokens_than_it_has_positions(models, tmp_path):
     long = {"instruction": "Who are you? " * 400, "output": "I keep the light."}
     data = write_jsonl(tmp_path / "data.jsonl", [long])
