@@ -231,8 +231,11 @@ def test_tool_calls_are_counted_where_the_reference_has_one(models, tmp_path, ca
     call = {"name": "weather", "arguments": {"city": "x"}}
     calling = record({"content": "", "tool_calls": [{"type": "function", "function": call}]})
     data = write_jsonl(tmp_path / "data.jsonl", [calling, record({"content": "5"})])
-    words = ["--model_path", str(models("qwen3")), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
-    words += ["--max_seq_length", "1024"]  # the list of tools is longer than the tiny base has positions
+    base = Path(shutil.copytree(models("qwen3"), tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    # The list of tools is longer than the tiny base has positions.
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
+    words = ["--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
     assert evaluate(*words, "--template", "qwen3", "--max_new_tokens", "8") == 0
     figures = report_in(tmp_path / "out")["models"]["base"]
     assert figures["call_parse_rate"][0] == 0  # an untrained model writes no calls
