@@ -123,6 +123,19 @@ def test_held_out_losses_of_two_runs_are_compared_and_plotted(folder, tmp_path, 
     assert [colour for colour, _ in lines] == ["C0", "C0", "C1", "C1"] and lines[1][1] == [3.5, 1.25]
 
 
+def test_runs_that_log_at_different_steps_are_compared_at_those_that_both_have(folder, tmp_path, capsys):
+    """Only every n-th step of both together was shown, so the column of a run with fewer entries was nearly empty."""
+    record = record_of(folder / "slow")
+    for name, every in (("short", 2), ("long", 5)):
+        history = [{"step": step, "loss": 1.5} for step in range(every, 101, every)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({**record, "loss_history": history}))
+    capsys.readouterr()
+    assert main(["runs", str(tmp_path / "short"), str(tmp_path / "long")]) == 0
+    lines = capsys.readouterr().out.partition("loss at step")[2].splitlines()[1:]
+    assert [line.split()[1:] for line in lines].count(["1.5", "1.5"]) >= 8
+
+
 def test_a_run_that_ended_before_its_first_loss_is_compared_too(folder, tmp_path, capsys):
     """Its run.json has no losses yet, which ended in a traceback."""
     record = {name: value for name, value in record_of(folder / "slow").items() if not name.endswith("_history")}

@@ -226,8 +226,12 @@ def _say_losses(
     steps = sorted(set().union(*losses))
     if not steps:
         return
+    *before, last = steps
     every = max(len(steps) // STEPS_SHOWN, 1)
-    shown = [*steps[:-1:every], steps[-1]]
+    # Runs of different lengths log at different steps: of each stretch, a step that most of them have.
+    stretches = [before[start : start + every] for start in range(0, len(before), every)]
+    shown = [max(stretch, key=lambda step: sum(step in of_run for of_run in losses)) for stretch in stretches]
+    shown.append(last)
     table = _table(console, translated(title), *names)
     for step in shown:
         table.add_row(f"{step:,}", *(_text(of_run.get(step)) for of_run in losses))

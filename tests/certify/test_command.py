@@ -126,6 +126,13 @@ def test_a_served_folder_without_a_chat_template_raises_bad_model(merged, tmp_pa
         engine.prompt_ids(Request([{"role": "user", "content": "Hi"}]))
 
 
+def test_an_adapter_without_a_chat_template_is_named_and_not_its_temporary_view(adapter, tmp_path):
+    (adapter / "chat_template.jinja").unlink()
+    engine = TransformersInProcess(ServedFolder(adapter), dtype="float32")
+    with engine, pytest.raises(BadModel, match=f"^{adapter}: there is no chat template in it"):
+        engine.prompt_ids(Request([{"role": "user", "content": "Hi"}]))
+
+
 def test_an_adapter_that_does_nothing_is_caught(adapter, capsys):
     zero_b(adapter)
     assert certify(adapter) == 4
@@ -185,7 +192,13 @@ def test_an_unservable_path_is_reported_before_anything_is_loaded(by_heart, tmp_
     gguf.write_bytes(b"GGUF")
     weights = tmp_path / "model.safetensors"
     weights.touch()
+    empty, exported = tmp_path / "empty", tmp_path / "exported"
+    empty.mkdir()
+    exported.mkdir()
+    (exported / "out-bf16.gguf").write_bytes(b"GGUF")
     for served, engine, said in (
+        (empty, "transformers", f"--served {empty}: no config.json or adapter_config.json here, so it holds no model."),
+        (exported, "transformers", f"Pass the file in it: --served {exported / 'out-bf16.gguf'}"),
         (weights, "transformers", f"--served {weights} is a file, and not a .gguf"),
         (by_heart, "llama.cpp", "export --to gguf"),
         (gguf, "transformers", "is a GGUF. llama.cpp serves those"),

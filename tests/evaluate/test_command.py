@@ -231,8 +231,11 @@ def test_tool_calls_are_counted_where_the_reference_has_one(models, tmp_path, ca
     call = {"name": "weather", "arguments": {"city": "x"}}
     calling = record({"content": "", "tool_calls": [{"type": "function", "function": call}]})
     data = write_jsonl(tmp_path / "data.jsonl", [calling, record({"content": "5"})])
-    words = ["--model_path", str(models("qwen3")), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
-    words += ["--max_seq_length", "1024"]  # the list of tools is longer than the tiny base has positions
+    base = Path(shutil.copytree(models("qwen3"), tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    # The list of tools is longer than the tiny base has positions.
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
+    words = ["--model_path", str(base), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
     assert evaluate(*words, "--template", "qwen3", "--max_new_tokens", "8") == 0
     figures = report_in(tmp_path / "out")["models"]["base"]
     assert figures["call_parse_rate"][0] == 0  # an untrained model writes no calls
@@ -404,6 +407,16 @@ def test_an_adapter_of_another_tool_is_evaluated_up_to_the_positions_of_its_base
     found = report_in(tmp_path / "out")
     assert found["max_seq_length"] == 512  # the positions of the tiny base, below the default of 2,048
     assert found["records_read"] == found["records_used"] == 2 and found["records_cut"] == 0
+
+
+def test_records_longer_than_the_base_has_positions_are_refused_before_it_is_loaded(models, tmp_path, capsys):
+    """Regression: --max_seq_length was obeyed on any base: figures without meaning, and with GPT-2 an IndexError."""
+    data = write_jsonl(tmp_path / "data.jsonl", [{"instruction": "Who are you? " * 400, "output": "I keep the light."}])
+    words = ["--model_path", str(models("llama")), "--dataset_path", str(data), "--max_seq_length", "4000"]
+    assert evaluate(*words, "--output_dir", str(tmp_path / "out"), "--no_generate") == 2
+    captured = capsys.readouterr()
+    assert "this model has 512 positions.\nPass --max_seq_length 512 or less." in captured.err
+    assert "loading" not in captured.out
 
 
 def test_a_base_alone_is_not_given_more_tokens_than_it_has_positions(models, tmp_path):

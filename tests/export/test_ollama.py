@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from atomtune.data.encoding.choose_template import load_template
-from atomtune.export.ollama import OllamaTemplate, Texts, modelfile, ollama_template
+from atomtune.export.ollama import OllamaTemplate, Texts, model_name, modelfile, ollama_template
 from tests.tiny import CHATML, GEMMA, tokenizer_of
 
 #: Drops all answers but the last, as Qwen3's template does with thoughts: more than a sequence of messages.
@@ -60,7 +60,8 @@ def written(actions: str, system: str, content: str) -> str:
 
 
 def unquoted(text: str) -> str:
-    return text.encode().decode("unicode_escape").encode("latin-1").decode()
+    """A Go string literal's text. `unicode_escape` reads everything else as Latin-1, so that is escaped too."""
+    return text.encode("ascii", "backslashreplace").decode("unicode_escape")
 
 
 @pytest.mark.parametrize("messages", [CONVERSATION, CONVERSATION[1:], CONVERSATION[1:2]])
@@ -107,7 +108,31 @@ def test_the_modelfile_names_file_template_system_and_every_stop():
     assert 'PARAMETER stop "<|im_end|>"\nPARAMETER stop "</s>"\n' in text
 
 
-@pytest.mark.parametrize("system", ['say """ three', 'ends with "'])
+def test_the_template_has_only_characters_that_ollama_keeps():
+    """It reads a Modelfile without the characters that are not printable: a full-width space, a zero-width joiner."""
+    template = of_tokenizer("bytes", CHATML.replace("assistant\n", "assistant\u3000\u200d\n"))
+    for_ollama = ollama_template(template, adds_bos=False)
+    assert for_ollama is not None
+    text = for_ollama.go_template()
+    assert all(char.isprintable() or char == "\n" for char in text)
+    assert go_rendered(text, CONVERSATION) == template.render(CONVERSATION)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("run-1.5_b", "run-1.5_b"),
+        ("甄嬛", "tuned"),
+        ("甄嬛 my run", "my-run"),
+        ("-v2.", "v2"),
+        ("x" * 200, "x" * 70),
+    ],
+)
+def test_a_folder_name_becomes_a_name_that_ollama_accepts(folder, name):
+    assert model_name(folder) == name
+
+
+@pytest.mark.parametrize("system", ['say """ three', 'ends with "', "你好\u3000再见", "a\u200db"])
 def test_a_system_text_that_a_modelfile_cannot_hold_is_refused(system):
     with pytest.raises(ValueError, match="cannot hold"):
         modelfile(Path("m.gguf"), OllamaTemplate(Texts({}, ""), None), stops=[], system=system)

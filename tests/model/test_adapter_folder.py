@@ -1,6 +1,7 @@
 """Adapter folders of other tools are read as their users expect; missing parts are reported and never guessed."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -95,3 +96,13 @@ def test_an_adapter_file_passed_as_path_is_refused_naming_its_folder(by_heart, c
     file = by_heart / "adapter_model.safetensors"
     assert main([*command, "--adapter_path", str(file)]) == 2
     assert f"{file} is a file. Pass its folder: --adapter_path {by_heart}" in capsys.readouterr().err
+
+
+def test_the_command_that_finishes_a_stopped_run_can_be_copied(tmp_path):
+    folder = tmp_path / "my run"
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "checkpoint-2" / "adapter_config.json").write_text("{}")
+    with pytest.raises(BadModel) as raised:
+        template_of(folder, trust_remote_code=False)
+    words = shlex.split(str(raised.value).partition("or finish it: ")[2])
+    assert words[-4:] == ["train", "--resume", "--output_dir", str(folder)]

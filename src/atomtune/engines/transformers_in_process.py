@@ -36,8 +36,8 @@ class TransformersInProcess:
         tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         if not tokenizer.chat_template:
             raise BadModel(
-                f"{self.folder}: there is no chat template in it, so an engine cannot write a conversation for this "
-                "model. Pass --served with a folder that `atomtune merge` wrote."
+                f"{self.served.folder}: there is no chat template in it, so an engine cannot write a conversation for "
+                "this model. Pass --served with a folder that `atomtune merge` wrote."
             )
         return tokenizer
 

@@ -29,8 +29,9 @@ from atomtune.evaluate.run_folder import RunRecords, refuse_changed_files, run_f
 from atomtune.extras import refuse_missing
 from atomtune.language import message, translated
 from atomtune.model.adapter_folder import CONFIG, adapter_file, refuse_empty_folder
+from atomtune.model.base_shape import refuse_too_few_positions
 from atomtune.model.layout_support import collator_for, why_padded
-from atomtune.model.load import pad_id_of, quiet_libraries
+from atomtune.model.load import pad_id_of, quiet_libraries, read_config
 from atomtune.settings.fields import EvaluateSettings, RecordSettings
 from atomtune.settings.spelled import base_words
 
@@ -287,7 +288,10 @@ class ReadRecords:
 
 
 def _read(settings: EvaluateSettings, candidates: Candidates, to_read: ToRead) -> ReadRecords:
-    """The records that every model's template can write. Raises BadData where there are none."""
+    """The records that every model's template can write. Raises BadData where there are none.
+
+    Raises BadSettings if one of them is longer than the base has positions for.
+    """
     max_tokens = candidates.max_seq_length
     reading = replace(to_read.reading, max_seq_length=max_tokens, overlength="shorten", skip_overlength=False)
     rules = Rules(**reading.rules())
@@ -315,6 +319,10 @@ def _read(settings: EvaluateSettings, candidates: Candidates, to_read: ToRead) -
     _refuse_none(account, to_read.sources)
     keys = _chosen(common, settings)
     by_template = {template_key: [records[key] for key in keys] for template_key, records in read.items()}
+    evaluated = [record for records in by_template.values() for record in records]
+    longest = max(len(example.ids) for record in evaluated for example in record.examples)
+    config = read_config(candidates.base_path, trust_remote_code=settings.trust_remote_code)
+    refuse_too_few_positions(config, longest)
     return ReadRecords(by_template, account, data.data_hash, tuple(notes))
 
 

@@ -17,7 +17,7 @@ from atomtune.export.gguf import (
     say_where_a_space_goes,
 )
 from atomtune.export.merge import write_merged
-from atomtune.export.ollama import modelfile, ollama_template
+from atomtune.export.ollama import model_name, modelfile, ollama_template
 from atomtune.export.output_folder import filling
 from atomtune.export.peft_keys import rewrite_keys
 from atomtune.language import translated
@@ -76,7 +76,7 @@ def _to_gguf(settings: ExportSettings, console: Console) -> None:
     file = out / f"{name}-{settings.quantize}.gguf"
     with filling(out, last=file.name) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
         merged = Path(scratch) / name  # the converter names the model after its folder
-        write_merged(_merge_settings(settings), merged, console)
+        write_merged(_merge_settings(settings), merged, console, unrounded=("--quantize", "f32"))
         copy_sentencepiece(base_path, merged)
         template, _ = template_of(adapter, model_path=settings.model_path, trust_remote_code=settings.trust_remote_code)
         say_where_a_space_goes(merged, template.tokenizer)
@@ -104,11 +104,11 @@ def _left_uncertified(settings: ExportSettings, file: Path) -> str:
 
 
 def _next_commands(settings: ExportSettings, file: Path, ollama_name: str | None) -> list[str]:
-    """Commands to serve the GGUF here and, if there is a Modelfile, in Ollama under this name."""
+    """Commands to serve the GGUF here and, if there is a Modelfile, in Ollama under a name like this."""
     adapter = ["--adapter_path", settings.adapter_path, *base_words(settings)]
     commands = [as_command(["serve", *adapter, "--served", str(file)])]
     if ollama_name is not None:
-        name, recipe = shlex.quote(ollama_name), shlex.quote(str(file.parent / "Modelfile"))
+        name, recipe = model_name(ollama_name), shlex.quote(str(file.parent / "Modelfile"))
         commands.append(f"ollama create {name} -f {recipe}")
         if settings.quantize != "q8_0":  # Ollama quantizes only what is not quantized yet
             uncertified = translated("smaller; no certificate covers it")
@@ -117,10 +117,12 @@ def _next_commands(settings: ExportSettings, file: Path, ollama_name: str | None
 
 
 def _merge_settings(settings: ExportSettings) -> MergeSettings:
+    """An f32 file is made of a merge in float32: one that was rounded to bfloat16 would not pass as float32."""
     return MergeSettings(
         adapter_path=settings.adapter_path,
         model_path=settings.model_path,
         output_dir=settings.output_dir,
+        dtype="float32" if settings.quantize == "f32" else "auto",
         other_base=settings.other_base,
         trust_remote_code=settings.trust_remote_code,
     )

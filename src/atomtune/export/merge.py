@@ -71,18 +71,21 @@ def merge(settings: MergeSettings) -> int:
 
 
 def _next_commands(settings: MergeSettings) -> list[str]:
-    """Commands to chat with the merged model and, if one adapter was merged, to certify a server with it."""
+    """Commands to chat with the merged model and, if it is one adapter as trained, to certify a server with it."""
     commands = [["chat", "--adapter_path", settings.output_dir]]
-    if len(settings.adapter_paths) == 1:
+    if len(settings.adapter_paths) == 1 and settings.weights in ([], [1.0]):
         adapter = ["--adapter_path", settings.adapter_paths[0], *base_words(settings)]
         commands.append(["certify", *adapter, "--served", settings.output_dir])
     return [as_command(words) for words in commands]
 
 
-def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
+def write_merged(
+    settings: MergeSettings, out: Path, console: Console, *, unrounded: tuple[str, str] = ("--dtype", "float32")
+) -> None:
     """Write the merged model into a folder and check it. Raises CheckFailed if it is not base + adapter.
 
-    out  a temporary folder, not --output_dir: nothing may appear there before it is checked
+    out        a temporary folder, not --output_dir: nothing may appear there before it is checked
+    unrounded  the flag with which this command rounds nothing and its value, for a notice
     """
     trained = _trained_model(settings, console)
     _refuse_small_disk(trained, out, settings.output_dir)
@@ -103,7 +106,7 @@ def write_merged(settings: MergeSettings, out: Path, console: Console) -> None:
     console.say("checking the written folder …")
     weights, measures = _check_written(trained, out)
     _refuse_changed(trained, out, copied)
-    _say_checked(weights, measures, trained.spec.dtype, console)
+    _say_checked(weights, measures, trained.spec.dtype, console, unrounded=unrounded)
     if copied.carried:
         console.say(
             f"{len(copied.carried):,} tensors that transformers does not load "
@@ -251,11 +254,13 @@ def _check_written(trained: _TrainedModel, out: Path) -> tuple[Weights, Sequence
     return weights, measures
 
 
-def _say_checked(weights: Weights, measures: Sequence[Measure], dtype: torch.dtype, console: Console) -> None:
+def _say_checked(
+    weights: Weights, measures: Sequence[Measure], dtype: torch.dtype, console: Console, *, unrounded: tuple[str, str]
+) -> None:
     if weights.share_kept < LEAST_SHARE_KEPT:
         console.notice(
             f"{dtype_name(dtype)} is too coarse for this adapter: rounding loses {1 - weights.share_kept:.0%} of its "
-            "change. --dtype float32 keeps it."
+            f"change. {' '.join(unrounded)} keeps it."
         )
     if weights.whole:
         console.say(f"{weights.whole:,} tensors are stored in full in the adapter, in place of the base's.")

@@ -6,6 +6,7 @@ these texts and compared with the chat template on other conversations. If they 
 a sequence of messages, and no Modelfile is written.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +79,12 @@ def _go_text(text: str) -> str:
 
 
 def _go_string(text: str) -> str:
-    """A Go action that writes a text. `\"\"\"` would end the Modelfile's template, so quotes are escaped as \\x22."""
+    """A Go action that writes a text. `\"\"\"` would end the Modelfile's template, so quotes are escaped as \\x22.
+
+    Characters that are not printable, which Ollama leaves out of a Modelfile, are escaped too.
+    """
     escapes = {"\\": "\\\\", '"': "\\x22", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
-    escaped = "".join(escapes.get(character, character) for character in text)
+    escaped = "".join(escapes.get(char, char if char.isprintable() else f"\\U{ord(char):08x}") for char in text)
     return f'{{{{ "{escaped}" }}}}' if text else ""
 
 
@@ -135,12 +139,20 @@ def _conversations() -> list[list[Message]]:
     return conversations
 
 
+def model_name(folder_name: str) -> str:
+    """The name of a folder as a name that Ollama accepts: up to 80 ASCII letters, digits, `_`, `-` and `.`."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", folder_name).strip("_-.")[:70] or "tuned"
+
+
 def modelfile(file: Path, template: OllamaTemplate, *, stops: Sequence[str], system: str | None) -> str:
     """The text of a Modelfile next to a GGUF. Raises ValueError for a system text that a Modelfile cannot hold."""
     lines = [f"FROM ./{file.name}", f'TEMPLATE """{template.go_template()}"""']
     if system is not None:
         if '"""' in system or system.endswith('"'):
             raise ValueError('a Modelfile cannot hold a system prompt with """ in it or a " at its end')
+        # Ollama leaves out, without a word, what Go's IsPrint calls not printable, for example a full-width space.
+        if lost := next((char for char in system if not char.isprintable() and char not in "\t\r\n"), None):
+            raise ValueError(f"a Modelfile cannot hold a system prompt with the character U+{ord(lost):04X} in it")
         lines.append(f'SYSTEM """{system}"""')
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     return "\n".join(lines) + "\n"

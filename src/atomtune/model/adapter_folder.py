@@ -170,9 +170,10 @@ def refuse_empty_folder(folder: Path) -> None:
     checkpoints = [file.parent for file in folder.glob(f"checkpoint-*/{CONFIG}")]
     if checkpoints:
         last = max(checkpoints, key=lambda checkpoint: (len(checkpoint.name), checkpoint.name))
+        command = as_command(["train", "--resume", "--output_dir", str(folder)])
         raise BadModel(
             f"{folder}: the run here is not finished. Pass --adapter_path {last}, its last checkpoint, or finish it: "
-            f"atomtune train --resume --output_dir {folder}"
+            f"{command}"
         )
     if (folder / RUN_RECORD).is_file():
         raise BadModel(f"{folder}: the run here saved no checkpoint, so there is no adapter.")

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from atomtune.choices import SHORTEST_RECORD
-from atomtune.errors import BadModel
+from atomtune.errors import BadModel, BadSettings
 from atomtune.model.load import device_in_use
 from atomtune.model.memory import input_bytes, layer_bytes, machine_bytes
 from atomtune.model.rotary import rotary_limit
@@ -67,6 +67,18 @@ def positions_of(config: Any) -> int | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text, "max_position_embeddings", None)
     return positions if positions and positions > 0 else None
+
+
+def refuse_too_few_positions(config: Any, longest_tokens: int) -> None:
+    """Raise BadSettings if a model has fewer positions than the longest example has tokens."""
+    positions = positions_of(config)
+    if positions and longest_tokens > positions:
+        raise BadSettings(
+            [
+                f"The longest example has {longest_tokens} tokens; this model has {positions} positions.\n"
+                f"Pass --max_seq_length {positions} or less."
+            ]
+        )
 
 
 def tokens_in_memory(config: Any, memory_bytes: int) -> int:

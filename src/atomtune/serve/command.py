@@ -291,7 +291,8 @@ def _words(plan: Plan, folder: Path, settings: ServeSettings, console: Console) 
     """The engine's command line."""
     address: dict[str, Any] = {"host": settings.host, "port": settings.port, "variables": plan.template.variables}
     if plan.engine == "llama.cpp":
-        return llama_cpp.command(folder.resolve(), context=settings.context, **address)
+        # Not resolved: the file's name, which may be a link's, is the model's name in requests
+        return llama_cpp.command(folder.absolute(), context=settings.context, **address)
     dtype = resolve_dtype(settings.dtype, device_in_use(), notice=console.notice)
     address |= {"dtype": dtype_name(dtype), "trust_remote_code": settings.trust_remote_code}
     if plan.engine == "transformers":

@@ -24,7 +24,7 @@ from atomtune.model.adapter import (
 from atomtune.model.adapter_folder import AdapterMetadata, adapter_file
 from atomtune.model.adapter_keys import refuse_unread
 from atomtune.model.auto_class import auto_class
-from atomtune.model.base_shape import positions_of
+from atomtune.model.base_shape import refuse_too_few_positions
 from atomtune.model.experts import count_of, experts_of
 from atomtune.model.few_walks import spare_walks
 from atomtune.model.fingerprint import refuse_other_base
@@ -70,7 +70,7 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
     run.console.say(translated(f"loading {run.settings.model.model_path} …"))
     base = load_base(BaseSpec(**run.settings.model.base(), dtype=dtype, device=device))
     run.record.update(auto_class=auto_class(base.config).__name__)
-    _refuse_too_few_positions(base, longest_tokens)
+    refuse_too_few_positions(base.config, longest_tokens)
     model = _new_adapter(run, base) if isinstance(run.start, Fresh) else _adapter_of_start(run, base, run.start)
     refuse_unread(
         adapter_tensors(model),
@@ -104,17 +104,6 @@ def _say_what_is_not_used(run: RunContext, device: torch.device, dtype: torch.dt
         run.console.notice(
             f"this machine has {gpus} GPUs and this process uses one. To use all of them: "
             f"torchrun --nproc_per_node {gpus} -m atomtune train …"
-        )
-
-
-def _refuse_too_few_positions(base: Any, longest_tokens: int) -> None:
-    positions = positions_of(base.config)
-    if positions and longest_tokens > positions:
-        raise BadSettings(
-            [
-                f"The longest example has {longest_tokens} tokens; this model has {positions} positions.\n"
-                f"Pass --max_seq_length {positions} or less."
-            ]
         )
 
 
