@@ -94,9 +94,15 @@ def test_settings_already_in_use_are_not_suggested_as_remedies():
     assert "--per_device_train_batch_size" not in said
 
 
-def test_the_suggested_smaller_batch_keeps_the_global_batch_size():
-    assert "--per_device_train_batch_size 8 --gradient_accumulation_steps 2" in remedies(shape())
-    assert "23.0 GB" in remedies(shape())
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "smaller", "more"),
+    [(16, 1, 8, 2), (5, 1, 1, 5), (9, 1, 3, 3), (7, 2, 2, 7), (3, 4, 1, 12)],
+)
+def test_the_suggested_smaller_batch_keeps_the_global_batch_size(batch, accumulation, smaller, more):
+    # Regression: for 5 × 1 it suggested 2 × 2 as "the same updates".
+    lines = remedies(shape(batch=batch, accumulation=accumulation))
+    assert f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps {more}:" in lines
+    assert "23.0 GB" in lines
 
 
 @pytest.mark.parametrize(
