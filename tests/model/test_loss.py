@@ -246,7 +246,7 @@ def test_a_model_that_never_calls_its_body_module_is_run_as_a_whole():
 
 
 def test_a_forward_hooked_by_accelerate_is_not_called_by_the_head():
-    # With --device_map the hooked forward of the whole model would compute the hidden states as if they were embeddings.
+    # As with --device_map. The hooked forward is the whole model's: it would take the hidden states for embeddings.
     hooked = adapted("llama")
     add_hook_to_module(innermost(hooked), ModelHook())
     nats, gradient = differs(in_chunks(hooked, batch_of(EXAMPLES)), all_logits(adapted("llama"), batch_of(EXAMPLES)))

@@ -8,7 +8,9 @@ import torch
 from transformers import LlamaConfig, Qwen2Config
 
 from atomtune.model import base_shape
+from atomtune.model import memory as memory_room
 from atomtune.model.base_shape import tokens_in_memory
+from atomtune.model.block_attention import MOST_KEPT
 from atomtune.model.memory import (
     ActivationMemory,
     StepShape,
@@ -55,6 +57,18 @@ def test_a_list_of_intermediate_sizes_per_layer_is_accepted():
 
 def memory(config, tokens: int) -> ActivationMemory:
     return ActivationMemory.of(config, tokens=tokens, element_bytes=2, dropout=False, in_rows=True, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("in_rows", "device", "is_kept"), [(True, "cpu", True), (False, "cpu", False), (True, "cuda", False)]
+)
+def test_rows_on_a_cpu_also_keep_their_attention_weights(monkeypatch, in_rows, device, is_kept):
+    monkeypatch.setattr(memory_room, "free_bytes", lambda _device: 10**9)
+    step = ActivationMemory.of(
+        ATOM_7B, tokens=1, element_bytes=2, dropout=False, in_rows=in_rows, device=torch.device(device)
+    )
+    weights = MOST_KEPT * 4096 * 32 * 2 if is_kept else 0
+    assert step.needed == activation_bytes(ATOM_7B, tokens=1, element_bytes=2) + weights
 
 
 def test_a_tiny_step_keeps_its_activations_and_a_huge_one_does_not():
