@@ -69,6 +69,13 @@ def test_segments_that_others_continue_from_are_not_padded():
             assert not is_parent or last_places <= set(batch.places.tolist())
 
 
+def test_a_segment_that_starts_from_a_state_has_two_tokens_or_more():
+    # With one token and a state, a mixer switches to its decoding code, which changes the state in place.
+    branches_of_one_token = graft([Example((1, 2, 3, word), (0, 0, 0, 1), "x") for word in range(4)], least_saved=1)
+    for row in [*rows, branches_of_one_token]:
+        assert all(batch.tokens.shape[1] >= 2 for batch in plan_segments(row).batches if batch.parents)
+
+
 def test_a_shared_beginning_is_computed_once():
     row = graft([Example((*range(50), 60 + i, 70 + i), (0,) * 51 + (1,), "x") for i in range(5)])
     plan = plan_segments(row)

@@ -77,6 +77,15 @@ def test_a_loaded_adapter_changes_the_bases_logits(models, saved):
     assert not torch.allclose(plain, adapted, atol=1e-3)
 
 
+def test_training_continues_with_every_weight_of_a_saved_adapter(models, saved):
+    # A saved config says that the adapter is for inference, for which PEFT freezes it.
+    assert json.loads((saved / "adapter_config.json").read_text())["inference_mode"]
+    new = new_adapter(base(models), LORA)
+    model = start_from_weights(base(models), saved / "adapter_model.safetensors", LORA, notice=print)
+    trained, expected = ({n for n, w in m.named_parameters() if w.requires_grad} for m in (model, new))
+    assert trained == expected
+
+
 def test_an_adapter_stores_the_absolute_path_of_its_base(models, tmp_path, monkeypatch):
     folder = Path(models("llama"))
     monkeypatch.chdir(folder.parent)

@@ -1,5 +1,7 @@
 """Agreement: rounding is told apart from faults by the noise of two plain runs."""
 
+import math
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -9,6 +11,7 @@ from atomtune.model.agreement import (
     distribution_measures,
     gradient_measures,
     log_probability_measures,
+    relative_difference,
     worst_gradient,
 )
 from tests.hybrids import WALKED
@@ -166,3 +169,17 @@ def test_a_tower_with_a_different_attention_gets_its_own_restored(monkeypatch):
             assert text.config._attn_implementation == "eager"
         assert (tower.config._attn_implementation, text.config._attn_implementation) == (own, "sdpa")
         assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_gradient_that_is_nan_is_named_as_the_worst(order):
+    plain = dict([("a", torch.ones(3)), ("b", torch.ones(3))][::order])
+    ours = {"a": torch.full((3,), torch.nan), "b": torch.ones(3) * 1.5}
+    assert worst_gradient(ours, plain) == "a"
+    assert relative_difference(ours, plain) == math.inf
+
+
+def test_a_gradient_where_there_should_be_none_differs_infinitely():
+    none = {"a": torch.zeros(3)}
+    assert relative_difference({"a": torch.ones(3)}, none) == math.inf
+    assert relative_difference(none, none) == 0

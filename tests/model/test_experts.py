@@ -1,6 +1,7 @@
 """Experts are found by their shape; LoRA on them is loaded by PEFT, equal in rows, and keeps other layers' dropout."""
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from atomtune.errors import BadSettings
 from atomtune.export.merged_weights import compare_weights, merge_weights
 from atomtune.model.adapter import LoraSpec, has_expert_layers, new_adapter, start_from_weights
-from atomtune.model.experts import experts_of
+from atomtune.model.experts import experts_of, numbers_of_experts
 from atomtune.model.layout_support import why_padded
 from tests.model.test_lora_targets import SIZE
 
@@ -167,3 +168,16 @@ def test_merged_experts_are_base_plus_adapter(family):
     merged.get_parameter(name).data[1, 0, 0] += 1e-4
     (problem,) = compare_weights(adapted(family), merged).problems
     assert problem == f"{name}: 1 of {merged.get_parameter(name).numel():,} numbers are not base + adapter"
+
+
+def test_only_whole_numbers_above_one_in_a_config_may_count_experts():
+    # One shared expert, or a flag (True equals 1), would make every weight of shape [1, …, …] an expert.
+    values = {
+        "num_experts": 8,
+        "n_shared_experts": 1,
+        "use_expert_bias": True,
+        "expert_dropout": 0.5,
+        "moe_experts": [2, 4],
+    }
+    text = SimpleNamespace(to_dict=lambda: values)
+    assert numbers_of_experts(SimpleNamespace(get_text_config=lambda: text)) == {8, 2, 4}

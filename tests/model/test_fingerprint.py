@@ -36,3 +36,25 @@ def test_an_interrupted_download_is_completed_instead_of_refused(tmp_path, shard
     snapshot = sharded(repository / "snapshots" / "0123abc", shards_here=shards_here)
     assert len(weight_files(snapshot)) == files
     assert (fingerprint(str(snapshot)) is not None) == (files > 0)
+
+
+def incomplete(file: Path) -> None:
+    save_file({"w": torch.ones(64, 64)}, file)
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("model.safetensors", incomplete),
+        ("model.safetensors", Path.touch),
+        ("pytorch_model.bin", lambda file: torch.save({"model": {"w": torch.ones(2)}}, file)),
+    ],
+    ids=["incomplete", "empty", "tensors in an inner object"],
+)
+def test_weights_that_cannot_be_read_are_refused_naming_the_folder(tmp_path, name, write):
+    # Regression: `merge`, `export` and `certify` on a base whose copy was interrupted ended in a traceback.
+    write(tmp_path / name)
+    with pytest.raises(BadModel, match=f"{tmp_path}: no model could be loaded") as refused:
+        fingerprint(str(tmp_path))
+    assert name in str(refused.value)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from atomtune.model.fused_lora import Group, compute_together, groups_of, keep_mask
@@ -63,6 +64,27 @@ def test_layers_with_a_trained_bias_are_left_to_peft():
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module in grouped}
     assert "q_proj" not in names and {"k_proj", "v_proj", "o_proj"} <= names
     assert_equal(together(copy.deepcopy(model)), model, rtol=1e-6, atol=1e-9)  # RMSNorm computes in float32
+
+
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_layers_that_compute_more_than_plain_lora_are_left_to_peft(kind):
+    # An adapter of another tool, in further training: a group knows neither magnitudes nor the bias of B.
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "k_proj", "down_proj"], **kind)
+    assert groups_of(get_peft_model(build("llama").float(), config), input_ids=IDS) == []
+
+
+def test_layers_with_two_active_adapters_are_left_to_peft():
+    model = with_adapter(build("llama"))
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    assert groups_of(model, input_ids=IDS) == []
+
+
+def test_autocast_to_another_dtype_is_left_to_peft():
+    # As of a run with --bf16 on a float32 base.
+    plain = with_adapter(build("llama").float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal(together(copy.deepcopy(plain)), plain, rtol=0, atol=0)
 
 
 def test_a_model_without_adapters_has_no_groups():
@@ -132,6 +154,15 @@ def test_dropout_keeps_elements_with_the_right_probability(p):
     assert share == pytest.approx(p, abs=5 * (p * (1 - p) / keep.numel()) ** 0.5)
     neighbours = (keep[:, 1:] == keep[:, :-1]).double().mean().item()  # four elements share a 64-bit number
     assert neighbours == pytest.approx(1 - 2 * p * (1 - p), abs=3e-3)
+
+
+def test_in_eval_mode_nothing_is_dropped():
+    # The trial of layouts and verify compute gradients in eval mode.
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False
+    )
+    model = get_peft_model(build("llama"), config).double().eval()
+    assert_equal(together(copy.deepcopy(model)), model, rtol=1e-6, atol=1e-9)  # RMSNorm computes in float32
 
 
 def test_dropout_masks_differ_per_call_and_follow_the_seed():

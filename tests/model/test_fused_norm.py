@@ -82,11 +82,28 @@ def test_a_fused_norm_without_gradients_equals_the_original_bit_for_bit():
         assert torch.equal(fused(x), plain(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_input_of_another_dtype_is_left_to_the_original(dtype):
+    # As of norms in float32 within another model: the original decides on the output's dtype.
+    plain = filled(LlamaRMSNorm(WIDTH), torch.float32)
+    fused, x = copy.deepcopy(plain), torch.randn(5, WIDTH, dtype=dtype)
+    assert fuse_norms(fused) == 1
+    assert fused(x).dtype == plain(x).dtype
+    assert torch.equal(fused(x), plain(x))
+
+
 class NoEps(LlamaRMSNorm):
     """A norm that has an eps and does not use it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True)).to(x.dtype) * self.weight
+
+
+class NeedsTwo(LlamaRMSNorm):
+    """A norm with a required gate."""
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * gate.sigmoid()
 
 
 class NeedsItsGate(LlamaRMSNorm):
@@ -96,8 +113,9 @@ class NeedsItsGate(LlamaRMSNorm):
         return super().forward(x) * gate.sigmoid()
 
 
-def test_a_norm_with_a_required_gate_is_not_fused():
-    assert fuse_norms(filled(NeedsItsGate(WIDTH), torch.float32)) == 0
+@pytest.mark.parametrize("norm_class", [NeedsTwo, NeedsItsGate])
+def test_a_norm_with_a_required_gate_is_not_fused(norm_class):
+    assert fuse_norms(filled(norm_class(WIDTH), torch.float32)) == 0
 
 
 def gated(norm_class: type[nn.Module], group_size: int) -> nn.Module:
@@ -126,8 +144,22 @@ def test_modules_that_compute_another_formula_keep_their_results(other):
     assert torch.equal(module(x, gate) if is_gated else module(x), before)
 
 
+class WithBias(LlamaRMSNorm):
+    """A norm whose bias is zero at first."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH)
+        self.bias = nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.bias
+
+
 def test_a_trainable_norm_is_not_fused():
     assert offset_of(LlamaRMSNorm(WIDTH)) is None
+    norm = WithBias()
+    norm.weight.requires_grad_(requires_grad=False)
+    assert offset_of(norm) is None, "its bias is still trained, by an adapter with bias all"
 
 
 @pytest.mark.parametrize(("family", "norms"), [("llama", 5), ("qwen3", 9), ("gemma3_text", 13), ("gpt2", 0)])

@@ -33,10 +33,14 @@ def alone(model, prompt: list[int]) -> tuple[list[int], bool]:
 def prompts_of(beginning: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
     shared = torch.randint(10, 300, (beginning,), generator=generator).tolist()
-    return [shared + torch.randint(10, 300, (n,), generator=generator).tolist() for n in (3, 17, 1, 8)]
+    prompts = [shared + torch.randint(10, 300, (n,), generator=generator).tolist() for n in (3, 17, 1, 8)]
+    return [*prompts, shared] if shared else prompts  # the last one is a prefix of all others
 
 
-@pytest.mark.parametrize("beginning", [0, 24], ids=["nothing shared", "24 tokens shared"])
+either_beginning = pytest.mark.parametrize("beginning", [0, 24], ids=["nothing shared", "24 tokens shared"])
+
+
+@either_beginning
 def test_a_batch_gives_the_same_answers_as_its_prompts_alone(model, beginning):
     prompts = prompts_of(beginning)
     with warnings.catch_warnings():
@@ -45,16 +49,19 @@ def test_a_batch_gives_the_same_answers_as_its_prompts_alone(model, beginning):
     assert [(list(answer.ids), answer.stopped) for answer in together] == [alone(model, prompt) for prompt in prompts]
 
 
+@either_beginning
 @pytest.mark.parametrize("family", ["minimax", "lfm2"])
-def test_stateful_layers_give_the_same_answers_in_a_batch_as_alone(family):
+def test_stateful_layers_give_the_same_answers_in_a_batch_as_alone(family, beginning):
     # MiniMax's linear attention decays with every position, including padding.
     values = {**SIZE, "head_dim": 8, "vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    if family == "minimax":
+    if family == "lfm2":
+        values |= {"layer_types": ["conv", "full_attention"]}
+    else:
         values |= {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2, "block_size": 16}
     torch.manual_seed(7)
     config = AutoConfig.for_model(family, **values)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, experts_implementation="eager").eval()
-    prompts = prompts_of(0)
+    prompts = prompts_of(beginning)
     together = generate_answers(model, prompts, stop_ids=[STOP], pad_id=PAD, max_new_tokens=LIMIT)
     assert [(list(answer.ids), answer.stopped) for answer in together] == [alone(model, prompt) for prompt in prompts]
 

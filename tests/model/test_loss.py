@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch.nn import functional
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -242,6 +243,31 @@ def test_a_model_that_never_calls_its_body_module_is_run_as_a_whole():
     assert nats < EXACT
     assert gradient < EXACT
     assert target_log_probabilities(model, batch).shape == batch["target"].shape
+
+
+def test_a_forward_hooked_by_accelerate_is_not_called_by_the_head():
+    # As with --device_map. The hooked forward is the whole model's: it would take the hidden states for embeddings.
+    hooked = adapted("llama")
+    add_hook_to_module(innermost(hooked), ModelHook())
+    nats, gradient = differs(in_chunks(hooked, batch_of(EXAMPLES)), all_logits(adapted("llama"), batch_of(EXAMPLES)))
+    assert nats < EXACT
+    assert gradient < EXACT
+
+
+class _Sharded(torch.nn.Parameter):
+    """A weight whose class is another than torch's own, as FSDP's."""
+
+
+@pytest.mark.parametrize("by", ["FSDP", "ZeRO-3"])
+def test_a_head_with_sharded_weights_is_not_called_alone(by):
+    # Its weights are gathered only during a call of the whole model.
+    model = adapted("llama")
+    head = innermost(model).lm_head
+    if by == "FSDP":
+        head.weight = _Sharded(head.weight.data, requires_grad=False)
+    else:
+        head.weight.ds_id = 0
+    assert Head.of(model) is None
 
 
 def with_auxiliary_loss(family: str, **more: Any) -> Any:

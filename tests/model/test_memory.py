@@ -8,7 +8,9 @@ import torch
 from transformers import LlamaConfig, Qwen2Config
 
 from atomtune.model import base_shape
+from atomtune.model import memory as memory_room
 from atomtune.model.base_shape import tokens_in_memory
+from atomtune.model.block_attention import MOST_KEPT
 from atomtune.model.memory import (
     ActivationMemory,
     StepShape,
@@ -57,6 +59,18 @@ def memory(config, tokens: int) -> ActivationMemory:
     return ActivationMemory.of(config, tokens=tokens, element_bytes=2, dropout=False, in_rows=True, device=CPU)
 
 
+@pytest.mark.parametrize(
+    ("in_rows", "device", "is_kept"), [(True, "cpu", True), (False, "cpu", False), (True, "cuda", False)]
+)
+def test_rows_on_a_cpu_also_keep_their_attention_weights(monkeypatch, in_rows, device, is_kept):
+    monkeypatch.setattr(memory_room, "free_bytes", lambda _device: 10**9)
+    step = ActivationMemory.of(
+        ATOM_7B, tokens=1, element_bytes=2, dropout=False, in_rows=in_rows, device=torch.device(device)
+    )
+    weights = MOST_KEPT * 4096 * 32 * 2 if is_kept else 0
+    assert step.needed == activation_bytes(ATOM_7B, tokens=1, element_bytes=2) + weights
+
+
 def test_a_tiny_step_keeps_its_activations_and_a_huge_one_does_not():
     tiny = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
     assert memory(tiny, 1_000).fits
@@ -94,9 +108,15 @@ def test_settings_already_in_use_are_not_suggested_as_remedies():
     assert "--per_device_train_batch_size" not in said
 
 
-def test_the_suggested_smaller_batch_keeps_the_global_batch_size():
-    assert "--per_device_train_batch_size 8 --gradient_accumulation_steps 2" in remedies(shape())
-    assert "23.0 GB" in remedies(shape())
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "smaller", "more"),
+    [(16, 1, 8, 2), (5, 1, 1, 5), (9, 1, 3, 3), (7, 2, 2, 7), (3, 4, 1, 12)],
+)
+def test_the_suggested_smaller_batch_keeps_the_global_batch_size(batch, accumulation, smaller, more):
+    # Regression: for 5 × 1 it suggested 2 × 2 as "the same updates".
+    lines = remedies(shape(batch=batch, accumulation=accumulation))
+    assert f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps {more}:" in lines
+    assert "23.0 GB" in lines
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.memory import FILLED_BY_CHOICE, layers_to_recompute
@@ -80,6 +82,25 @@ def test_recomputable_layers_are_found_in_every_hybrid_family(family):
     assert sum(on) == -(-len(layers) // 2)
     inside = [module for module in layers[-1].modules() if getattr(module, "gradient_checkpointing", False)]
     assert not inside, "a layer within a kept one would be recomputed still"
+
+
+def test_exactly_the_chosen_number_of_trained_layers_is_recomputed():
+    # 1 - 9/10 is less than 1/10 in floating point, and the layers of a frozen tower keep nothing.
+    for number_of_layers in range(1, 50):
+        for number in range(1, number_of_layers + 1):
+            model, tower = layers_of(number_of_layers), layers_of(3).requires_grad_(requires_grad=False)
+            recompute_first(nn.ModuleList([tower, model]), number / number_of_layers)
+            assert sum(layer.gradient_checkpointing for layer in model) == number
+
+
+def layers_of(number: int) -> nn.Sequential:
+    layers = nn.Sequential()
+    for _ in range(number):
+        layer = GradientCheckpointingLayer()
+        layer.weight = nn.Parameter(torch.zeros(1))
+        layer.gradient_checkpointing = True
+        layers.append(layer)
+    return layers
 
 
 def test_no_more_layers_are_recomputed_than_memory_requires():

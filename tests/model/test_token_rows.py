@@ -140,3 +140,12 @@ def test_trained_and_untrained_rows_of_a_real_model_are_distinguished(real, toke
     token_id = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(token)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert looks_untrained(model.get_input_embeddings().weight, token_id) == expected
+
+
+@pytest.mark.parametrize("token_id", [0, 8_191, 8_192, 19_999])
+def test_rows_are_compared_with_all_others_of_a_large_vocabulary(token_id):
+    # They are compared in chunks of 8,192 rows, of which one has the row itself.
+    weight = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0))
+    assert not looks_untrained(weight, token_id)
+    weight[12_345] = 1.01 * weight[token_id]
+    assert looks_untrained(weight, token_id)

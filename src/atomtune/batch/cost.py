@@ -25,6 +25,7 @@ class LayoutTokens:
     padded, packed, tree   the sum over all batches
     heaviest  for each layout, the tokens of its heaviest batch
     lengths   for each layout, how many different numbers of tokens its batches have
+    most_examples  of one batch; more than its records if some of these have several examples each
     """
 
     padded: int
@@ -32,18 +33,21 @@ class LayoutTokens:
     tree: int
     heaviest: Mapping[Layout, int]
     lengths: Mapping[Layout, int]
+    most_examples: int
 
     @classmethod
     def of(cls, batches: Iterable[Sequence[Example]]) -> "LayoutTokens":
         """Lay out each batch in all three layouts and count; lengths of packed and tree rows are rounded up."""
         counts: dict[Layout, list[int]] = {"padded": [], "packed": [], "tree": []}
+        most_examples = 0
         for examples in batches:
+            most_examples = max(most_examples, len(examples))
             counts["padded"].append(padded_tokens(examples))
             counts["packed"].append(padded_length(sum(len(example.ids) for example in examples)))
             counts["tree"].append(padded_length(len(graft(examples))))
         heaviest = {layout: max(tokens, default=0) for layout, tokens in counts.items()}
         lengths = {layout: len(set(tokens)) for layout, tokens in counts.items()}
-        return cls(sum(counts["padded"]), sum(counts["packed"]), sum(counts["tree"]), heaviest, lengths)
+        return cls(sum(counts["padded"]), sum(counts["packed"]), sum(counts["tree"]), heaviest, lengths, most_examples)
 
     def of_layout(self, layout: Layout) -> int:
         """The sum of one layout."""
@@ -54,16 +58,17 @@ class LayoutTokens:
         return "tree" if self.tree < self.packed * (1 - _WORTH) else "packed"
 
 
-def heaviest_of_the_run(sampled: int, *, per_batch: int, longest_tokens: int) -> int:
-    """Estimate the tokens of the heaviest batch of a run from the heaviest of the sampled ones.
+def heaviest_of_the_run(sampled: LayoutTokens, layout: Layout, *, per_batch: int, longest_tokens: int) -> int:
+    """Estimate the tokens of the heaviest batch of a run in this layout from SAMPLED_BATCHES batches.
 
-    sampled         tokens of the heaviest of SAMPLED_BATCHES batches
-    longest_tokens  tokens of the longest record
+    per_batch       records in a batch
+    longest_tokens  tokens of the longest example
     The margin was measured on the demo's dialogues: in one draw of twenty, the heaviest of 320 batches exceeded the
     heaviest of 32 by 61 % at 4 records per batch, by 32 % at 16 and by 13 % at 64.
     """
     margin = 1 + 1.3 / math.sqrt(per_batch)
-    return min(math.ceil(sampled * margin), padded_length(per_batch * longest_tokens))
+    most_examples = max(per_batch, sampled.most_examples)
+    return min(math.ceil(sampled.heaviest[layout] * margin), padded_length(most_examples * longest_tokens))
 
 
 def sample_rows(count: int, size: int, *, seed: int) -> list[int]:

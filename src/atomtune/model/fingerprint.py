@@ -20,6 +20,7 @@ from atomtune.disk import expanded
 from atomtune.errors import BadModel
 from atomtune.model.file_schemas import WeightIndex
 from atomtune.model.json_files import checked, refuse_no_files
+from atomtune.model.load_errors import explained
 
 INDEX = "model.safetensors.index.json"
 OLD_INDEX = "pytorch_model.bin.index.json"
@@ -29,14 +30,18 @@ _LONGEST_NAME = 200  # characters of a file's name
 
 
 def fingerprint(path: str) -> str | None:
-    """A hash of every weight's name, shape and some numbers in bfloat16; None if there are no weights here."""
+    """A hash of every weight's name, shape and some numbers in bfloat16; None if there are no weights here.
+
+    Raises BadModel if they cannot be read.
+    """
     folder = folder_of(path)
     if folder:
         refuse_no_files(folder)
     files = weight_files(folder) if folder else []
     if not files:
         return None
-    entries = [entry for file in files for entry in _entries(file)]
+    with explained(str(folder), "model"):
+        entries = [entry for file in files for entry in _entries(file)]
     return hashlib.sha256(json.dumps(sorted(entries)).encode()).hexdigest()
 
 

@@ -121,7 +121,7 @@ class Group:
         dropout = first.lora_dropout[first.active_adapters[0]]
         p = dropout.p if isinstance(dropout, nn.Dropout) and first.training else 0.0
         keep = keep_mask(x.flatten(0, -2), p) if p else None
-        if self.cast is None or not self.cast.is_of(self, x.dtype):
+        if self.cast is None or not self.cast.is_of(self):
             self.cast = cast_together([self])[0]
         weights: list[torch.Tensor | None] = []
         for layer in self.members:
@@ -155,9 +155,9 @@ class Cast:
     def ranks(self) -> list[int]:
         return [up.shape[1] for up in self.ups]
 
-    def is_of(self, group: Group, dtype: torch.dtype) -> bool:
+    def is_of(self, group: Group) -> bool:
         """Whether the group's weights have not changed since the cast."""
-        return self.down.dtype == dtype and self.versions == _versions(group)
+        return self.versions == _versions(group)
 
 
 def _versions(group: Group) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ Letters: T tokens (times heads if every head has its norm), D width.
 """
 
 import contextlib
-import inspect
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ def offset_of(norm: nn.Module) -> float | None:
     weight, eps = getattr(norm, "weight", None), _eps(norm)
     if not isinstance(weight, nn.Parameter) or weight.requires_grad or weight.device.type != "cpu":
         return None
-    if weight.dim() != 1 or len(list(norm.parameters())) > 1 or eps is None or not _takes_one_tensor(norm):
+    if weight.dim() != 1 or len(list(norm.parameters())) > 1 or eps is None:
         return None
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
@@ -44,7 +43,7 @@ def offset_of(norm: nn.Module) -> float | None:
     x = torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0))
     x = ((x + 1) * torch.linspace(0.1, 4, len(weight)) * eps**0.5).to(weight.dtype)
     output = None
-    # Kimi Linear's gated norm has a second argument that defaults to None, and fails without it.
+    # A gated norm may need a second argument; Kimi Linear's has one that defaults to None, and fails without it.
     with contextlib.suppress(RuntimeError, TypeError, ValueError, AttributeError):
         output = norm(x)
     if not isinstance(output, torch.Tensor) or output.dtype != x.dtype or output.shape != x.shape:
@@ -61,12 +60,6 @@ def _eps(norm: nn.Module) -> float | None:
     """A norm's eps: variance_epsilon in most models, eps in Gemma and some others; None if there is none."""
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     return eps if isinstance(eps, float) and eps > 0 else None
-
-
-def _takes_one_tensor(norm: nn.Module) -> bool:
-    """Whether forward needs exactly one argument (a gated norm needs two)."""
-    parameters = inspect.signature(norm.forward).parameters.values()
-    return sum(parameter.default is inspect.Parameter.empty for parameter in parameters) == 1
 
 
 def plain_norm(x: torch.Tensor, factors: torch.Tensor, eps: float) -> torch.Tensor:

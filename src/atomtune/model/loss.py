@@ -337,4 +337,4 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, None, *((saved * grad).to(saved.dtype) for saved in ctx.saved_tensors)
+        return None, None, *(saved * grad for saved in ctx.saved_tensors)

@@ -224,10 +224,11 @@ def remedies(shape: StepShape) -> str:
     if not shape.checkpointing:
         steps.append("--gradient_checkpointing true: the same result, about a third slower.")
     if shape.batch > 1:
-        half = shape.batch // 2
-        twice = shape.accumulation * shape.batch // half
+        in_a_step = shape.batch * shape.accumulation
+        smaller = next(size for size in range(shape.batch // 2, 0, -1) if in_a_step % size == 0)
+        more = in_a_step // smaller
         steps.append(
-            f"--per_device_train_batch_size {half} --gradient_accumulation_steps {twice}: the same updates, "
+            f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps {more}: the same updates, "
             f"smaller pieces (now {shape.batch} × {shape.accumulation})."
         )
     if shape.quantize is None:

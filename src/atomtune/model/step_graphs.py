@@ -313,7 +313,7 @@ class _Played(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scaled = (ctx.grads * factor).to(ctx.grads.dtype).split([shape.numel() for shape in ctx.shapes])
+        scaled = (ctx.grads * factor).split([shape.numel() for shape in ctx.shapes])
         return None, None, *(grad.view(shape) for grad, shape in zip(scaled, ctx.shapes, strict=True))
 
 

@@ -82,7 +82,7 @@ def with_row(model: CausalLM, token_id: int) -> int:
     Padding is masked by position, so any token will do.
     """
     embedding: Any = model.get_input_embeddings()
-    return token_id if 0 <= token_id < len(embedding.weight) else 0
+    return token_id if token_id < len(embedding.weight) else 0
 
 
 def say_untrained_stop(base: CausalLM, tokenizer: Tokenizer, stop: str, *, notice: Callable[[str], None]) -> None:

@@ -247,9 +247,7 @@ def _run_size(
         targets=round(data.ledger.target_tokens * seen / len(data.examples)),
         # With causal attention, a token sees half of its example on average.
         mean_context=sum(len(example.ids) for example in examples) / len(examples) / 2,
-        heaviest=heaviest_of_the_run(
-            sampled.heaviest[layout], per_batch=per_batch, longest_tokens=data.ledger.longest_tokens
-        ),
+        heaviest=heaviest_of_the_run(sampled, layout, per_batch=per_batch, longest_tokens=data.ledger.longest_tokens),
         batches=batch_count,
         lengths=math.ceil(sampled.lengths[layout] / len(batches) * batch_count),
     )

@@ -104,7 +104,7 @@ def choose_layout(run: RunContext, model: CausalLM, tokenizer: Any, data: Data, 
         run.console.say(kernels.described(device_of(run)))
     run.record.update(layout=layout)
     collator = collator_for(model, layout, pad_id=pad_id_of(tokenizer), as_examples=as_examples)
-    heaviest = heaviest_of_the_run(tokens.heaviest[layout], per_batch=per_batch, longest_tokens=longest_tokens)
+    heaviest = heaviest_of_the_run(tokens, layout, per_batch=per_batch, longest_tokens=longest_tokens)
     return ChosenLayout(collator, heaviest)
 
 
@@ -139,9 +139,7 @@ def _name_larger_batch(
     apart = LayoutTokens.of(batches[: len(firsts) * accumulated])
     joined = LayoutTokens.of(list(chain.from_iterable(batches[first : first + accumulated])) for first in firsts)
     gain = apart.of_layout(layout) / joined.tree
-    heaviest = heaviest_of_the_run(
-        joined.heaviest["tree"], per_batch=per_batch * accumulated, longest_tokens=longest_tokens
-    )
+    heaviest = heaviest_of_the_run(joined, "tree", per_batch=per_batch * accumulated, longest_tokens=longest_tokens)
     memory = activation_memory(run, model, layout="tree", tokens=heaviest)
     if gain >= _WORTH_SAYING and memory.fits:
         run.console.notice(
