@@ -14,7 +14,7 @@ import pytest
 import atomtune
 from atomtune import evaluate, inspect, load, train
 from atomtune.cli import main
-from atomtune.errors import BadData, BadModel, BadSettings
+from atomtune.errors import BadData, BadModel, BadSettings, CheckFailed
 from tests.conftest import DIALOGUES, write_jsonl
 
 LEARNING = {"learning_rate": 1e-2, "lora_rank": 16, "lora_dropout": 0, "dtype": "float32"}
@@ -123,6 +123,16 @@ def test_inspect_counts_what_the_command_counts(models, tmp_path, capsys):
     assert 0 < found.tokens["tree"] <= found.tokens["packed"] <= found.tokens["padded"]
 
 
+def test_inspect_writes_the_page_and_fails_the_checks_that_are_requested(models, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "data.jsonl", [*DIALOGUES, DIALOGUES[0]])
+    page = tmp_path / "report.html"
+    with pytest.raises(CheckFailed, match="duplicates"):
+        inspect(data, models("llama"), html=str(page), fail_on=["duplicates"])
+    assert "data.jsonl" in page.read_text(encoding="utf-8")
+    inspect(data, models("llama"), samples=1, verbose=True)
+    assert "│ between tokens" in capsys.readouterr().out
+
+
 def test_evaluate_gives_the_values_of_report_json(run, tmp_path):
     pytest.importorskip("sacrebleu")
     data = write_jsonl(tmp_path / "test.jsonl", DIALOGUES[:4])
@@ -167,6 +177,7 @@ def test_nothing_is_printed_unless_requested(models, tmp_path, capfd):
         (lambda: train("a", "b", lora_rank="x"), BadSettings, r"train\(\): lora_rank 'x': expected"),
         (lambda: train("a"), BadSettings, "dataset_path"),
         (lambda: load("nowhere"), BadModel, "no such folder"),
+        (lambda: load("nowhere", temperature=1.0), BadSettings, r"load\(\): temperature: unknown"),  # one of `chat`
         (lambda: inspect("nowhere.jsonl", "nowhere"), BadModel, "nowhere"),
         (evaluate, BadSettings, "adapter_path"),
     ],

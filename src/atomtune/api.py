@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atomtune.console import Console
-from atomtune.settings.read import GROUPS, read
+from atomtune.settings.fields import LoadSettings
+from atomtune.settings.read import GROUPS, read, read_settings
 
 if TYPE_CHECKING:
     from atomtune.serve.tuned_model import TunedModel
@@ -189,12 +190,10 @@ def load(
     """
     console = Console(speaks=verbose)
     values = {"adapter_path": adapter_path, "system": system, "other_base": other_base, **settings}
-    parsed = read("chat", values, notice=console.notice)
+    parsed = read_settings(LoadSettings, values, command="load", notice=console.notice)
     from atomtune.serve.tuned_model import load_tuned
 
-    return load_tuned(
-        parsed, console, adapter_path=parsed.adapter_path, system=parsed.system, other_base=parsed.other_base
-    )
+    return load_tuned(parsed, console)
 
 
 def inspect(
@@ -202,16 +201,16 @@ def inspect(
 ) -> Inspection:
     """Read records as a run would, with a model's tokenizer; return what is learned and which problems there are.
 
-    Raises BadSettings, or BadData for a file that cannot be read. verbose prints the report of `atomtune inspect`.
+    html writes the report as a page; verbose prints it, with samples. Raises BadSettings, BadData for a file that
+    cannot be read, and CheckFailed if more is found than fail_on allows.
     """
     console = Console(speaks=verbose)
     values = {"dataset_path": dataset_path, "model_path": model_path, **settings}
     parsed = read("inspect", values, notice=console.notice)
-    from atomtune.inspect.command import examine
-    from atomtune.inspect.terminal import say_report
+    from atomtune.inspect.command import examine, tell
 
     report = examine(parsed, console)
-    say_report(report, console)
+    tell(report, parsed, console)
     tokens = {}
     if report.saving is not None:
         tokens = {name: getattr(report.saving.tokens, name) for name in ("padded", "packed", "tree")}
@@ -275,5 +274,6 @@ def _default(field: Any) -> Any:
 
 _with_settings(train, GROUPS["train"])
 _with_settings(sweep, GROUPS["sweep"])
+_with_settings(load, (LoadSettings,))
 _with_settings(inspect, GROUPS["inspect"])
 _with_settings(evaluate, GROUPS["evaluate"])

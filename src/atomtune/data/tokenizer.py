@@ -14,7 +14,6 @@ class Tokenizer(Protocol):
     name_or_path: str
     bos_token: str | None
     eos_token: str | None
-    bos_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None
     unk_token_id: int | None

@@ -92,15 +92,12 @@ class Engine(Protocol):
         ...
 
 
-def post(url: str, body: Mapping[str, Any], *, api_key: str | None = None) -> Any:
+def post(url: str, body: Mapping[str, Any]) -> Any:
     """Send a JSON request and return the JSON answer.
 
     Raises EngineBroke for an error of the server, UnknownTokens if its vocabulary is another one, else RunFailed.
     """
-    headers = {"Content-Type": "application/json"}
-    if api_key:
-        headers["Authorization"] = f"Bearer {api_key}"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
         with direct.open(request, timeout=ANSWERS_WITHIN) as answer:
             return json.load(answer)

@@ -34,30 +34,11 @@ def inspect(settings: InspectSettings) -> int:
     Raises BadSettings for a wrong setting; BadData if a source cannot be read and, after the report, if no record can
     be used; CheckFailed if more is found than --fail_on allows.
     """
-    if settings.html and Path(settings.html).is_dir():
-        raise BadSettings([f"--html {settings.html}: a folder; expected the name of a file, for example report.html."])
-    allowed = allowances(settings.fail_on)
     console = Console(stderr=settings.json)
     report = examine(settings, console)
-    template = report.template
-    decoder = TokenDecoder(template.tokenizer)
     if settings.json:
         print_json(report.ledger.to_run_json())
-    say_report(report, console)
-    if settings.samples and len(report.stored):
-        chosen = sample_rows(len(report.stored), settings.samples, seed=settings.seed)
-        show(console, [example for row in chosen for example in report.examples(row)], decoder)
-        modes = modes_of(template, _record_of(report, settings, chosen[0])) if THINKING in template.source else ()
-        if modes:
-            console.say(
-                f"\nThe template has two modes. The last answer of {report.origin(chosen[0])} in each, as "
-                f"--chat_template_kwargs '{{\"{THINKING}\": …}}' or a record's own {THINKING} chooses:"
-            )
-            show(console, modes, decoder, part=_SHOWN_OF_A_MODE)
-    if settings.html:
-        write_page(report, Path(settings.html), decoder, seed=settings.seed)
-        console.say(translated(f"\nwritten: {settings.html}"))
-    require(allowed, report.findings, report.ledger)
+    tell(report, settings, console)
     refuse_unusable(report.ledger, report.sources)
     if report.ledger.broken and not settings.skip_bad:
         console.notice(about_broken(report.ledger))
@@ -72,6 +53,9 @@ def examine(settings: InspectSettings, console: Console) -> Report:
 
     Raises BadSettings for a wrong setting, BadData for a source that cannot be read.
     """
+    if settings.html and Path(settings.html).is_dir():
+        raise BadSettings([f"--html {settings.html}: a folder; expected the name of a file, for example report.html."])
+    allowances(settings.fail_on)
     quiet_libraries()
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     template = load_template(settings.template, tokenizer, **settings.template_options())
@@ -79,6 +63,31 @@ def examine(settings: InspectSettings, console: Console) -> Report:
     if settings.max_seq_length is None:
         settings = replace(settings, max_seq_length=shape.longest)
     return build_report(settings, template, console, most_tokens=shape.longest)
+
+
+def tell(report: Report, settings: InspectSettings, console: Console) -> None:
+    """Print the report and some records, and write the page. Raises CheckFailed if more is found than allowed."""
+    decoder = TokenDecoder(report.template.tokenizer)
+    say_report(report, console)
+    if settings.samples and len(report.stored) and not console.quiet:
+        _say_samples(report, settings, console, decoder)
+    if settings.html:
+        write_page(report, Path(settings.html), decoder, seed=settings.seed)
+        console.say(translated(f"\nwritten: {settings.html}"))
+    require(allowances(settings.fail_on), report.findings, report.ledger)
+
+
+def _say_samples(report: Report, settings: InspectSettings, console: Console, decoder: TokenDecoder) -> None:
+    template = report.template
+    chosen = sample_rows(len(report.stored), settings.samples, seed=settings.seed)
+    show(console, [example for row in chosen for example in report.examples(row)], decoder)
+    modes = modes_of(template, _record_of(report, settings, chosen[0])) if THINKING in template.source else ()
+    if modes:
+        console.say(
+            f"\nThe template has two modes. The last answer of {report.origin(chosen[0])} in each, as "
+            f"--chat_template_kwargs '{{\"{THINKING}\": …}}' or a record's own {THINKING} chooses:"
+        )
+        show(console, modes, decoder, part=_SHOWN_OF_A_MODE)
 
 
 def _record_of(report: Report, settings: InspectSettings, row: int) -> Record:

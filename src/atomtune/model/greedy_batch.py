@@ -51,13 +51,11 @@ def generate_answers(
     stop_ids: Sequence[int],
     pad_id: int,
     max_new_tokens: int,
-    share_beginning: bool = True,
     seconds: float | None = None,
 ) -> list[Generated]:
     """Answer every prompt greedily, until a stop token, max_new_tokens, or `seconds` for the whole batch.
 
-    prompts          token ids of each prompt
-    share_beginning  compute a common beginning of all prompts once
+    prompts  token ids of each prompt; a common beginning of all is computed once
     An answer also ends where the model has no more positions.
     """
     pad_id = with_row(model, pad_id)
@@ -75,7 +73,7 @@ def generate_answers(
     if room < 1:
         return [Generated((), stopped=False)]
     max_new_tokens = min(max_new_tokens, room)
-    shared = _shared_by_all(prompts) if share_beginning and len(prompts) > 1 and _may_share(model) else 0
+    shared = _shared_by_all(prompts) if len(prompts) > 1 and _may_share(model) else 0
     inputs = _filled_up(model, prompts, shared=shared, pad_id=pad_id)
     if shared:
         inputs[_cache_name(model)] = _computed_once(model, prompts[0][:shared], rows=len(prompts))

@@ -33,13 +33,7 @@ COMMANDS = {
 def chat(settings: ChatSettings) -> int:
     """Answer --prompt, what the user types until Ctrl-D, or the lines of a pipe."""
     console = Console(stderr=True)
-    tuned = load_tuned(
-        settings,
-        console,
-        adapter_path=settings.adapter_path,
-        system=settings.system,
-        other_base=settings.other_base,
-    )
+    tuned = load_tuned(settings, console)
     if settings.compare and not tuned.has_base:
         raise BadSettings([f"--compare: {settings.adapter_path} is a merged model, which has no base to compare with."])
     talk = Talk(tuned, settings, console)

@@ -30,7 +30,7 @@ from atomtune.model.generate import Sampling, answer_ids, prompt_ids, ready_to_a
 from atomtune.model.load import load_base, quiet_libraries
 from atomtune.model.token_rows import guard_embedding
 from atomtune.serve.answer_text import AnswerText
-from atomtune.settings.fields import TrainedModelSettings
+from atomtune.settings.fields import LoadSettings
 
 #: Tokens kept free for the answer when a long conversation is shortened.
 ROOM_FOR_ANSWER = 64
@@ -252,20 +252,13 @@ class TunedModel:
         return Reply(tuple(writer.ids), "".join(texts), turn)
 
 
-def load_tuned(
-    settings: TrainedModelSettings,
-    console: Console,
-    *,
-    adapter_path: str,
-    system: str | None = None,
-    other_base: bool = False,
-) -> TunedModel:
+def load_tuned(settings: LoadSettings, console: Console) -> TunedModel:
     """Load the adapter on its base, or the merged model in the folder, ready to answer.
 
     Raises BadModel for a folder without either, or for a base that the adapter was not trained on.
     """
     quiet_libraries()
-    folder = Path(adapter_path)
+    folder = Path(settings.adapter_path)
     template, metadata = template_of(
         folder,
         model_path=settings.model_path,
@@ -291,7 +284,7 @@ def load_tuned(
     if merged:
         model.eval()
     else:
-        refuse_other_base(path, metadata.base, anyway=other_base, notice=console.notice)
+        refuse_other_base(path, metadata.base, anyway=settings.other_base, notice=console.notice)
         model = load_trained(model, folder)
     guard_embedding(model, template.tokenizer, path=str(folder))
     ready_to_answer(model, template, notice=console.notice)
@@ -301,6 +294,6 @@ def load_tuned(
         folder=folder,
         base=path,
         shared_instruction=metadata.instruction,
-        system=system,
+        system=settings.system,
         notices=console.notices,
     )

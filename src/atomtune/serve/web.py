@@ -25,13 +25,7 @@ def web(settings: WebSettings) -> int:
     password = settings.password or os.environ.get("ATOMTUNE_PASSWORD")
     _refuse(settings, password)
     console = Console()
-    tuned = load_tuned(
-        settings,
-        console,
-        adapter_path=settings.adapter_path,
-        system=settings.system,
-        other_base=settings.other_base,
-    )
+    tuned = load_tuned(settings, console)
     from atomtune.serve.page import Page
 
     page = Page(tuned, settings)

@@ -75,11 +75,6 @@ def other_base_setting(*, rare: bool = False) -> Any:
     return setting(False, text, rare=rare)
 
 
-def tuned_model_setting() -> Any:
-    """The folder of the model that answers in chat and on the web page."""
-    return setting(..., "the output folder of a run, one of its checkpoints, or a merged model", value="FOLDER")
-
-
 def seed_setting(text: str, *, default: int = 42, rare: bool = False) -> Any:
     """A seed, for what the text says."""
     return setting(default, text, at_least=0, at_most=LARGEST_SEED, rare=rare)
@@ -596,12 +591,21 @@ class MergeSettings(TokenizerSettings):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ChatSettings(TrainedModelSettings):
+class LoadSettings(TrainedModelSettings):
+    """Model"""
+
+    adapter_path: str = setting(
+        ..., "the output folder of a run, one of its checkpoints, or a merged model", value="FOLDER"
+    )
+    system: str | None = setting(None, "instruction that a conversation starts with", value="TEXT")
+    other_base: bool = other_base_setting(rare=True)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ChatSettings(LoadSettings):
     """Chat"""
 
-    adapter_path: str = tuned_model_setting()
     prompt: str | None = setting(None, "answer this and exit; without it, a conversation starts", value="TEXT")
-    system: str | None = setting(None, "instruction for the whole conversation", value="TEXT")
     compare: bool = setting(False, "also show the base's answer, with the adapter switched off")
     max_new_tokens: int = answer_setting(512, "longest answer, in tokens")
     temperature: float = setting(
@@ -623,15 +627,12 @@ class ChatSettings(TrainedModelSettings):
         at_most=10,
     )
     seed: int = seed_setting("seed of the first sampled answer; each later answer uses the next seed", default=0)
-    other_base: bool = other_base_setting(rare=True)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class WebSettings(TrainedModelSettings):
+class WebSettings(LoadSettings):
     """Web"""
 
-    adapter_path: str = tuned_model_setting()
-    system: str | None = setting(None, "instruction that a conversation starts with", value="TEXT")
     max_new_tokens: int = answer_setting(512, "longest answer, in tokens; the page can change it")
     host: str = setting(
         "127.0.0.1", "address to listen on; anything but this machine's own needs --password", value="ADDRESS"
@@ -643,7 +644,6 @@ class WebSettings(TrainedModelSettings):
         value="TEXT",
     )
     open: bool = setting(False, "open the page in this machine's browser")
-    other_base: bool = other_base_setting(rare=True)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

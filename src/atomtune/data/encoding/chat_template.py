@@ -196,11 +196,11 @@ class Template:
             why = str(error) or type(error).__name__
             raise CannotExpress(f"{self.title} cannot express it: {why}{place}") from None
 
-    def prompt_piece(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Piece:
-        """The rendered prompt, with a break in every control string that comes from the text of a message or tool."""
+    def prompt_piece(self, messages: Sequence[Message]) -> Piece:
+        """The rendered prompt, with a break in every control string that comes from the text of a message."""
         escaper = Escaper(self.tokens)
         hidden = [escaper.hide_message(message) for message in messages]
-        return escaper.piece(self.render(hidden, tools=escaper.hide(tools)), learn=False)
+        return escaper.piece(self.render(hidden), learn=False)
 
     def ended(self, written: str) -> WrittenAnswer:
         """Split what the template writes for an answer into the text before its stop token, and that token."""

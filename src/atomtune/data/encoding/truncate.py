@@ -121,7 +121,6 @@ def _from_a_cut(record: Record, cuts: _Cuts, fits: Callable[[Record], bool], sha
 
     most = _most(
         lambda number: fits(with_last(number)),
-        low=0,
         high=len(starts) + 1,  # the whole record, which does not fit
         likely=_likely_number(rest, starts, share),
     )
@@ -148,16 +147,16 @@ def _with_end_of_text(record: Record, place: Place, text: str, fits: Callable[[R
     def ending(characters: int) -> Record:
         return _with_text(record, place, text[len(text) - characters :])
 
-    most = _most(lambda characters: fits(ending(characters)), low=0, high=len(text), likely=int(len(text) * share))
+    most = _most(lambda characters: fits(ending(characters)), high=len(text), likely=int(len(text) * share))
     return ending(most)
 
 
-def _most(holds: Callable[[int], bool], *, low: int, high: int, likely: int) -> int:
-    """The largest number in [low, high) for which `holds`; `low` is assumed to hold, and `high` not to.
+def _most(holds: Callable[[int], bool], *, high: int, likely: int) -> int:
+    """The largest number in [0, high) for which `holds`; 0 is assumed to hold, and `high` not to.
 
     Starts at `likely` with doubling steps, then bisects, so that no attempt is much larger than the result.
     """
-    number, step = max(likely, low + 1), 1
+    low, number, step = 0, max(likely, 1), 1
     if number < high and holds(number):
         low = number
         while low + step < high and holds(low + step):
