@@ -327,6 +327,19 @@ def test_prompt_and_completion_are_texts_or_messages(prompt, completion):
     assert not notes
 
 
+@pytest.mark.parametrize("completion", ["A.", [TELL]])
+def test_a_prompt_has_its_system_text_tools_and_variables(completion):
+    value = {"prompt": "Q?", "completion": completion, "system": "S", "tools": [TOOL], "enable_thinking": False}
+    record, notes = read(value, Schema("prompt"))
+    assert isinstance(record, Record)
+    assert record.turns == (Turn("system", "S"), Turn("user", "Q?"), Turn("assistant", "A."))
+    assert record.tools == (TOOL,)
+    assert record.variables == {"enable_thinking": False}
+    assert not notes
+    _, notes = read({"prompt": "Q?", "completion": completion, "source": "wiki"}, Schema("prompt"))
+    assert notes == ('key "source" is not used by this format',)
+
+
 def test_answers_in_a_prompt_are_learned_with_a_notice():
     record, notes = read({"prompt": [ASK, TELL, ASK], "completion": "A."}, Schema("prompt"))
     assert record.learned == (1, 3)

@@ -43,7 +43,7 @@ def _with_the_rest(record: dict[str, Any], turns: Field[tuple[Turn, ...]], used:
 
     used  the keys that were already read
     """
-    if len(record) <= len(used):
+    if record.keys() <= used:
         return Field(Conversation(turns.value), turns.problems, turns.notes)
     all_turns = with_system(record, turns.value)
     tools = read_tools(record)
