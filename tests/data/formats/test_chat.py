@@ -245,6 +245,31 @@ def test_a_call_that_cannot_be_read_is_refused(call, why):
     assert why in why_not(ASK, {"role": "assistant", "content": None, "tool_calls": [call]})
 
 
+@pytest.mark.parametrize("key", ["arguments", "parameters", "input", "args"])  # OpenAI, Llama 3.1, Anthropic, Gemini
+@pytest.mark.parametrize("filled", [{}, {"arguments": None}])  # Arrow adds a null for a key of other calls
+def test_the_arguments_of_a_call_are_read_under_the_keys_of_other_formats(key, filled):
+    call = {"name": "weather", **filled, key: CALL["arguments"]}
+    assert chat(ASK, {"role": "assistant", "tool_calls": [call]}).turns[-1].calls == (CALL,)
+    in_text = shared({"from": "human", "value": "Q?"}, {"from": "function_call", "value": json.dumps(call)})
+    assert in_text.turns[-1].calls == (CALL,)
+    part = {"type": "tool_use", **call}
+    assert chat(ASK, {"role": "assistant", "content": [part]}).turns[-1].calls == (CALL,)
+
+
+def test_a_call_with_thoughts_of_its_own_keeps_them():
+    call = {"role": "tool_call", "content": json.dumps(CALL), "reasoning_content": "It may rain."}
+    record = chat(ASK, TELL, call)
+    assert record.turns[1:] == (Turn("assistant", "A."), Turn("assistant", "", reasoning="It may rain.", calls=(CALL,)))
+
+
+def test_a_tool_result_inside_an_answer_is_refused_not_moved_before_it():
+    parts = [
+        *({"type": "tool_use", "id": "1", **CALL}, {"type": "tool_result", "tool_use_id": "1", "content": "28°"}),
+        {"type": "text", "text": "Warm."},
+    ]
+    assert '"tool_result"' in why_not(ASK, {"role": "assistant", "content": parts})
+
+
 def test_sharegpt_function_call_turns_become_tool_calls():
     record = shared(
         {"from": "human", "value": "Warm?"},
