@@ -128,13 +128,14 @@ class AtStops(Cuts):
     def _lead(self, at: int, text: str) -> str | None:
         """What the template writes for a turn before its text; without a text, the control token before its calls.
 
-        None if no control token comes before the calls, so that their beginning cannot be found.
+        None if no control token comes before the calls, so that their beginning cannot be found. If that token is the
+        one that ends the answer, the template leaves the calls out.
         """
         written = self.templated.answer_text(at, self.templated.prompt_text(at))
         if text:
             return written.partition(text)[0]
         control = self.templated.template.tokens.controls.match(written)
-        return control.group() if control else None
+        return control.group() if control and control.group() != self.mark else None
 
 
 def cuts_of(templated: TemplatedRecord) -> Cuts:
