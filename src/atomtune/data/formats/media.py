@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from atomtune.data.formats.fields import is_empty
+from atomtune.data.formats.schema import MEDIA
 from atomtune.data.records import Turn
 
-KEYS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+KEYS = frozenset(MEDIA)
 #: Placeholders for media in published data. Plain tags count only at an end of the text or on a line of their own, so
 #: that a question about the HTML tag <video> is not refused.
 _PLACEHOLDER = re.compile(
