@@ -480,3 +480,9 @@ def test_enable_thinking_must_be_a_boolean(value, place):
 @pytest.mark.parametrize(("value", "thinks"), [(False, False), ("false", False), ("true", True)])
 def test_enable_thinking_may_be_text_in_a_table_cell(value, thinks):
     assert chat(ASK, TELL, enable_thinking=value).variables == {"enable_thinking": thinks}
+
+
+@pytest.mark.parametrize("key", ["enable_thinking", "documents", "chat_template_kwargs"])
+@pytest.mark.parametrize("cell", ["", " ", None])
+def test_an_empty_cell_sets_no_variable(key, cell):
+    assert chat(ASK, TELL, **{key: cell}).variables == {}
