@@ -352,6 +352,14 @@ def test_prompt_and_completion_are_texts_or_messages(prompt, completion):
     assert not notes
 
 
+@pytest.mark.parametrize("text", [json.dumps([TELL]), str([TELL])])
+def test_a_completion_that_is_a_list_of_messages_as_text_is_learned_as_text_with_a_notice(text):
+    # The cell of a table, or a task whose answers are conversations: only the user knows.
+    record, notes = read({"prompt": "Q?", "completion": text}, Schema("prompt"))
+    assert record.answer == text
+    assert notes == ('"completion" is a list of messages written as text, and is learned as that text',)
+
+
 @pytest.mark.parametrize("completion", ["A.", [TELL]])
 def test_a_prompt_has_its_system_text_tools_and_variables(completion):
     value = {"prompt": "Q?", "completion": completion, "system": "S", "tools": [TOOL], "enable_thinking": False}
@@ -467,6 +475,11 @@ def test_any_value_becomes_a_record_or_a_refusal(name, values, data):
         for turn in record.turns:
             json.dumps([turn.text, turn.reasoning, turn.name, turn.calls], ensure_ascii=False).encode()
         json.dumps(record.tools, ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("cell", ["", "[]", [], None])
+def test_an_empty_cell_of_media_refuses_no_record(cell):
+    assert chat(ASK, TELL, images=cell) == chat(ASK, TELL)
 
 
 @pytest.mark.parametrize("value", ["no", 0, [], "0"])

@@ -3,6 +3,7 @@
 All answers are learned, as many times as their weight says (default: once).
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ _ONE_MESSAGE = (
     "one message of a tree (OpenAssistant), whose question is another record; put the messages from the root to each "
     'last answer into one record: {"messages": [{"role": …, "content": …}, …]}'
 )
+#: The beginning of a list of messages as JSON, or as Python prints it, as in the cell of a table.
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(["'])(?:role|content|from|value)\1\s*:""")
+_MESSAGES_AS_TEXT = '"completion" is a list of messages written as text, and is learned as that text'
 _LEARNED_TOO = 'the answers inside "prompt" are learned too (--learn last leaves them out)'
 
 
@@ -63,6 +67,8 @@ def read_prompt(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
     notes = (*prompt.notes, *completion.notes)
     if not problems and not _has_answer(completion.value):
         problems = ("completion has no assistant turn: there is nothing to learn",)
+    if isinstance(record["completion"], str) and _MESSAGES.match(record["completion"]):
+        notes = (*notes, _MESSAGES_AS_TEXT)
     if _has_answer(prompt.value):
         notes = (*notes, _LEARNED_TOO)
     answer, used = completion.value, frozenset(SIGNS["prompt"])

@@ -24,7 +24,7 @@ def problems_of_media(record: Mapping[str, Any], turns: Iterable[Turn]) -> tuple
     """Why a record with media is refused; () if it has none. Trained as text, it would teach the model to guess."""
     if not KEYS.isdisjoint(record):
         for key in sorted(KEYS.intersection(record)):
-            if not is_empty(record[key]):
+            if not is_empty(record[key]) and record[key] != "[]":  # as in the cell of a table
                 return (f'key "{key}" holds media; only text can be trained on',)
     for number, turn in enumerate(turns, 1):
         if "<" not in turn.text and "<" not in turn.input:
