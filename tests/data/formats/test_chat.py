@@ -181,6 +181,11 @@ def test_a_non_text_content_part_is_refused_by_its_type(kind):
     assert said == f'messages 1\'s content holds a part of type "{kind}"; only text can be trained on'
 
 
+def test_a_message_with_media_beside_its_text_is_refused():
+    assert 'messages 1 has media under "images"' in why_not({**ASK, "images": ["cat.png"]}, TELL)
+    assert chat({**ASK, "images": []}, {**TELL, "audio": None}) == chat(ASK, TELL)
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_is_kept_beside_the_answer(key):
     assert chat(ASK, {**TELL, key: "Hm."}).turns[-1] == Turn("assistant", "A.", reasoning="Hm.")
@@ -350,6 +355,12 @@ def test_prompt_and_completion_are_texts_or_messages(prompt, completion):
     record, notes = read({"prompt": prompt, "completion": completion}, Schema("prompt"))
     assert record.turns == (Turn("user", "Q?"), Turn("assistant", "A."))
     assert not notes
+
+
+@pytest.mark.parametrize("key", ["completion", "chosen"])
+def test_a_list_of_texts_as_a_completion_is_refused_as_its_first_text_is_no_question(key):
+    value = {"prompt": "Q?", key: ["A.", "Or B."], "rejected": "C."}
+    assert "completion is a list of texts; expected one text or a list of messages" in reason(value, Schema("prompt"))
 
 
 @pytest.mark.parametrize("text", [json.dumps([TELL]), str([TELL])])

@@ -80,6 +80,8 @@ def read_prompt(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
 
 def _read_side(value: object, role: Role, key: str, schema: Schema) -> Field[tuple[Turn, ...]]:
     if isinstance(value, list):
+        if role == "assistant" and value and all(isinstance(item, str) for item in value):
+            return Field((), (f"{key} is a list of texts; expected one text or a list of messages",))
         return read_turns(value, key, schema)
     text = read_text(value, key)
     if not text.problems and is_blank(text.value):

@@ -24,7 +24,7 @@ from atomtune.data.formats.fields import (
     read_plain,
     read_text,
 )
-from atomtune.data.formats.schema import EXCHANGE_KEYS, REASONING, ROLES, TURN_KEYS, WEIGHTS, Schema
+from atomtune.data.formats.schema import EXCHANGE_KEYS, MEDIA, REASONING, ROLES, TURN_KEYS, WEIGHTS, Schema
 from atomtune.data.reading.raw import printable
 from atomtune.data.records import Role, Turn
 
@@ -163,7 +163,11 @@ def _read_message(message: object, key: str, number: int, roles: Mapping[str, st
         turn = _read_answer(filled, message, place, calls_alone=role.value == "call")
     else:
         turn = _read_other(filled, message, place, cast(Role, role.value))
-    problems = turn.problems or _problems_of_empty(turn.value, place)
+    media = [key for key in MEDIA if not is_empty(filled.get(key))]
+    problems = (
+        *(turn.problems or _problems_of_empty(turn.value, place)),
+        *[f'{place} has media under "{key}"; only text can be trained on' for key in media],
+    )
     return Field(turn.value, problems, (*notes_on_unused(filled, _KNOWN, " of a turn"), *turn.notes))
 
 
