@@ -1,5 +1,7 @@
 """Answers: found in three ways, from the template's form, from a later prompt, or by a separate rendering."""
 
+from dataclasses import replace
+
 import pytest
 
 from atomtune.data.encoding.answers import answer_at, answers_of
@@ -17,6 +19,10 @@ WITH_CALLS = CHATML.replace(CONTENT, CONTENT + "{{ m.tool_calls | tojson if m.to
 EMPTY_THOUGHTS_LAST = WITH_CALLS.replace(
     CONTENT,
     "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last and not add_generation_prompt }}" + CONTENT,
+)
+#: The same, and an answer that ends the conversation has no line ends before its text (Qwen3).
+TRIMMED_LAST = EMPTY_THOUGHTS_LAST.replace(
+    CONTENT, "{{ m['content'].lstrip('\n') if loop.last and not add_generation_prompt else m['content'] }}"
 )
 #: An answer that ends the conversation begins with its length.
 NUMBERED_LAST = WITH_CALLS.replace(
@@ -68,6 +74,21 @@ def test_answers_cut_from_a_later_prompt_match_separate_renderings(source, few, 
     assert answers == [answer_at(templated, at, prompt) for at, prompt in zip(record.learned, prompts, strict=True)]
     assert all(f'{{"n": {number}}}' in answer.text for number, answer in enumerate(answers[:-1]))
     assert (renderings < 10) == few  # of 30 calls; the 1st, 2nd, 4th, 8th and 16th are compared
+
+
+def test_a_template_that_trims_only_the_last_answer_writes_each_answer_as_the_last():
+    template = load_template("auto", tokenizer_of("bytes", TRIMMED_LAST))
+    record = agent(8)
+    turns = [
+        replace(turn, text="\n\nok" if number == 5 else "ok") if turn.calls else turn
+        for number, turn in enumerate(record.turns)
+    ]
+    record = replace(record, turns=tuple(turns))
+    templated = TemplatedRecord(template, record)
+    cuts = cuts_of(templated)
+    prompts = prompts_of(cuts, record.learned)
+    answers = list(answers_of(cuts, record.learned, prompts))
+    assert answers == [answer_at(templated, at, prompt) for at, prompt in zip(record.learned, prompts, strict=True)]
 
 
 def test_a_text_record_is_its_own_answer_with_control_strings_escaped():

@@ -55,6 +55,27 @@ def test_cuts_before_stop_tokens_match_the_documented_example():
     assert at_stops.answer_in(second) == (" a2", "</s>")
 
 
+def test_an_answer_that_begins_with_white_space_begins_at_that_white_space():
+    template = load_template("mistral-v1", tokenizer_of("sentencepiece"))
+    for texts in (("a1", "a2", "  a3"), ("a1", "\n\na2", "a3"), (" a1", "a2", " a3")):
+        turns = tuple(turn for text in (*texts, "a4") for turn in (Turn("user", "q"), Turn("assistant", text)))
+        templated = TemplatedRecord(template, Record(turns, "a:1"))
+        at_stops = cuts_of(templated)
+        assert isinstance(at_stops, AtStops)
+        prompts = at_stops.prompts_in(at_stops.prompt(7), (1, 3, 5, 7))
+        assert [whole(prompt) for prompt in prompts] == [templated.prompt_text(at) for at in (1, 3, 5, 7)]
+
+
+def test_calls_that_a_template_leaves_out_are_not_looked_for_in_the_question():
+    leaves_out = "{% for m in messages %}{{ m['content'] }}{{ '</s>' if m['role'] == 'assistant' }}{% endfor %}"
+    template = load_template("auto", tokenizer_of("sentencepiece", leaves_out))
+    calls = ({"name": "search", "arguments": {}},)
+    turns = (*TURNS[:2], Turn("user", "search it"), Turn("assistant", "", calls=calls), *TURNS[4:])
+    at_stops = cuts_of(TemplatedRecord(template, Record(turns, "a:1")))
+    assert isinstance(at_stops, AtStops)
+    assert at_stops.prompts_in(at_stops.prompt(5), LEARNED) is None
+
+
 def test_a_rendering_whose_parts_do_not_match_the_turns_gives_no_prompts():
     # If a template writes an answer without its header, or joins two answers, their start cannot be found.
     joins = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.content != 'a1' %}")

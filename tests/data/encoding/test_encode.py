@@ -447,6 +447,15 @@ def test_a_conversation_that_the_template_refuses_is_counted_with_its_reason():
     assert refusal.origin == "train.jsonl:2" and "no x here" in refusal.reason
 
 
+def test_notices_count_only_records_that_are_used(tokenizers):
+    value = {"instruction": "Hi", "output": "你好", "source": "wiki"}
+    raws = [RawRecord(value, "a:1"), RawRecord({**value, "output": "长" * 500}, "a:2")]
+    ledger = Ledger()
+    list(encode(raws, load_template("chatml", tokenizers["chatml"]), ledger, max_tokens=100))
+    assert [refusal.kind for refusal in ledger.records_refused] == [RefusalKind.TOO_LONG]
+    assert ledger.notices == {'key "source" is not used by this format': 1}
+
+
 def test_a_record_with_an_empty_prompt_is_refused():
     tokenizer = tokenizer_of("characters")
     tokenizer.chat_template = "{% for m in messages[1:] %}{{ m['content'] }}{{ eos_token }}{% endfor %}"

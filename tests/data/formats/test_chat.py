@@ -181,6 +181,11 @@ def test_a_non_text_content_part_is_refused_by_its_type(kind):
     assert said == f'messages 1\'s content holds a part of type "{kind}"; only text can be trained on'
 
 
+def test_a_message_with_media_beside_its_text_is_refused():
+    assert 'messages 1 has media under "images"' in why_not({**ASK, "images": ["cat.png"]}, TELL)
+    assert chat({**ASK, "images": []}, {**TELL, "audio": None}) == chat(ASK, TELL)
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_is_kept_beside_the_answer(key):
     assert chat(ASK, {**TELL, key: "Hm."}).turns[-1] == Turn("assistant", "A.", reasoning="Hm.")
@@ -243,6 +248,31 @@ def test_tools_that_cannot_be_read_are_refused(tools, why):
 )
 def test_a_call_that_cannot_be_read_is_refused(call, why):
     assert why in why_not(ASK, {"role": "assistant", "content": None, "tool_calls": [call]})
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "input", "args"])  # OpenAI, Llama 3.1, Anthropic, Gemini
+@pytest.mark.parametrize("filled", [{}, {"arguments": None}])  # Arrow adds a null for a key of other calls
+def test_the_arguments_of_a_call_are_read_under_the_keys_of_other_formats(key, filled):
+    call = {"name": "weather", **filled, key: CALL["arguments"]}
+    assert chat(ASK, {"role": "assistant", "tool_calls": [call]}).turns[-1].calls == (CALL,)
+    in_text = shared({"from": "human", "value": "Q?"}, {"from": "function_call", "value": json.dumps(call)})
+    assert in_text.turns[-1].calls == (CALL,)
+    part = {"type": "tool_use", **call}
+    assert chat(ASK, {"role": "assistant", "content": [part]}).turns[-1].calls == (CALL,)
+
+
+def test_a_call_with_thoughts_of_its_own_keeps_them():
+    call = {"role": "tool_call", "content": json.dumps(CALL), "reasoning_content": "It may rain."}
+    record = chat(ASK, TELL, call)
+    assert record.turns[1:] == (Turn("assistant", "A."), Turn("assistant", "", reasoning="It may rain.", calls=(CALL,)))
+
+
+def test_a_tool_result_inside_an_answer_is_refused_not_moved_before_it():
+    parts = [
+        *({"type": "tool_use", "id": "1", **CALL}, {"type": "tool_result", "tool_use_id": "1", "content": "28°"}),
+        {"type": "text", "text": "Warm."},
+    ]
+    assert '"tool_result"' in why_not(ASK, {"role": "assistant", "content": parts})
 
 
 def test_sharegpt_function_call_turns_become_tool_calls():
@@ -325,6 +355,33 @@ def test_prompt_and_completion_are_texts_or_messages(prompt, completion):
     record, notes = read({"prompt": prompt, "completion": completion}, Schema("prompt"))
     assert record.turns == (Turn("user", "Q?"), Turn("assistant", "A."))
     assert not notes
+
+
+@pytest.mark.parametrize("key", ["completion", "chosen"])
+def test_a_list_of_texts_as_a_completion_is_refused_as_its_first_text_is_no_question(key):
+    value = {"prompt": "Q?", key: ["A.", "Or B."], "rejected": "C."}
+    assert "completion is a list of texts; expected one text or a list of messages" in reason(value, Schema("prompt"))
+
+
+@pytest.mark.parametrize("text", [json.dumps([TELL]), str([TELL])])
+def test_a_completion_that_is_a_list_of_messages_as_text_is_learned_as_text_with_a_notice(text):
+    # The cell of a table, or a task whose answers are conversations: only the user knows.
+    record, notes = read({"prompt": "Q?", "completion": text}, Schema("prompt"))
+    assert record.answer == text
+    assert notes == ('"completion" is a list of messages written as text, and is learned as that text',)
+
+
+@pytest.mark.parametrize("completion", ["A.", [TELL]])
+def test_a_prompt_has_its_system_text_tools_and_variables(completion):
+    value = {"prompt": "Q?", "completion": completion, "system": "S", "tools": [TOOL], "enable_thinking": False}
+    record, notes = read(value, Schema("prompt"))
+    assert isinstance(record, Record)
+    assert record.turns == (Turn("system", "S"), Turn("user", "Q?"), Turn("assistant", "A."))
+    assert record.tools == (TOOL,)
+    assert record.variables == {"enable_thinking": False}
+    assert not notes
+    _, notes = read({"prompt": "Q?", "completion": completion, "source": "wiki"}, Schema("prompt"))
+    assert notes == ('key "source" is not used by this format',)
 
 
 def test_answers_in_a_prompt_are_learned_with_a_notice():
@@ -431,6 +488,11 @@ def test_any_value_becomes_a_record_or_a_refusal(name, values, data):
         json.dumps(record.tools, ensure_ascii=False).encode()
 
 
+@pytest.mark.parametrize("cell", ["", "[]", [], None])
+def test_an_empty_cell_of_media_refuses_no_record(cell):
+    assert chat(ASK, TELL, images=cell) == chat(ASK, TELL)
+
+
 @pytest.mark.parametrize("value", ["no", 0, [], "0"])
 @pytest.mark.parametrize("place", ["alone", "among others"])
 def test_enable_thinking_must_be_a_boolean(value, place):
@@ -442,3 +504,9 @@ def test_enable_thinking_must_be_a_boolean(value, place):
 @pytest.mark.parametrize(("value", "thinks"), [(False, False), ("false", False), ("true", True)])
 def test_enable_thinking_may_be_text_in_a_table_cell(value, thinks):
     assert chat(ASK, TELL, enable_thinking=value).variables == {"enable_thinking": thinks}
+
+
+@pytest.mark.parametrize("key", ["enable_thinking", "documents", "chat_template_kwargs"])
+@pytest.mark.parametrize("cell", ["", " ", None])
+def test_an_empty_cell_sets_no_variable(key, cell):
+    assert chat(ASK, TELL, **{key: cell}).variables == {}

@@ -60,6 +60,18 @@ def test_columns_of_an_alpaca_file_are_renamed_as_listed(tmp_path):
     assert (question.text, question.input, answer.text) == ("译", "早", "Morning")
 
 
+def test_a_column_of_media_under_a_name_of_its_own_refuses_the_records_that_have_any(tmp_path):
+    info = {**TALK_INFO, "columns": {**TALK_INFO["columns"], "images": "pictures"}}
+    chats = [{**TALK[0], "pictures": []}, {**TALK[0], "pictures": ["cat.png"]}]
+    folder = folder_of(tmp_path, {"chats": info}, chats=chats)
+    template = load_template("auto", tokenizer_of("bytes", CHATML))
+    ledger = examples_of(folder, template, RULES, cache_dir=tmp_path / "cache").ledger
+    assert ledger.records_used == 1
+    assert [refusal.reason for refusal in ledger.records_refused] == [
+        'key "images" holds media; only text can be trained on'
+    ]
+
+
 def test_pairs_learn_the_chosen_answer(tmp_path):
     pair = {
         "conversations": [{"from": "human", "value": "早"}],

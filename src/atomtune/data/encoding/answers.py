@@ -70,11 +70,14 @@ def _answers_in_history(cuts: Cuts, learned: Sequence[int], prompts: Sequence[Pr
 
 
 def _alike_in_history(cuts: Cuts, prompt_of: Mapping[int, Prompt[str]]) -> list[dict[int, WrittenAnswer]]:
-    """The answers in the history of these prompts, grouped by whether they have calls, text and thoughts."""
+    """The answers in the history of these prompts, grouped by what may make a template write the last one differently.
+
+    That is whether they have calls, text and thoughts, and the white space around the text.
+    """
     templated = cuts.templated
     last_at, last = max(prompt_of.items())
     question = templated.last_question(last_at)
-    alike: dict[tuple[bool, ...], dict[int, WrittenAnswer]] = defaultdict(dict)
+    alike: dict[tuple[bool, bool, bool, str, str], dict[int, WrittenAnswer]] = defaultdict(dict)
     for at, prompt in prompt_of.items():
         thinks = templated.thinks(at)
         may_lack_thoughts = thinks and at < question
@@ -83,7 +86,9 @@ def _alike_in_history(cuts: Cuts, prompt_of: Mapping[int, Prompt[str]]) -> list[
         answer = cuts.answer_in(prompt)
         if answer is not None:
             turn = templated.record.turns[at]
-            alike[bool(turn.calls), bool(turn.text), thinks][at] = answer
+            before = turn.text[: len(turn.text) - len(turn.text.lstrip())]
+            after = turn.text[len(turn.text.rstrip()) :]
+            alike[bool(turn.calls), bool(turn.text), thinks, before, after][at] = answer
     return list(alike.values())
 
 

@@ -95,7 +95,7 @@ class AtStops(Cuts):
         if last.length != len(assistants):
             return None
         number_of = {at: number for number, at in enumerate(assistants)}
-        leads: dict[tuple[bool, bool], str] = {}
+        leads: dict[tuple[bool, bool, str], str] = {}
         prompts: list[Prompt[str]] = []
         for at in learned[:-1]:
             part = last.history[number_of[at]]
@@ -108,31 +108,34 @@ class AtStops(Cuts):
     def answer_in(self, prompt: Prompt[str]) -> WrittenAnswer | None:
         return WrittenAnswer(prompt.history[prompt.length][len(prompt.asks) :], self.mark)
 
-    def _start_of_answer(self, at: int, part: str, leads: dict[tuple[bool, bool], str]) -> int:
+    def _start_of_answer(self, at: int, part: str, leads: dict[tuple[bool, bool, str], str]) -> int:
         """Where the answer at `at` starts in the part that ends with it; -1 if that cannot be found.
 
-        leads   (has text, has calls) → what the template writes before such an answer; filled in here
+        leads   (has text, has calls, white space before its text) → what the template writes before the text of such
+                an answer, with that white space unless the template trims it; filled in here
         """
-        text = str(self.templated.message_of(at)["content"]).strip()
-        kind = bool(text), bool(self.templated.record.turns[at].calls)
+        content = str(self.templated.message_of(at)["content"])
+        text, space = content.strip(), content[: len(content) - len(content.lstrip())]
+        kind = bool(text), bool(self.templated.record.turns[at].calls), space
         if kind not in leads:
             lead = self._lead(at, text)
             if lead is None:
                 return -1
             leads[kind] = lead
-        has_calls_alone = kind == (False, True)
+        has_calls_alone = kind[:2] == (False, True)
         return part.find(leads[kind]) if has_calls_alone else part.rfind(leads[kind] + text)
 
     def _lead(self, at: int, text: str) -> str | None:
         """What the template writes for a turn before its text; without a text, the control token before its calls.
 
-        None if no control token comes before the calls, so that their beginning cannot be found.
+        None if no control token comes before the calls, so that their beginning cannot be found. If that token is the
+        one that ends the answer, the template leaves the calls out.
         """
         written = self.templated.answer_text(at, self.templated.prompt_text(at))
         if text:
             return written.partition(text)[0]
         control = self.templated.template.tokens.controls.match(written)
-        return control.group() if control else None
+        return control.group() if control and control.group() != self.mark else None
 
 
 def cuts_of(templated: TemplatedRecord) -> Cuts:

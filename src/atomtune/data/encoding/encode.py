@@ -101,21 +101,22 @@ class Encoder:
     def __call__(self, raw_records: Sequence[RawRecord | Refusal]) -> EncodedBatch:
         batch = EncodedBatch(ledger=Ledger(format=self.schema.name))
         records: list[Record] = []
+        all_notes: list[tuple[str, ...]] = []  # from reading each record
         for raw in raw_records:
             batch.ledger.records_read += 1
             if isinstance(raw, Refusal):
                 batch.ledger.refuse(raw)
                 continue
             record, notes = to_record(raw, self.schema)
-            batch.ledger.notices.update(notes)
             if isinstance(record, Refusal):
                 batch.ledger.refuse(record)
                 continue
             records.append(record if self.learn == "all" else _last_only(record))
+            all_notes.append(notes)
             if (instruction := _instruction_of(record)) is not None:
                 batch.instructions[instruction] += 1
-        for encoded in self._encode(records):
-            _enter(encoded, batch)
+        for encoded, notes in zip(self._encode(records), all_notes, strict=True):
+            _enter(encoded, notes, batch)
         return batch
 
     def _encode(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
@@ -217,8 +218,11 @@ def _prompt_tokens(targets: Sequence[Target]) -> int:
     return sum(target.prompt_tokens for target in targets)
 
 
-def _enter(encoded: EncodedRecord, batch: EncodedBatch) -> None:
-    """Add the result for a record to its batch."""
+def _enter(encoded: EncodedRecord, notes: tuple[str, ...], batch: EncodedBatch) -> None:
+    """Add the result for a record to its batch.
+
+    notes  from reading the record; like those from encoding it, they count only if it is used
+    """
     ledger = batch.ledger
     if encoded.refusal is not None:
         ledger.refuse(encoded.refusal, encoded.refused_target_tokens)
@@ -232,7 +236,7 @@ def _enter(encoded: EncodedRecord, batch: EncodedBatch) -> None:
         ledger.control_origins.append(encoded.origin)
     ledger.unknown_tokens += encoded.unknown_tokens
     ledger.records_with_thoughts += encoded.has_thoughts
-    ledger.notices.update(encoded.notes)
+    ledger.notices.update((*notes, *encoded.notes))
     ledger.use(encoded.examples, prompt_tokens=encoded.prompt_tokens, target_tokens=encoded.target_tokens)
     batch.records.append(encoded.examples)
 

@@ -3,6 +3,7 @@
 All answers are learned, as many times as their weight says (default: once).
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ _ONE_MESSAGE = (
     "one message of a tree (OpenAssistant), whose question is another record; put the messages from the root to each "
     'last answer into one record: {"messages": [{"role": …, "content": …}, …]}'
 )
+#: The beginning of a list of messages as JSON, or as Python prints it, as in the cell of a table.
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(["'])(?:role|content|from|value)\1\s*:""")
+_MESSAGES_AS_TEXT = '"completion" is a list of messages written as text, and is learned as that text'
 _LEARNED_TOO = 'the answers inside "prompt" are learned too (--learn last leaves them out)'
 
 
@@ -43,7 +47,7 @@ def _with_the_rest(record: dict[str, Any], turns: Field[tuple[Turn, ...]], used:
 
     used  the keys that were already read
     """
-    if len(record) <= len(used):
+    if record.keys() <= used:
         return Field(Conversation(turns.value), turns.problems, turns.notes)
     all_turns = with_system(record, turns.value)
     tools = read_tools(record)
@@ -63,6 +67,8 @@ def read_prompt(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
     notes = (*prompt.notes, *completion.notes)
     if not problems and not _has_answer(completion.value):
         problems = ("completion has no assistant turn: there is nothing to learn",)
+    if isinstance(record["completion"], str) and _MESSAGES.match(record["completion"]):
+        notes = (*notes, _MESSAGES_AS_TEXT)
     if _has_answer(prompt.value):
         notes = (*notes, _LEARNED_TOO)
     answer, used = completion.value, frozenset(SIGNS["prompt"])
@@ -74,6 +80,8 @@ def read_prompt(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
 
 def _read_side(value: object, role: Role, key: str, schema: Schema) -> Field[tuple[Turn, ...]]:
     if isinstance(value, list):
+        if role == "assistant" and value and all(isinstance(item, str) for item in value):
+            return Field((), (f"{key} is a list of texts; expected one text or a list of messages",))
         return read_turns(value, key, schema)
     text = read_text(value, key)
     if not text.problems and is_blank(text.value):

@@ -19,6 +19,8 @@ _TEXTS = {
 }
 _THOUGHTS = {"reasoning": ("reasoning", "text", "value"), "thinking": ("thinking", "text", "value")}
 _CALLS = ("tool_call", "tool_use", "function_call", "function")
+#: Keys of a call's arguments: OpenAI's, Llama 3.1's, Anthropic's, Gemini's.
+_ARGUMENTS = ("arguments", "parameters", "input", "args")
 
 
 class Content(NamedTuple):
@@ -94,8 +96,7 @@ def _call_in(part: dict[str, Any], type_name: str) -> object:
         if isinstance(part.get(key), dict):
             function = part[key]
             break
-    arguments = function.get("arguments", function.get("input"))
-    return {"id": part.get("id"), "name": function.get("name"), "arguments": arguments}
+    return {"id": part.get("id"), "function": function}
 
 
 def read_calls(value: object, place: str) -> Field[tuple[Call, ...]]:
@@ -119,7 +120,7 @@ def _read_call(call: object, place: str) -> Field[Call]:
     name = function.get("name")
     if not isinstance(name, str) or not name:
         return Field({}, (f"{place} has no name",))
-    arguments = function.get("arguments")
+    arguments = _first_of(function, _ARGUMENTS)
     if arguments is None or arguments == "":
         arguments = {}
     parsed = read_json(arguments, f"{place}'s arguments")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from atomtune.data.encoding.thoughts import problem_of_thoughts
-from atomtune.data.formats.fields import Field, Tool, kind, read_json, read_plain, read_text
+from atomtune.data.formats.fields import Field, Tool, is_blank, kind, read_json, read_plain, read_text
 from atomtune.data.formats.schema import KWARGS, REASONING, THINKING, VARIABLES
 from atomtune.data.records import ParsedRecord, Record, Refusal, RefusalKind, Turn
 
@@ -68,7 +68,7 @@ def read_variables(record: Mapping[str, Any]) -> Field[dict[str, Any]]:
     """The variables that a record sets for its chat template."""
     variables: dict[str, Any] = {}
     problems: list[str] = []
-    if record.get(KWARGS) is not None:
+    if not _is_empty_cell(record.get(KWARGS)):
         parsed = read_json(record[KWARGS], KWARGS)
         plain = read_plain(parsed.value, KWARGS)
         problems += [*parsed.problems, *plain.problems]
@@ -77,7 +77,7 @@ def read_variables(record: Mapping[str, Any]) -> Field[dict[str, Any]]:
         elif not parsed.problems:
             problems.append(f"{KWARGS} is {kind(plain.value)}; expected an object")
     for key in VARIABLES:
-        if record.get(key) is not None:
+        if not _is_empty_cell(record.get(key)):
             parsed = read_json(record[key], key)  # JSON text in a cell of a table
             plain = read_plain(parsed.value, key)
             problems += [*parsed.problems, *plain.problems]
@@ -86,6 +86,11 @@ def read_variables(record: Mapping[str, Any]) -> Field[dict[str, Any]]:
     if not problems and not isinstance(thinks, bool | None):  # a template may take "false", and even 0, for true
         problems.append(f"{THINKING} is {kind(thinks)}; expected true or false")
     return Field(variables, tuple(problems))
+
+
+def _is_empty_cell(value: object) -> bool:
+    """Whether a cell of a table holds nothing; CSV has no null."""
+    return value is None or (isinstance(value, str) and is_blank(value))
 
 
 def as_parsed(conversation: Field[Conversation], origin: str) -> ParsedRecord:

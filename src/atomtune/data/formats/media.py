@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from atomtune.data.formats.fields import is_empty
+from atomtune.data.formats.schema import MEDIA
 from atomtune.data.records import Turn
 
-KEYS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+KEYS = frozenset(MEDIA)
 #: Placeholders for media in published data. Plain tags count only at an end of the text or on a line of their own, so
 #: that a question about the HTML tag <video> is not refused.
 _PLACEHOLDER = re.compile(
@@ -23,7 +24,7 @@ def problems_of_media(record: Mapping[str, Any], turns: Iterable[Turn]) -> tuple
     """Why a record with media is refused; () if it has none. Trained as text, it would teach the model to guess."""
     if not KEYS.isdisjoint(record):
         for key in sorted(KEYS.intersection(record)):
-            if not is_empty(record[key]):
+            if not is_empty(record[key]) and record[key] != "[]":  # as in the cell of a table
                 return (f'key "{key}" holds media; only text can be trained on',)
     for number, turn in enumerate(turns, 1):
         if "<" not in turn.text and "<" not in turn.input:

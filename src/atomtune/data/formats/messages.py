@@ -24,7 +24,7 @@ from atomtune.data.formats.fields import (
     read_plain,
     read_text,
 )
-from atomtune.data.formats.schema import EXCHANGE_KEYS, REASONING, ROLES, TURN_KEYS, WEIGHTS, Schema
+from atomtune.data.formats.schema import EXCHANGE_KEYS, MEDIA, REASONING, ROLES, TURN_KEYS, WEIGHTS, Schema
 from atomtune.data.reading.raw import printable
 from atomtune.data.records import Role, Turn
 
@@ -51,7 +51,7 @@ def read_turns(value: object, key: str, schema: Schema) -> Field[tuple[Turn, ...
     if all(isinstance(message, str) and not message.startswith("{") for message in messages):
         notes.append(f"{key} as a list of texts is read as questions and answers in turn")
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
-    messages = _apart(messages)
+    messages = _apart(messages, roles)
     for number, message in enumerate(messages, 1):
         if schema.keys and isinstance(message, dict):
             message = schema.rename_turn_keys(message)  # noqa: PLW2901  # the same message under our keys
@@ -71,7 +71,7 @@ def read_turns(value: object, key: str, schema: Schema) -> Field[tuple[Turn, ...
     return Field(tuple(turns), tuple(problems), tuple(notes))
 
 
-def _apart(messages: list[Any]) -> list[Any]:
+def _apart(messages: list[Any], roles: Mapping[str, str]) -> list[Any]:
     """Split objects that hold several messages.
 
     swift and MOSS   {"human": …, "assistant": …}
@@ -82,7 +82,7 @@ def _apart(messages: list[Any]) -> list[Any]:
     for message in messages:
         sides = _sides_of(message) if isinstance(message, dict) else None
         if sides is None:
-            apart += _results_apart(message)
+            apart += _results_apart(message, roles)
             continue
         asks, tells = sides
         if not is_empty(message.get("system")):
@@ -95,10 +95,10 @@ def _apart(messages: list[Any]) -> list[Any]:
     return apart
 
 
-def _results_apart(message: Any) -> list[Any]:
+def _results_apart(message: Any, roles: Mapping[str, str]) -> list[Any]:
     """Split a user message that contains tool results: one tool message each, then the rest of the content."""
     content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list):
+    if not isinstance(content, list) or roles.get(str(message.get("role"))) == "assistant":
         return [message]
     results = [part for part in content if isinstance(part, dict) and part.get("type") == "tool_result"]
     if not results:
@@ -139,11 +139,14 @@ def _plain_turn(message: Any, roles: Mapping[str, str]) -> Turn | None:
 def _is_parallel_call(message: object, turn: Turn, before: list[Turn], roles: Mapping[str, str]) -> bool:
     """Whether a `tool_call` message belongs to the assistant turn before it.
 
-    Formats with a role for tool calls write one message per call, and one answer may make several calls.
+    Formats with a role for tool calls write one message per call, and one answer may make several calls. A call with
+    thoughts of its own is another answer.
     """
     assert isinstance(message, dict)
     is_call = roles.get(message.get("role") or message.get("from") or "") == "call"
-    return is_call and bool(before) and before[-1].role == "assistant" and before[-1].learn == turn.learn
+    if not is_call or turn.reasoning:
+        return False
+    return bool(before) and before[-1].role == "assistant" and before[-1].learn == turn.learn
 
 
 def _read_message(message: object, key: str, number: int, roles: Mapping[str, str]) -> Field[Turn | None]:
@@ -160,7 +163,11 @@ def _read_message(message: object, key: str, number: int, roles: Mapping[str, st
         turn = _read_answer(filled, message, place, calls_alone=role.value == "call")
     else:
         turn = _read_other(filled, message, place, cast(Role, role.value))
-    problems = turn.problems or _problems_of_empty(turn.value, place)
+    media = [key for key in MEDIA if not is_empty(filled.get(key))]
+    problems = (
+        *(turn.problems or _problems_of_empty(turn.value, place)),
+        *[f'{place} has media under "{key}"; only text can be trained on' for key in media],
+    )
     return Field(turn.value, problems, (*notes_on_unused(filled, _KNOWN, " of a turn"), *turn.notes))
 
 

@@ -23,10 +23,12 @@ SPELLINGS = {
 WANTED = ("label", "kto_tag")
 #: Keys of an assistant's reasoning: in its turn, or in the record if that has a single answer.
 REASONING = ("reasoning_content", "reasoning", "thinking")
+#: Keys of images, audio and video, with which a record is refused.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 #: Keys of a record; TURN_KEYS are those of a turn inside it.
 RECORD_KEYS = frozenset(
     {"instruction", "input", "output", "system", "history", "conversations", "messages"}
-    | {"prompt", "completion", "text", "tools", "functions", "chosen", "rejected", *WANTED, *REASONING}
+    | {"prompt", "completion", "text", "tools", "functions", "chosen", "rejected", *WANTED, *REASONING, *MEDIA}
 )
 #: The template variable that turns thinking on or off in Qwen3's and other templates.
 THINKING = "enable_thinking"
