@@ -528,6 +528,10 @@ def test_a_path_of_digits_is_a_path(run_yaml):
         (("--resume", "--continue_training", "--checkpoint", "c"), ("--resume", "--continue_training")),
         (("--eval_path", "e", "--eval_size", "0.1"), ("--eval_path", "--eval_size")),
         (("--fp16", "--bf16"), ("--fp16", "--bf16")),
+        (
+            ("--streaming", "--max_steps", "9", "--train_sampling_strategy", "group_by_length"),
+            ("--streaming", "--train_sampling_strategy"),
+        ),
     ],
 )
 def test_a_contradiction_names_both_sides(flags, names):
@@ -544,6 +548,7 @@ def test_a_contradiction_names_both_sides(flags, names):
         ("--resume", "false", "--resume_from_checkpoint", "c"),
         ("--eval_path", "e", "--eval_size", "0"),
         ("--eval_path", "e", "--eval_size", "0.0"),
+        ("--streaming", "--max_steps", "9", "--train_sampling_strategy", "random"),
         *(("--fp16", no, "--bf16", "true") for no in ("false", "False", "0", "no", "off", "n", "f")),
     ],
 )

@@ -66,7 +66,8 @@ def _of_data(values: Mapping[str, Any], written: Collection[str]) -> Iterator[st
         return
     if (values.get("max_steps") or 0) <= 0:
         yield "--streaming needs --max_steps: how many records there are is not known before they are read."
-    for name in ("eval_size", "mix"):
+    is_sorted = values.get("train_sampling_strategy", "random") != "random"
+    for name in ("eval_size", "mix", *(["train_sampling_strategy"] if is_sorted else [])):
         if on(name):
             yield f"--{name} chooses among all records, which --streaming never holds. Leave one of them out."
     if on("dataloader_num_workers"):
