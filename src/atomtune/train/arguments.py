@@ -36,6 +36,9 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
         "remove_unused_columns": False,  # our collator reads our own columns
         "disable_tqdm": True,  # train.progress draws the bar
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run instead of being hidden
+        # A resumed run restores its own counts; the library would put other objects in the place of its callbacks.
+        "restore_callback_states_from_checkpoint": False,
+        "enable_jit_checkpoint": False,  # every run saves a checkpoint when it is stopped, on SIGTERM too
     }
     # Every adapter weight gets a gradient in every step. Where that is not so, train/run.py sets it to True.
     values.setdefault("ddp_find_unused_parameters", False)
@@ -113,6 +116,11 @@ def _feed_the_gpu(values: dict[str, Any], *, streaming: bool) -> None:
     config = values.get("accelerator_config") or {}
     if values.get("dataloader_pin_memory", True) and isinstance(config, dict):  # a user's config file stays as it is
         values["accelerator_config"] = {"non_blocking": True, **config}
+
+
+def shuffling_seed(args: TrainingArguments) -> int:
+    """The seed for the order and the choice of records."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def spare_folder(settings: TrainSettings) -> Path:
