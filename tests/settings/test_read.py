@@ -271,6 +271,8 @@ def test_a_value_out_of_its_range_is_refused(flags):
         (("--parallelism_config", "x"), "which cannot be written as text"),
         (("--debug", "underflow_overflow"), "fused here"),
         (("--early_stopping_patience", "2", "--eval_strategy", "no"), "needs evaluations"),
+        (("--save_strategy", "best", "--eval_strategy", "no"), "needs evaluations"),
+        (("--lr_scheduler_type", "greedy", "--eval_strategy", "no"), "needs evaluations"),
     ],
 )
 def test_values_the_trainer_would_crash_on_or_ignore_are_refused(flags, reason):
