@@ -155,6 +155,15 @@ def test_the_data_seed_decides_the_order_of_the_records(models, dialogues, tmp_p
     assert histories[0] != histories[1]
 
 
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_tokens_without_padding_are_counted_if_that_is_asked_for(models, dialogues, tmp_path, layout):
+    # Rows have no mask of padding, and the run ended in a traceback at its first step.
+    flags = ["--layout", layout, "--save_steps", "2", "--include_num_input_tokens_seen", "non_padding"]
+    record = run_json(models, dialogues, tmp_path, *flags)
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert 0 < state["num_input_tokens_seen"] <= record["tokens_computed"]
+
+
 def test_an_early_end_loses_no_training_loss(models, dialogues, tmp_path):
     # Such a rate changes the weights too little for the loss: the second evaluation ends the run.
     flags = ["--max_steps", "40", "--logging_steps", "5", "--eval_size", "5", "--eval_strategy", "steps"]

@@ -116,6 +116,11 @@ class LoraTrainer(SavingTrainer):
         """As in the Trainer, which counts the model's weights again at every step: 5 ms of 32 layers with adapters."""
         return 6 * inputs["input_ids"].numel() * self._weights_counted
 
+    # Private: for --include_num_input_tokens_seen non_padding, the Trainer would add up a mask that rows do not have.
+    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
+        """As in the Trainer; rows without a mask have no padding."""
+        super()._track_num_input_tokens({name: value for name, value in inputs.items() if value is not None})
+
     @cached_property
     def _weights_counted(self) -> int:
         return int(self.model.num_parameters(exclude_embeddings=True))
