@@ -186,6 +186,7 @@ PRIVATE = {
         "Trainer._evaluate",
         "Trainer._get_train_sampler",
         "Trainer._load_best_model",
+        "Trainer._track_num_input_tokens",
     },
 }
 

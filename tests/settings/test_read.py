@@ -271,6 +271,8 @@ def test_a_value_out_of_its_range_is_refused(flags):
         (("--parallelism_config", "x"), "which cannot be written as text"),
         (("--debug", "underflow_overflow"), "fused here"),
         (("--early_stopping_patience", "2", "--eval_strategy", "no"), "needs evaluations"),
+        (("--save_strategy", "best", "--eval_strategy", "no"), "needs evaluations"),
+        (("--lr_scheduler_type", "greedy", "--eval_strategy", "no"), "needs evaluations"),
     ],
 )
 def test_values_the_trainer_would_crash_on_or_ignore_are_refused(flags, reason):
@@ -528,6 +530,10 @@ def test_a_path_of_digits_is_a_path(run_yaml):
         (("--resume", "--continue_training", "--checkpoint", "c"), ("--resume", "--continue_training")),
         (("--eval_path", "e", "--eval_size", "0.1"), ("--eval_path", "--eval_size")),
         (("--fp16", "--bf16"), ("--fp16", "--bf16")),
+        (
+            ("--streaming", "--max_steps", "9", "--train_sampling_strategy", "group_by_length"),
+            ("--streaming", "--train_sampling_strategy"),
+        ),
     ],
 )
 def test_a_contradiction_names_both_sides(flags, names):
@@ -544,6 +550,7 @@ def test_a_contradiction_names_both_sides(flags, names):
         ("--resume", "false", "--resume_from_checkpoint", "c"),
         ("--eval_path", "e", "--eval_size", "0"),
         ("--eval_path", "e", "--eval_size", "0.0"),
+        ("--streaming", "--max_steps", "9", "--train_sampling_strategy", "random"),
         *(("--fp16", no, "--bf16", "true") for no in ("false", "False", "0", "no", "off", "n", "f")),
     ],
 )

@@ -158,6 +158,15 @@ def test_errors_are_reported_before_any_trial_and_leave_no_folder(run, tmp_path,
 
 
 @pytest.mark.slow
+def test_a_sweep_counts_the_records_of_its_evaluation_file(run, tmp_path):
+    base, data = run[1], run[3]
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", numbered_dialogues()[:7])
+    short = ("--max_steps", "2", "--eval_path", str(held_out), "--try", "learning_rate=1e-3")
+    folder = tmp_path / "out"
+    assert main(["sweep", "--model_path", base, "--dataset_path", data, *short, "--output_dir", str(folder)]) == 0
+    assert sweep_record(folder)["records_held_out"] == 7
+
+
 def test_few_records_of_which_none_are_held_out_are_refused(run, tmp_path, capsys):
     few = tmp_path / "few.jsonl"
     few.write_text('{"instruction": "a", "output": "b"}\n' * 3)

@@ -141,6 +141,28 @@ def test_no_records_to_evaluate_on_means_no_evaluation(tmp_path):
         derived(tmp_path, "--eval_strategy", "epoch", held_out=0)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--save_strategy", "best"],
+        ["--save_strategy", "best", "--load_best_model_at_end", "false"],
+        ["--lr_scheduler_type", "reduce_lr_on_plateau"],
+        ["--lr_scheduler_type", "greedy"],
+    ],
+    ids=" ".join,
+)
+def test_settings_that_follow_the_held_out_loss_work_with_records_held_out_automatically(tmp_path, flags):
+    # Once the library refused them: it knew no evaluation yet, or no metric.
+    values = derived(tmp_path, *flags)
+    settings = read_train(
+        ["--model_path", "m", "--dataset_path", "d", "--output_dir", str(tmp_path), "--use_cpu", "true", *flags]
+    )
+    args = trainer_arguments(settings.with_derived(values, {}))
+    assert args.eval_strategy == "epoch" and args.metric_for_best_model == "loss" and not args.greater_is_better
+    with pytest.raises(BadSettings, match=f"{flags[0]} {flags[1]} needs records"):
+        derived(tmp_path, *flags, held_out=0)
+
+
 def test_the_loss_curve_gets_enough_logged_points(tmp_path):
     for records in (60, 500, 20_000):
         values = derived(tmp_path, records=records)

@@ -8,13 +8,14 @@ from atomtune.train.outcome import outcome
 from atomtune.train.samples import Sample, all_as_before
 
 
-def told(held_out: list[float], training: list[float], *, kept_step: int | None = None, in_steps: bool = False):
-    """The outcome for held-out losses at steps 0, 10, 20, … and training losses at steps 10, 20, 30, …"""
-    history = [{"step": 10 * i, "eval_loss": loss} for i, loss in enumerate(held_out)]
+def told(held_out: list[float | None], training: list[float], *, kept_step: int | None = None, in_steps: bool = False):
+    """The outcome for held-out losses at steps 0, 10, 20, … (None: not evaluated) and training losses from step 10."""
+    history = [{"step": 10 * i, "eval_loss": loss} for i, loss in enumerate(held_out) if loss is not None]
     history += [{"step": 10 * (i + 1), "loss": loss} for i, loss in enumerate(training)]
     steps = 10 * (len(held_out) - 1)
     kept_step = steps if kept_step is None else kept_step
-    return outcome(history, steps=steps, epochs=4, kept_step=kept_step, in_steps=in_steps)
+    has_held_out = bool(held_out)
+    return outcome(history, steps=steps, epochs=4, kept_step=kept_step, in_steps=in_steps, has_held_out=has_held_out)
 
 
 FALLING = [3.0, 2.0, 1.0, 0.5]
@@ -50,7 +51,7 @@ def test_the_loss_of_the_last_few_batches_does_not_decide_whether_the_loss_rose(
 
 def test_a_run_of_only_a_few_steps_is_judged_too_short():
     history = [{"step": step, "eval_loss": loss} for step, loss in enumerate([3.0, 2.6, 2.55])]
-    found = outcome(history, steps=2, epochs=1, kept_step=2, in_steps=False)
+    found = outcome(history, steps=2, epochs=1, kept_step=2, in_steps=False, has_held_out=True)
     assert found.verdict == "too short" and "suits" not in " ".join(found.sentences())
 
 
@@ -123,6 +124,27 @@ def test_empty_repetitive_and_endless_answers_count_as_broken(after, endless, is
 
 def test_without_held_out_records_the_outcome_refers_to_the_shown_answers():
     assert "only the answers shown tell" in " ".join(replace(told([], FALLING), answers=3).sentences())
+
+
+@pytest.mark.parametrize(
+    ("held_out", "says"),
+    [
+        ([None, None, None, 1.0], "was not computed before training"),
+        ([None, 1.0, 1.0, 1.0], "was not computed before training"),
+        ([3.0, None, None, None], "were not evaluated after any step"),
+        ([None, None, None, None], "were not evaluated after any step"),
+    ],
+)
+def test_too_few_evaluations_allow_no_verdict(held_out, says):
+    found = told(held_out, FALLING)
+    text = " ".join(found.sentences())
+    assert found.verdict == "untold" and says in text
+    assert "It worked" not in text and "No records were held out" not in text
+
+
+def test_evaluations_after_steps_alone_show_whether_the_loss_fell_between_them():
+    assert told([None, 3.0, 2.0, 1.9], FALLING).verdict == "too short"
+    assert told([None, 1.5, 1.0, 1.2, 1.5], FALLING).verdict == "too long"
 
 
 def test_a_run_without_logged_losses_makes_no_claims():

@@ -1,7 +1,8 @@
 """The oracle for every step of atomtune: the tutorial's own loop, corrected and written plainly.
 
 One record at a time, float64, dropout 0, plain transformers + PEFT, labels shifted by the model itself. It is slower
-and simpler than the code that it checks, and shares only the data file with it.
+and simpler than the code that it checks, and shares only the data file with it. The tests after it
+are of the Trainer's loaders and logs.
 """
 
 import json
@@ -120,3 +121,53 @@ def test_step_losses_and_final_adapter_match_the_corrected_tutorial(  # noqa: PL
     difference = relative_difference(load_file(out / "adapter_model.safetensors"), adapter)
     print(f"relative difference of the learned weights: {difference:.1e}")
     assert difference < tolerance
+
+
+def run_json(models, data: Path, out: Path, *flags: str) -> dict:
+    """run.json of a short run in which only the order of the records is random."""
+    command = ["train", "--model_path", str(models("llama")), "--dataset_path", str(data), "--output_dir", str(out)]
+    short = ["--dtype", "float32", "--lora_dropout", "0", "--per_device_train_batch_size", "4", "--max_steps", "2"]
+    assert main([*command, *short, "--logging_steps", "1", *flags]) == 0
+    return json.loads((out / "run.json").read_text())
+
+
+def test_dropping_the_last_training_batch_leaves_no_record_out_of_an_evaluation(models, dialogues, tmp_path):
+    # Once the held-out loss was 0.0 if there were fewer records than in a batch.
+    flags = ["--eval_size", "5", "--eval_strategy", "steps", "--eval_steps", "1", "--per_device_eval_batch_size", "8"]
+    kept = run_json(models, dialogues, tmp_path / "kept", *flags)
+    dropped = run_json(models, dialogues, tmp_path / "dropped", *flags, "--dataloader_drop_last", "true")
+    assert dropped["eval_history"] == kept["eval_history"]
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["--streaming", "true", "--shuffle_buffer", "20"],
+        ["--train_sampling_strategy", "batch_rebalance"],
+        ["--mix", "0.4", "--train_sampling_strategy", "sequential"],
+    ],
+    ids=["stream", "rebalanced", "mix"],
+)
+def test_the_data_seed_decides_the_order_of_the_records(models, dialogues, tmp_path, order):
+    histories = [
+        run_json(models, dialogues, tmp_path / seed, *order, "--data_seed", seed)["loss_history"] for seed in ("1", "2")
+    ]
+    assert histories[0] != histories[1]
+
+
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_tokens_without_padding_are_counted_if_that_is_asked_for(models, dialogues, tmp_path, layout):
+    # Rows have no mask of padding, and the run ended in a traceback at its first step.
+    flags = ["--layout", layout, "--save_steps", "2", "--include_num_input_tokens_seen", "non_padding"]
+    record = run_json(models, dialogues, tmp_path, *flags)
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert 0 < state["num_input_tokens_seen"] <= record["tokens_computed"]
+
+
+def test_an_early_end_loses_no_training_loss(models, dialogues, tmp_path):
+    # Such a rate changes the weights too little for the loss: the second evaluation ends the run.
+    flags = ["--max_steps", "40", "--logging_steps", "5", "--eval_size", "5", "--eval_strategy", "steps"]
+    flags += ["--save_steps", "40", "--load_best_model_at_end", "false"]
+    ends = ["--eval_steps", "4", "--learning_rate", "1e-12", "--early_stopping_patience", "1"]
+    record = run_json(models, dialogues, tmp_path / "out", *flags, *ends)
+    assert record["steps"] == record["loss_history"][-1]["step"] == 8

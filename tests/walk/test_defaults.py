@@ -116,6 +116,29 @@ def test_too_similar_records_are_not_held_out_and_this_is_reported(models, tmp_p
     assert "records_held_out" not in record_of(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "strategies"),
+    [
+        (["--num_train_epochs", "1"], ["--num_train_epochs", "3"], ("epoch", "epoch")),
+        ([], ["--save_steps", "5"], ("steps", "steps")),
+        ([], ["--eval_steps", "5"], ("steps", "steps")),
+        (["--save_steps", "5"], [], ("epoch", "epoch")),
+    ],
+    ids=["longer", "saves", "evaluations", "saves no longer set"],
+)
+def test_a_resumed_run_evaluates_and_saves_together_whatever_was_changed(  # noqa: PLR0917  # pytest's fixtures
+    models, numbers, tmp_path, before, after, strategies
+):
+    # Once a strategy of the original run met an interval of the resumed one, and the library refused both.
+    out = tmp_path / "out"
+    stopped = [] if before[:1] == ["--num_train_epochs"] else ["--max_minutes", "0.0001"]
+    assert main(command(models("llama"), numbers, out, *before, *stopped)) == (75 if stopped else 0)
+    assert main(command(models("llama"), numbers, out, *after, "--resume")) == 0
+    settings = {name: entry["value"] for name, entry in record_of(out)["settings"].items()}
+    assert (settings["eval_strategy"], settings.get("save_strategy", "steps")) == strategies
+    assert settings["load_best_model_at_end"]
+
+
 def test_early_stopping_ends_a_run_that_no_longer_improves(models, numbers, tmp_path, capsys):
     out = tmp_path / "out"
     # Such a rate changes the weights too little for the loss: no evaluation is better than the first.

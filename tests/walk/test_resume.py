@@ -123,16 +123,32 @@ def test_a_named_checkpoint_is_resumed_in_another_folder(whole, tmp_path, way):
     same_run(out, undisturbed)
 
 
-def test_losses_between_logs_are_not_lost_on_resume(models, dialogues, tmp_path):
+@pytest.mark.parametrize(
+    ("saves", "saved", "logged"),
+    [
+        (["--save_steps", "4"], "checkpoint-8", [1, 3, 4, 6, 8, 9, 10]),
+        (["--save_strategy", "epoch"], "checkpoint-5", [1, 3, 5, 6, 9, 10]),
+        (
+            [
+                *("--save_strategy", "best", "--eval_size", "8", "--eval_strategy", "steps", "--eval_steps", "4"),
+                *("--metric_for_best_model", "loss"),
+            ],
+            "checkpoint-4",
+            [1, 3, 4, 6, 8, 9, 10],
+        ),
+    ],
+    ids=["by steps", "by epoch", "the best"],
+)
+def test_losses_between_logs_are_not_lost_on_resume(models, dialogues, tmp_path, saves, saved, logged):  # noqa: PLR0917
     # The library divides a resumed run's loss by all steps, and drops losses not yet logged at the checkpoint.
     def run(out, *more):
-        flags = ["--max_steps", "10", "--save_steps", "4", "--logging_steps", "3", *more]
+        flags = ["--max_steps", "10", "--logging_steps", "3", *saves, *more]
         assert main([*arguments(models("llama"), dialogues, out), *flags]) == 0
         return json.loads((out / "run.json").read_text())
 
     whole = run(tmp_path / "whole")
-    again = run(tmp_path / "again", "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-8"))
-    assert [entry["step"] for entry in whole["loss_history"]] == [1, 3, 4, 6, 8, 9, 10]
+    again = run(tmp_path / "again", "--resume_from_checkpoint", str(tmp_path / "whole" / saved))
+    assert [entry["step"] for entry in whole["loss_history"]] == logged
     assert again["loss_history"] == whole["loss_history"]
     assert again["train_loss"] == whole["train_loss"]
     steps = [b["step"] - a["step"] for a, b in pairwise([{"step": 0}, *whole["loss_history"]])]
@@ -540,6 +556,44 @@ def test_only_a_step_with_a_checkpoint_is_kept_as_the_best(worst, tmp_path, monk
     same_run(out, whole)
 
 
+def test_the_best_is_compared_by_the_present_metric(models, dialogues, tmp_path, monkeypatch):
+    # Once a resumed run compared perplexities with the best loss, so that no later step was better.
+    flags = ["--eval_size", "8", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
+    command = arguments(models("llama"), dialogues, tmp_path / "out", *flags, "--max_steps", "6")
+    with monkeypatch.context() as patch:
+        stopped_in_step(patch, 2)
+        assert main(command) == 75
+    assert main([*command, "--metric_for_best_model", "perplexity", "--resume"]) == 0
+    outcome = json.loads((tmp_path / "out" / "run.json").read_text())["outcome"]
+    assert outcome["best_step"] == outcome["kept_step"] > 2
+
+
+def test_counts_go_on_with_restored_callback_states(models, dialogues, tmp_path, monkeypatch):
+    # With that flag the library replaces callbacks, and the counts of the steps after a resume were lost.
+    flags = ["--max_steps", "6", "--restore_callback_states_from_checkpoint", "true"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(arguments(models("llama"), dialogues, whole, *flags)) == 0
+    with monkeypatch.context() as patch:
+        stopped_in_step(patch, 2)
+        assert main(arguments(models("llama"), dialogues, out, *flags)) == 75
+    assert main(arguments(models("llama"), dialogues, out, *flags, "--resume")) == 0
+    same_run(out, whole)
+
+
+def test_a_stop_saves_its_step_even_if_it_is_not_the_best(models, dialogues, tmp_path, monkeypatch, capsys):
+    # A schedule that follows the losses needs every evaluation, so a stop does not interrupt it.
+    flags = [
+        *("--eval_size", "8", "--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "best"),
+        *("--lr_scheduler_type", "reduce_lr_on_plateau", "--metric_for_best_model", "loss"),
+        *("--greater_is_better", "true"),  # so the first step is the best
+    ]
+    command = arguments(models("llama"), dialogues, tmp_path / "out", *flags, "--max_steps", "6")
+    stopped_in_step(monkeypatch, 3)
+    assert main(command) == 75
+    assert "stopped after step 3 with a checkpoint" in capsys.readouterr().err
+    assert (tmp_path / "out" / "checkpoint-3").is_dir()
+
+
 def test_fewer_steps_than_the_checkpoint_has_end_the_run_without_mentioning_patience(worst, tmp_path, capsys):
     (command, whole), out = worst, tmp_path / "out"
     killed_after(4, whole, out)
@@ -559,9 +613,9 @@ def test_the_end_by_patience_is_reported_with_the_present_length(worst, tmp_path
     (out / "run.json").write_text(json.dumps({"status": "running"}))
     capsys.readouterr()
     assert main([*early, "--max_steps", "9", "--resume"]) == 0
-    assert f"Done: {steps} steps, all done before. Ended before step 9: --early_stopping_patience 1." in (
-        " ".join(capsys.readouterr().out.split())
-    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Done: {steps} steps, all done before. Ended before step 9: --early_stopping_patience 1." in said
+    assert "Nothing is left to train: --early_stopping_patience 1 has ended the run." in said
 
 
 def test_changed_library_versions_are_reported(whole, tmp_path, capsys, monkeypatch):

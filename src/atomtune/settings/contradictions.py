@@ -9,6 +9,8 @@ from atomtune.choices import METRICS, SHORTEST_RECORD
 
 #: Most brackets in a JSON value on the command line; Python's json nests at most a thousand deep.
 _MOST_BRACKETS = 500
+#: Schedules that need the held-out loss.
+FOLLOWS_THE_LOSS = ("reduce_lr_on_plateau", "greedy")
 #: Most characters of such a value in a message.
 _SHOWN = 200
 
@@ -66,7 +68,8 @@ def _of_data(values: Mapping[str, Any], written: Collection[str]) -> Iterator[st
         return
     if (values.get("max_steps") or 0) <= 0:
         yield "--streaming needs --max_steps: how many records there are is not known before they are read."
-    for name in ("eval_size", "mix"):
+    is_sorted = values.get("train_sampling_strategy", "random") != "random"
+    for name in ("eval_size", "mix", *(["train_sampling_strategy"] if is_sorted else [])):
         if on(name):
             yield f"--{name} chooses among all records, which --streaming never holds. Leave one of them out."
     if on("dataloader_num_workers"):
@@ -86,6 +89,16 @@ def _of_the_start(values: Mapping[str, Any]) -> Iterator[str]:
         yield "--checkpoint is only used with --continue_training. Add it, or use --resume_from_checkpoint."
 
 
+def needs_evaluations(values: Mapping[str, Any]) -> Iterator[str]:
+    """Settings, as flags, that have no effect or end the run if nothing is evaluated."""
+    if values.get("early_stopping_patience"):
+        yield f"--early_stopping_patience {values['early_stopping_patience']}"
+    if values.get("save_strategy") == "best":
+        yield "--save_strategy best"
+    if values.get("lr_scheduler_type") in FOLLOWS_THE_LOSS:
+        yield f"--lr_scheduler_type {values['lr_scheduler_type']}"
+
+
 def _of_the_trainer(values: Mapping[str, Any]) -> Iterator[str]:
     if values.get("max_steps") == 0:
         yield "--max_steps 0 trains nothing. Pass 1 or more, or leave it out: --num_train_epochs decides."
@@ -94,8 +107,9 @@ def _of_the_trainer(values: Mapping[str, Any]) -> Iterator[str]:
     metric = values.get("metric_for_best_model")
     if metric is not None and metric.removeprefix("eval_") not in METRICS:
         yield f"--metric_for_best_model {metric!r}: expected one of {', '.join(METRICS)}."
-    if values.get("early_stopping_patience") and values.get("eval_strategy") == "no":
-        yield "--early_stopping_patience needs evaluations, and --eval_strategy no makes none. Leave one of them out."
+    if values.get("eval_strategy") == "no":
+        for setting in needs_evaluations(values):
+            yield f"{setting} needs evaluations, and --eval_strategy no makes none. Leave one of them out."
     if values.get("parallelism_config") is not None:
         yield "--parallelism_config takes an object of accelerate's, which cannot be written as text. Leave it out."
     if values.get("debug"):

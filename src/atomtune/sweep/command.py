@@ -13,7 +13,7 @@ from pathlib import Path
 from atomtune.choices import RUN_RECORD
 from atomtune.console import Console, print_json, progress_bar
 from atomtune.data.reading.sources import among_records
-from atomtune.disk import held, numbered
+from atomtune.disk import held, numbered, read_json_object
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed, Stopped, UserError
 from atomtune.extras import refuse_missing
 from atomtune.language import message, translated
@@ -276,8 +276,11 @@ def _write_trial(sweep: Sweep, trial: Trial, folder: Path) -> None:
 
 
 def _held_out_in(folder: Path) -> int | None:
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return len(json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))["records_held_out"])
+    """How many records a trial was evaluated on: those of --eval_path, or those held out; None if it did not begin."""
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+        record = read_json_object(folder / RUN_RECORD)
+        evaluation = record.get("evaluation")
+        return int(evaluation["records_used"]) if evaluation else len(record["records_held_out"])
     return None
 
 

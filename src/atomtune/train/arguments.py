@@ -11,6 +11,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from atomtune.disk import numbered
 from atomtune.errors import BadSettings
+from atomtune.settings.contradictions import FOLLOWS_THE_LOSS, needs_evaluations
 from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.ranks import join_job
 
@@ -36,6 +37,9 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
         "remove_unused_columns": False,  # our collator reads our own columns
         "disable_tqdm": True,  # train.progress draws the bar
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run instead of being hidden
+        # A resumed run restores its own counts; the library would put other objects in the place of its callbacks.
+        "restore_callback_states_from_checkpoint": False,
+        "enable_jit_checkpoint": False,  # every run saves a checkpoint when it is stopped, on SIGTERM too
     }
     # Every adapter weight gets a gradient in every step. Where that is not so, train/run.py sets it to True.
     values.setdefault("ddp_find_unused_parameters", False)
@@ -61,11 +65,11 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
 
 def needs_records(settings: TrainSettings) -> str:
     """Settings that have no effect, or end the run, if no record is held out, as a list for a message; "" if none."""
-    trainer, patience = settings.trainer, settings.run.early_stopping_patience
+    trainer = settings.trainer
     strategy = trainer.get("eval_strategy") or "no"
     names = [f"--eval_strategy {strategy}"] if strategy != "no" else []
     names += [f"--{name}" for name in ("eval_on_start", "load_best_model_at_end") if trainer.get(name)]
-    names += [f"--early_stopping_patience {patience}"] if patience else []
+    names += needs_evaluations({**trainer, "early_stopping_patience": settings.run.early_stopping_patience})
     return ", ".join(names)
 
 
@@ -74,7 +78,8 @@ def _fit_evaluation(values: dict[str, Any], *, evaluates: bool, may_evaluate: bo
 
     may_evaluate  whether records may be held out later, when they are read (train/defaults.py)
     """
-    if evaluates or (may_evaluate and values.get("load_best_model_at_end")):
+    needs_strategy = values.get("load_best_model_at_end") or values.get("lr_scheduler_type") in FOLLOWS_THE_LOSS
+    if evaluates or (may_evaluate and needs_strategy):
         saves = "save_steps" in values and values.get("save_strategy", "steps") == "steps"
         if values.get("load_best_model_at_end") and saves and "eval_strategy" not in values:
             values["eval_strategy"] = "steps"
@@ -82,6 +87,8 @@ def _fit_evaluation(values: dict[str, Any], *, evaluates: bool, may_evaluate: bo
         values.setdefault("eval_strategy", "epoch")
         if values.get("load_best_model_at_end") and not saves:
             values.setdefault("save_strategy", values["eval_strategy"])
+    if values.get("save_strategy") == "best":
+        values.setdefault("metric_for_best_model", "loss")
     if values.get("metric_for_best_model") is not None:
         values.setdefault("greater_is_better", False)  # the library's guess from the name is wrong for perplexity
 
@@ -113,6 +120,11 @@ def _feed_the_gpu(values: dict[str, Any], *, streaming: bool) -> None:
     config = values.get("accelerator_config") or {}
     if values.get("dataloader_pin_memory", True) and isinstance(config, dict):  # a user's config file stays as it is
         values["accelerator_config"] = {"non_blocking": True, **config}
+
+
+def shuffling_seed(args: TrainingArguments) -> int:
+    """The seed for the order and the choice of records."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def spare_folder(settings: TrainSettings) -> Path:

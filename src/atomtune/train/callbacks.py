@@ -174,10 +174,19 @@ class BeforeFirstStep(TrainerCallback):
 
 
 class LogBeforeSaving(TrainerCallback):
-    """Logs the losses since the last log before each checkpoint and at the end, so that none is missing there."""
+    """Logs the losses since the last log before each checkpoint and at the end, so that none is missing there.
+
+    After an evaluation the step may be saved as the best one, or the run may end early, so it is logged before that.
+    """
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save or state.global_step >= state.max_steps:
+        if control.should_save or control.should_evaluate or state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save or control.should_evaluate:
             control.should_log = True
 
 

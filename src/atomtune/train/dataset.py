@@ -25,6 +25,7 @@ from atomtune.data.reading.sources import distinct_names, fingerprint_of, joint_
 from atomtune.data.records import Record
 from atomtune.errors import BadData, BadSettings, listing
 from atomtune.settings.train_settings import TrainSettings
+from atomtune.train.arguments import shuffling_seed
 from atomtune.train.defaults import FEWEST_HELD_OUT, Size, records_to_hold_out
 from atomtune.train.run_context import RunContext
 from atomtune.train.streaming import Stream
@@ -149,7 +150,7 @@ def _mixed_by_setting(rows: list[int], parts: list[EncodedData], run: RunContext
     """The rows of one epoch, following --mix."""
     mix = run.settings.data.mix
     ends = _ends(parts)
-    rows = mixed(rows, ends, mix, seed=run.args.seed)
+    rows = mixed(rows, ends, mix, seed=shuffling_seed(run.args))
     weights = ",".join(f"{weight:g}" for weight in mix)
     if not rows:
         raise BadSettings([f"--mix {weights} leaves no record of {ends[-1]:,} to train on. Pass larger numbers."])
@@ -190,9 +191,8 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
             raise
 
     rules = Rules(**settings.rules())
-    stream = Stream(
-        settings.dataset_paths, template, rules, buffer=settings.shuffle_buffer, seed=run.args.seed, check=check
-    )
+    seed = shuffling_seed(run.args)
+    stream = Stream(settings.dataset_paths, template, rules, buffer=settings.shuffle_buffer, seed=seed, check=check)
     data_hash = joint_fingerprint([fingerprint_of(source) for source in settings.dataset_paths])
     run.record.update(data={"path": settings.dataset_path, "sha256": data_hash})
     run.console.say(
@@ -269,7 +269,7 @@ def _hold_out(run: RunContext, parts: list[EncodedData], *, size: float) -> tupl
     records, weighted = sum(len(part.examples) for part in parts), round(sum(_weighted(run, parts)))
     wanted = round(size * weighted) if size < 1 else int(size)
     groups = alike(_texts(run, run.settings.data.dataset_paths, [part.examples for part in parts]))
-    seed = run.args.seed if run.args.data_seed is None else run.args.data_seed
+    seed = shuffling_seed(run.args)
     by_itself = run.settings.data.eval_size is None
     split = held_out(groups, *_quotas(run, parts, wanted), is_asked_for=not by_itself, seed=seed)
     too_few = split.wanted < FEWEST_HELD_OUT or len(split.held_out) > 2 * split.wanted or not split.held_out

@@ -2,7 +2,7 @@
 
 Defaults that are the same for every run are in settings/fields.py. The measurements behind the numbers here are in
 docs/defaults.md; benchmarks/defaults.py made them. A resumed run keeps the values of the original run, which are in
-the manifests of its checkpoints.
+the manifests of its checkpoints, except for when it evaluates and saves.
 """
 
 import math
@@ -51,6 +51,13 @@ LOWEST_RATE, HIGHEST_RATE, UNKNOWN_RATE = 1e-4, 4e-3, 2e-4
 SHORT_RUN_STEPS, SHORT_RUN_TIMES = 500, 1.5
 #: A rate this many times the automatic one never helped: four times is too high for each kind of records.
 FAR_TOO_HIGH = 10
+
+#: Settings that a resumed run chooses again, since its length or one of them may have been changed: only together do
+#: they fit each other.
+_INTERVALS = (
+    *("eval_on_start", "eval_strategy", "eval_steps"),
+    *("save_strategy", "save_steps", "load_best_model_at_end"),
+)
 
 #: Key in a checkpoint's manifest: the length limit when records were encoded with max_seq_length on auto.
 _LONGEST = "longest_record"
@@ -124,7 +131,7 @@ def records_to_hold_out(settings: TrainSettings, records: int, *, began_with: Ma
 def with_defaults(run: RunContext, size: Size, shape: BaseShape) -> RunContext:
     """The run with a value for every setting on auto; the values are in force, printed and recorded."""
     derived = derive(run.settings, run.args, size, shape)
-    for name in derived.values.keys() & run.began_with.keys():
+    for name in (derived.values.keys() & run.began_with.keys()).difference(_INTERVALS):
         derived.values[name] = run.began_with[name]
     if run.began_with.get("eval_size") == 0 and not run.settings.data.eval_path:
         derived.reasons["eval_size"] = "the run that is resumed held none out"

@@ -171,6 +171,7 @@ def _outcome_of(trainer: LoraTrainer) -> Outcome:
         epochs=float(state.epoch or 0),
         kept_step=trainer.kept_step,
         in_steps=trainer.args.max_steps > 0,
+        has_held_out=trainer.eval_dataset is not None,
     )
 
 

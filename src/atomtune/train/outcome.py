@@ -31,6 +31,7 @@ class Outcome:
     best_step           the step of the lowest loss
     kept_step           the step whose adapter is the result
     in_steps            whether the length is set by --max_steps, not by --num_train_epochs
+    has_held_out        whether there are records to evaluate on
     train_first, train_last  training loss at the beginning and at the end
     answers     number of answers shown before and after training, to prompts that are not trained on
     as_before   whether all of them equal the base's answers word for word, and none equals its reference
@@ -46,6 +47,7 @@ class Outcome:
     steps: int
     epochs: float
     in_steps: bool
+    has_held_out: bool
     train_first: float | None
     train_last: float | None
     answers: int = 0
@@ -122,6 +124,16 @@ class Outcome:
         return [text]
 
     def _untold(self) -> str:
+        if self.last is not None:
+            return (
+                "The held-out loss was not computed before training, so whether it fell is unknown: leave out "
+                "--eval_on_start false and --eval_delay."
+            )
+        if self.has_held_out:
+            return (
+                "The held-out records were not evaluated after any step, so whether it works is unknown: leave out "
+                "--eval_strategy no and --eval_delay."
+            )
         if self.answers:
             return (
                 "No records were held out, so only the answers shown tell whether it works: --eval_size 0.1 or "
@@ -148,13 +160,20 @@ class Outcome:
 
 
 def outcome(
-    history: Sequence[Mapping[str, Any]], *, steps: int, epochs: float, kept_step: int, in_steps: bool
+    history: Sequence[Mapping[str, Any]],
+    *,
+    steps: int,
+    epochs: float,
+    kept_step: int,
+    in_steps: bool,
+    has_held_out: bool,
 ) -> Outcome:
     """The outcome according to the Trainer's log.
 
-    epochs     passes over the records
-    kept_step  the step whose adapter is the result
-    in_steps   whether --max_steps sets the length
+    epochs        passes over the records
+    kept_step     the step whose adapter is the result
+    in_steps      whether --max_steps sets the length
+    has_held_out  whether there are records to evaluate on
     """
     training = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
     losses = list(training.values())
@@ -172,6 +191,7 @@ def outcome(
         steps=steps,
         epochs=epochs,
         in_steps=in_steps,
+        has_held_out=has_held_out,
         train_first=losses[0] if losses else None,
         train_last=statistics.fmean(losses[-tenth:]) if losses else None,
     )
@@ -183,9 +203,9 @@ def _verdict(before: float | None, held_out: Mapping[int, float], training: Mapp
     A training loss is that of a few batches, so it differs by chance from one entry to the next. The held-out records
     are always the same ones: they alone tell whether the loss rose.
     """
-    if not held_out:
-        return "untold"
     in_order = [held_out[step] for step in sorted(held_out)]
+    if not in_order or (before is None and _is_flat(in_order)):
+        return "untold"
     best, last = min(in_order), in_order[-1]
     if before is not None and best > before * (1 - LITTLE):
         return "diverged" if last > before * (1 + LITTLE) else "not learned"
@@ -202,6 +222,12 @@ def _verdict(before: float | None, held_out: Mapping[int, float], training: Mapp
     if steps[-1] < LEAST_TO_LEVEL:
         return "too short"
     return "too short" if earlier is not None and last < earlier * (1 - LITTLE) else "level"
+
+
+def _is_flat(losses: Sequence[float]) -> bool:
+    """Whether these losses neither fell nor rose; what happened before the first one is not known."""
+    best = min(losses)
+    return best > losses[0] * (1 - LITTLE) and losses[-1] <= best * (1 + NOISE)
 
 
 def _rose_past(best_step: int, training: Mapping[int, float]) -> bool:

@@ -441,7 +441,14 @@ def _train_steps(run: RunContext, trainer: LoraTrainer) -> None:
         trainer.train()
     elif trainer.no_step_is_left(run.resumed.checkpoint):
         trainer.finish_at(run.resumed.checkpoint)
-        run.console.say("Nothing is left to train: all steps are done. The adapter that the run keeps is saved.")
+        if trainer.state.global_step < trainer.state.max_steps:
+            patience = trainer.early_stopping.patience
+            run.console.say(
+                f"Nothing is left to train: --early_stopping_patience {patience} has ended the run. The adapter that "
+                "the run keeps is saved."
+            )
+        else:
+            run.console.say("Nothing is left to train: all steps are done. The adapter that the run keeps is saved.")
     else:
         trainer.train(resume_from_checkpoint=str(run.resumed.checkpoint))
 

@@ -24,6 +24,7 @@ from atomtune.errors import RunFailed, listing
 from atomtune.model.few_walks import learned_weights
 from atomtune.model.loss import target_nats
 from atomtune.model.step_graphs import StepGraphs
+from atomtune.train.arguments import shuffling_seed
 from atomtune.train.callbacks import (
     BeforeFirstStep,
     EarlyStopping,
@@ -115,6 +116,11 @@ class LoraTrainer(SavingTrainer):
         """As in the Trainer, which counts the model's weights again at every step: 5 ms of 32 layers with adapters."""
         return 6 * inputs["input_ids"].numel() * self._weights_counted
 
+    # Private: for --include_num_input_tokens_seen non_padding, the Trainer would add up a mask that rows do not have.
+    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
+        """As in the Trainer; rows without a mask have no padding."""
+        super()._track_num_input_tokens({name: value for name, value in inputs.items() if value is not None})
+
     @cached_property
     def _weights_counted(self) -> int:
         return int(self.model.num_parameters(exclude_embeddings=True))
@@ -194,15 +200,19 @@ class LoraTrainer(SavingTrainer):
         return with_signal_masked_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """A loader that yields every record once; accelerate would repeat records to fill the last ranks' batches."""
-        # accelerate has one setting for all loaders, so it is changed only while this one is created.
+        """A loader that yields every record once.
+
+        accelerate would repeat records to fill the last ranks' batches, and --dataloader_drop_last leave out the last.
+        """
+        # Both have one setting for all loaders, so it is changed only while this one is created.
         plan = self.accelerator.dataloader_config
-        even_for_training = plan.even_batches
-        plan.even_batches = even_for_training and not self._ranks_evaluate_alone
+        for_training = plan.even_batches, self.args.dataloader_drop_last
+        plan.even_batches = plan.even_batches and not self._ranks_evaluate_alone
+        self.args.dataloader_drop_last = False
         try:
             return with_signal_masked_workers(super().get_eval_dataloader(eval_dataset))
         finally:
-            plan.even_batches = even_for_training
+            plan.even_batches, self.args.dataloader_drop_last = for_training
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -281,7 +291,8 @@ class LoraTrainer(SavingTrainer):
         """
         if not metrics:
             return self.work.owes_evaluation
-        return self._is_saved_by_schedule and super()._determine_best_metric(metrics, trial)
+        is_best = self._is_saved_by_schedule and super()._determine_best_metric(metrics, trial)
+        return is_best or self.stop.reason is not None  # a stop saves its step, with --save_strategy best too
 
     @property
     def _is_saved_by_schedule(self) -> bool:
@@ -307,10 +318,14 @@ class LoraTrainer(SavingTrainer):
 
     # Private: the only way to use another sampler in the Trainer's own DataLoader.
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """As in the Trainer, but grouping by length uses a new seed in each epoch, so that a resume repeats it."""
-        sampler = super()._get_train_sampler(train_dataset)
+        """As in the Trainer, but both ways to sort by length use the run's seed.
+
+        Grouping by length uses a new seed in each epoch, so that a resume repeats it.
+        """
+        sampler, seed = super()._get_train_sampler(train_dataset), shuffling_seed(self.args)
+        if hasattr(sampler, "seed"):  # batch_rebalance, for which the Trainer has a seed of its own
+            sampler.seed = seed
         if type(sampler) is LengthGroupedSampler:
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             return _ByLength(sampler, seed=lambda: seed + math.floor((self.state.epoch or 0) + 1e-6))
         return sampler
 

@@ -184,7 +184,14 @@ class SavingTrainer(Trainer):
         self.notice(f"{what} Training continues; the next save tries again.")
 
     def name_the_best(self) -> None:
-        """Enter the best checkpoint in a resumed run's state; the Trainer has only looked where it was recorded."""
+        """Enter the best checkpoint in a resumed run's state; the Trainer has only looked where it was recorded.
+
+        Its metric is read from the log, in which both are: --metric_for_best_model may be another one now.
+        """
+        metric = f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        for entry in self.state.log_history:
+            if entry["step"] == self.state.best_global_step and metric in entry:
+                self.state.best_metric = entry[metric]
         if self.best is not None:
             self.state.best_model_checkpoint = str(self.best)
         elif self.args.load_best_model_at_end:
