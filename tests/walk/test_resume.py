@@ -172,12 +172,23 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_further_steps(models, 
         assert after[key] == before[key], key
 
 
-@pytest.mark.parametrize("length", [["--max_steps", "20"], ["--num_train_epochs", "2"]], ids=["steps", "epochs"])
-def test_resuming_with_no_steps_left_is_reported_with_zero_training_time(models, dialogues, tmp_path, capsys, length):
-    out = tmp_path / "out"
-    command = arguments(models("llama"), dialogues, out, "--gradient_accumulation_steps", "1", "--save_steps", "5")
+@pytest.mark.parametrize(
+    ("records", "batch", "length", "steps"),
+    [
+        (40, 4, ["--max_steps", "20"], 20),
+        (40, 4, ["--num_train_epochs", "2"], 20),
+        (25, 1, ["--num_train_epochs", "1.36"], 34),  # its end, 1 + 9 / 25 epochs, is less than 1.36 in Python
+    ],
+    ids=["steps", "epochs", "a part of an epoch"],
+)
+def test_resuming_with_no_steps_left_is_reported_with_zero_training_time(  # noqa: PLR0917
+    models, dialogues, tmp_path, capsys, records, batch, length, steps
+):
+    out, data = tmp_path / "out", tmp_path / "data.jsonl"
+    data.write_text("".join(dialogues.read_text(encoding="utf-8").splitlines(keepends=True)[:records]), "utf-8")
+    command = arguments(models("llama"), data, out, "--gradient_accumulation_steps", "1", "--save_steps", "5")
     at = command.index("--max_steps")
-    command = [*command[:at], *command[at + 2 :], *length]  # 40 records in batches of 4: 20 steps either way
+    command = [*command[:at], *command[at + 2 :], *length, "--per_device_train_batch_size", str(batch)]
     assert main(command) == 0
     before = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**before, "status": "running"}))
@@ -185,7 +196,7 @@ def test_resuming_with_no_steps_left_is_reported_with_zero_training_time(models,
     assert main([*command, "--resume"]) == 0
     said = capsys.readouterr().out
     assert "Nothing is left to train: all steps are done" in said
-    assert "Done: 20 steps, all done before." in said
+    assert f"Done: {steps} steps, all done before." in said
     assert "examples/s" not in said
     after = json.loads((out / "run.json").read_text())
     assert (before["seconds"] > 0, after["seconds"], after["examples_per_second"]) == (True, 0, 0)

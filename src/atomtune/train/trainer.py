@@ -149,22 +149,22 @@ class LoraTrainer(SavingTrainer):
         The Trainer itself would make one more step from such a checkpoint (seen in 5.23, with max_steps).
         """
         state = TrainerState.load_from_json(str(checkpoint / STATE))
-        if self.args.max_steps > 0:
-            steps_are_made = state.global_step >= self.args.max_steps
-        else:  # at the end of an epoch it is exactly an integer
-            steps_are_made = (state.epoch or 0) >= self.args.num_train_epochs
+        steps_are_made = state.global_step >= self._steps_of_the_run
         return steps_are_made or self.early_stopping.is_due(state.log_history) or self._owed_evaluation_ends(state)
 
     def finish_at(self, checkpoint: Path) -> None:
         """Do all that a run does besides its steps: take the checkpoint's state, evaluate if owed, load the best."""
         self.state = TrainerState.load_from_json(str(checkpoint / STATE))
-        self.state.max_steps = self.args.max_steps  # the present length, which may be another than the checkpoint's
-        if self.args.max_steps <= 0:
-            self.state.max_steps = run_length(len(self.train_dataset), self.args).steps
+        self.state.max_steps = self._steps_of_the_run
         self.work.on_train_begin(self.args, self.state, self.control)
         self.begin()
         self.take_the_best()
         self.work.on_train_end(self.args, self.state, self.control)
+
+    @property
+    def _steps_of_the_run(self) -> int:
+        """All its steps at the present length, which may be another than a checkpoint's."""
+        return self.args.max_steps if self.args.max_steps > 0 else run_length(len(self.train_dataset), self.args).steps
 
     def _owed_evaluation_ends(self, state: TrainerState) -> bool:
         """Whether a checkpoint owes an evaluation that ends the run early.
