@@ -35,6 +35,7 @@ from atomtune.model.recompute import recompute_first
 from atomtune.model.rotary import refuse_mixed
 from atomtune.model.step_graphs import StepGraphs
 from atomtune.model.token_rows import guard_embedding, refuse_tokens_without_row, say_untrained_stop
+from atomtune.settings.contradictions import FOLLOWS_THE_LOSS
 from atomtune.settings.environment import is_first_process
 from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.arguments import lengths, lengths_set, trainer_arguments
@@ -397,7 +398,12 @@ def _say_length(run: RunContext, data: Data) -> None:
             f"{args.world_size} processes have full batches. A single process would not repeat them."
         )
     warmup = args.get_warmup_steps(steps)
-    if warmup >= steps:
+    if warmup and args.lr_scheduler_type in ("constant", *FOLLOWS_THE_LOSS):
+        run.console.notice(
+            f"--warmup_steps has no effect with --lr_scheduler_type {args.lr_scheduler_type.value}; "
+            "constant_with_warmup is constant after a warm-up."
+        )
+    elif warmup >= steps:
         run.console.notice(
             f"the learning rate warms up over the first {warmup:,} steps (--warmup_steps), and the run has {steps:,}: "
             f"it never reaches {args.learning_rate:g}."
