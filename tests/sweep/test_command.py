@@ -64,6 +64,18 @@ def swept(run, of_the_session) -> Path:
     return folder
 
 
+def test_planning_leaves_nothing_in_the_folder_if_it_is_killed(run, tmp_path, monkeypatch):
+    in_folder = []
+
+    def planned(command, **_options):
+        in_folder.extend(path.name for path in tmp_path.iterdir())
+        return subprocess.CompletedProcess(command, 2, stdout="", stderr="atomtune plan: no")
+
+    monkeypatch.setattr(subprocess, "run", planned)
+    assert main(["sweep", *run, "--output_dir", str(tmp_path)]) == 2
+    assert in_folder == [".lock"]
+
+
 @pytest.mark.slow
 def test_every_trial_is_a_run_with_its_settings_on_the_same_held_out_records(swept):
     trials = sweep_record(swept)["trials"]

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -97,7 +98,7 @@ def _begin(settings: SweepSettings, folder: Path, console: Console) -> tuple[Swe
     if before is None:
         if any(path.name != ".lock" for path in folder.iterdir()):
             raise BadSettings([f"{folder} is not empty and holds no sweep. Pass another --output_dir."])
-        sweep = _planned(settings, folder, console)
+        sweep = _planned(settings, console)
     else:
         if not settings.train.run.resume:
             raise BadSettings(
@@ -125,7 +126,7 @@ def _refuse_other_settings(settings: SweepSettings, before: Sweep) -> None:
         raise BadSettings(problems)
 
 
-def _planned(settings: SweepSettings, folder: Path, console: Console) -> Sweep:
+def _planned(settings: SweepSettings, console: Console) -> Sweep:
     """A new sweep, with the time a trial takes and the values to try if the user named none."""
     tried = dict(settings.tried)
     if any(getattr(settings.train.data, name) for name in NOT_PLANNED):
@@ -136,7 +137,7 @@ def _planned(settings: SweepSettings, folder: Path, console: Console) -> Sweep:
         return Sweep(status="running", shared=settings.shared, tried=tried)
     console.say("Reading the records, and measuring how long a trial takes …")
     began = time.monotonic()
-    forecast = _forecast(settings.shared, folder)
+    forecast = _forecast(settings.shared)
     starting = time.monotonic() - began  # each trial also starts Python, imports the libraries and reads the records
     held_out = int(forecast["records_held_out"])
     if not held_out and not settings.train.data.eval_path:
@@ -165,13 +166,14 @@ def _usual(settings: SweepSettings, rate: float) -> dict[str, tuple[str, ...]]:
     return {name: values for name, values in ranges.items() if name not in settings.shared}
 
 
-def _forecast(shared: Mapping[str, object], folder: Path) -> Mapping[str, float]:
+def _forecast(shared: Mapping[str, object]) -> Mapping[str, float]:
     """Run `atomtune plan` with these settings in its own process, so that this one imports no torch and uses no GPU.
 
     It encodes the records, once for all trials. Raises the error that the run would raise.
     """
-    file = folder / "plan.yaml"
-    try:
+    # Not in the sweep's folder, where a killed command would leave it, and no sweep could begin.
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "plan.yaml"
         write_settings(file, shared, comment="The settings that all trials share.")
         done = subprocess.run(
             [sys.executable, "-m", "atomtune", "plan", str(file), "--json"],
@@ -181,8 +183,6 @@ def _forecast(shared: Mapping[str, object], folder: Path) -> Mapping[str, float]
             check=False,
             preexec_fn=end_with_parent,  # safe: see there
         )
-    finally:
-        file.unlink(missing_ok=True)
     if done.returncode == ExitCode.DONE:
         return json.loads(done.stdout.splitlines()[-1])
     message = done.stderr.rpartition("atomtune plan: ")[2].strip()
