@@ -167,5 +167,6 @@ def test_all_norms_of_a_model_are_found(family, norms):
     model = with_adapter(build(family)).float()
     names = model.state_dict().keys()
     assert fuse_norms(model) == norms
+    assert fuse_norms(model) == 0, "norms were fused twice"
     assert model.state_dict().keys() == names
     assert sum(isinstance(module, FusedNorm) for module in model.modules()) == norms

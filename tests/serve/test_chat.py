@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from atomtune import load
 from atomtune.cli import main
-from atomtune.console import Console
+from atomtune.console import Console, program
 from atomtune.serve.chat import side_by_side
 from tests.conftest import DIALOGUES, write_jsonl
 
@@ -105,7 +105,7 @@ def test_the_base_is_quantized_as_in_training_unless_stored_base_is_set(trained_
         (["run.json"], "the run here saved no checkpoint"),
         (
             [f"checkpoint-{step}/adapter_config.json" for step in (9, 10)],
-            "checkpoint-10, its last checkpoint, or finish it: atomtune train --resume --output_dir ",
+            f"checkpoint-10, its last checkpoint, or finish it: {program()} train --resume --output_dir ",
         ),
     ],
     ids=["none", "empty", "failed", "killed"],

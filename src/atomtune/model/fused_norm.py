@@ -21,7 +21,7 @@ def fuse_norms(model: nn.Module) -> int:
     """Let a model's frozen RMSNorms compute in few passes; returns how many were changed."""
     fused = 0
     for norm in model.modules():
-        offset = offset_of(norm)
+        offset = None if isinstance(norm, FusedNorm) else offset_of(norm)
         if offset is not None:
             # As in fused_lora, a change of class leaves modules, names and what is saved as they are.
             norm.__class__ = type(type(norm).__name__, (FusedNorm, type(norm)), {"offset": offset})
