@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/atomtune train
 	@echo "To use the command atomtune in this shell:  . $(VENV)/bin/activate"
 
-# Under a quarter of an hour on two idle cores.
+# Ten minutes on two idle cores with AVX-512, twenty-five on two slow ones with AVX2.
 test: $(VENV)/installed-test check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow'
 
