@@ -510,3 +510,19 @@ def test_enable_thinking_may_be_text_in_a_table_cell(value, thinks):
 @pytest.mark.parametrize("cell", ["", " ", None])
 def test_an_empty_cell_sets_no_variable(key, cell):
     assert chat(ASK, TELL, **{key: cell}).variables == {}
+
+
+def test_a_variable_that_a_record_sets_twice_must_be_the_same():
+    kwargs = {"enable_thinking": False}
+    assert chat(ASK, TELL, enable_thinking=False, chat_template_kwargs=kwargs).variables == kwargs
+    said = why_not(ASK, TELL, enable_thinking=True, chat_template_kwargs=kwargs)
+    assert "enable_thinking has another value in chat_template_kwargs" in said
+
+
+def test_tools_and_functions_of_a_record_must_be_the_same():
+    function = {"name": "look", "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": function}]
+    assert chat(ASK, TELL, tools=tools, functions=[function]) == chat(ASK, TELL, tools=tools)
+    assert chat(ASK, TELL, tools=[], functions=[function]) == chat(ASK, TELL, tools=tools)
+    said = why_not(ASK, TELL, tools=tools, functions=[{**function, "name": "listen"}])
+    assert "tools and functions list different tools" in said

@@ -81,6 +81,8 @@ def read_variables(record: Mapping[str, Any]) -> Field[dict[str, Any]]:
             parsed = read_json(record[key], key)  # JSON text in a cell of a table
             plain = read_plain(parsed.value, key)
             problems += [*parsed.problems, *plain.problems]
+            if variables.get(key, plain.value) != plain.value:
+                problems.append(f"{key} has another value in {KWARGS}; keep one of them")
             variables[key] = plain.value
     thinks = variables.get(THINKING)
     if not problems and not isinstance(thinks, bool | None):  # a template may take "false", and even 0, for true

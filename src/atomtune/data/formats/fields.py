@@ -83,11 +83,19 @@ def read_plain(value: T, place: str) -> Field[T]:
 
 
 def read_tools(record: Mapping[str, Any]) -> Field[tuple[Tool, ...]]:
-    """The record's `tools` (or the older `functions`), a list or its JSON text, in OpenAI's form."""
-    key = "tools" if record.get("tools") else "functions"
-    if key not in record:
-        return _NO_TOOLS
-    value = record[key]
+    """The record's `tools` (or the older `functions`), a list or its JSON text, in OpenAI's form.
+
+    Both at once are a problem unless they list the same tools.
+    """
+    fields = [_read_list(record[key], key) for key in ("tools", "functions") if key in record]
+    given = [field for field in fields if field.value or field.problems]
+    if len(given) > 1 and given[0] != given[1]:
+        problems = problems_of(given) or ("tools and functions list different tools; keep one of them",)
+        return Field((), problems)
+    return given[0] if given else _NO_TOOLS
+
+
+def _read_list(value: object, key: str) -> Field[tuple[Tool, ...]]:
     if not value or (isinstance(value, str) and is_blank(value)):
         return _NO_TOOLS
     parsed = read_json(value, key)
