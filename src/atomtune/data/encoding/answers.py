@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from atomtune.data.encoding.chat_template import AnswerForm, WrittenAnswer
-from atomtune.data.encoding.cuts import Cuts, spot_checks, whole, worth_cutting
+from atomtune.data.encoding.cuts import Cuts, space_around, spot_checks, whole, worth_cutting
 from atomtune.data.encoding.templated_record import TemplatedRecord
 from atomtune.data.encoding.thoughts import is_no_thought, mentions_thoughts
 from atomtune.data.records import Prompt
@@ -86,8 +86,7 @@ def _alike_in_history(cuts: Cuts, prompt_of: Mapping[int, Prompt[str]]) -> list[
         answer = cuts.answer_in(prompt)
         if answer is not None:
             turn = templated.record.turns[at]
-            before = turn.text[: len(turn.text) - len(turn.text.lstrip())]
-            after = turn.text[len(turn.text.rstrip()) :]
+            before, after = space_around(turn.text)
             alike[bool(turn.calls), bool(turn.text), thinks, before, after][at] = answer
     return list(alike.values())
 

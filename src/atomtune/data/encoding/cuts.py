@@ -115,7 +115,7 @@ class AtStops(Cuts):
                 an answer, with that white space unless the template trims it; filled in here
         """
         content = str(self.templated.message_of(at)["content"])
-        text, space = content.strip(), content[: len(content) - len(content.lstrip())]
+        text, (space, _) = content.strip(), space_around(content)
         kind = bool(text), bool(self.templated.record.turns[at].calls), space
         if kind not in leads:
             lead = self._lead(at, text)
@@ -136,6 +136,11 @@ class AtStops(Cuts):
             return written.partition(text)[0]
         control = self.templated.template.tokens.controls.match(written)
         return control.group() if control and control.group() != self.mark else None
+
+
+def space_around(text: str) -> tuple[str, str]:
+    """The white space at the beginning and at the end of a text; both are all of it if there is nothing else."""
+    return text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
 
 
 def cuts_of(templated: TemplatedRecord) -> Cuts:
