@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from atomtune.data.encoding.choose_template import load_template, written_call
+from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.encoding.template_probes import written_call
 from atomtune.engines.call_readers import call_reader
 from tests.tiny import tokenizer_of
 

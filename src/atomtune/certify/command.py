@@ -15,7 +15,7 @@ from atomtune.choices import EngineName
 from atomtune.console import Console, as_command
 from atomtune.data.cache import Rules, examples_of, records_of
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.encoding.choose_template import probed
+from atomtune.data.encoding.template_probes import probed
 from atomtune.data.reading.hub import is_hub_name
 from atomtune.data.reading.sources import distinct_names
 from atomtune.data.records import Record

@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 from atomtune.choices import FormatChoice, Learn, Overlength
 from atomtune.data.cache_key import cache_key
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.encoding.choose_template import runs_programs
 from atomtune.data.encoding.encode import Encoder, entered_in_ledger
+from atomtune.data.encoding.template_probes import runs_programs
 from atomtune.data.formats.detect import Schema, detect_schema, to_record
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.jsonl import parse_chunk

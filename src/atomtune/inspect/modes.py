@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from atomtune.data.encoding.chat_template import CannotExpress, Template
-from atomtune.data.encoding.choose_template import thinking_modes
 from atomtune.data.encoding.exchanges import exchange_at, joined
+from atomtune.data.encoding.template_probes import thinking_modes
 from atomtune.data.formats.schema import THINKING
 from atomtune.data.records import Example, Record
 

@@ -23,7 +23,7 @@ from atomtune.choices import BASE, EngineName
 from atomtune.console import Console, shortened
 from atomtune.data.cache_key import tokenizer_text
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.encoding.choose_template import written_call
+from atomtune.data.encoding.template_probes import written_call
 from atomtune.engines import llama_cpp, transformers_serve, vllm_serve
 from atomtune.engines.call_readers import call_reader
 from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder

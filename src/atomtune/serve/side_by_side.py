@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from atomtune.data.encoding.choose_template import thinking_modes
+from atomtune.data.encoding.template_probes import thinking_modes
 from atomtune.model.generate import Sampling
 from atomtune.serve.conversation import Conversation
 from atomtune.serve.tuned_model import Reply, TunedModel

@@ -58,9 +58,47 @@ class AnswerForm:
         return self.lead + TRIMS[self.trims](text)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """How a template writes, as `template_probes.probed` finds it.
+
+    stop                the control token that ends an answer
+    stops               stop, and the tokens that end other assistant turns, such as <|call|>
+    after_answer        everything the template writes after an answer
+    form                None: each answer must be rendered to see how it is written
+    header              begins every assistant turn, with a control token; "": none, or texts cannot be split before it
+    asks                the end of a prompt, from the header on; longer than header if it also opens or closes thoughts
+    cut                 prompts are split before this string: header, else stop; "": they cannot be split
+    cut_at_stops        the stop token, if texts can be split before it, else ""
+    header_after_tools  the header follows a tool result too
+    forgets_thoughts    earlier answers lose their thoughts once a new question follows
+    knows_thoughts      handles thoughts separately from the text
+    lets_think          the model thinks after the prompt, and an answer without thoughts has an empty block
+    calls_as_text       expects a call's arguments as JSON text
+    writes_bos          False if the tokenizer has a BOS token but prompts do not begin with it
+    unknown_controls    control strings it writes that are not tokens of this tokenizer
+    """
+
+    stop: str = ""
+    stops: tuple[str, ...] = ()
+    after_answer: str = ""
+    form: AnswerForm | None = None
+    header: str = ""
+    asks: str = ""
+    cut: str = ""
+    cut_at_stops: str = ""
+    header_after_tools: bool = True
+    forgets_thoughts: bool = False
+    knows_thoughts: bool = False
+    lets_think: bool = False
+    calls_as_text: bool = False
+    writes_bos: bool = True
+    unknown_controls: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
-class Template:
-    """A chat template with its tokenizer. `choose_template.probed` fills in the fields from `stop` on."""
+class Template(Traits):
+    """A chat template with its tokenizer; its traits are known once it has been probed."""
 
     name: str
     source: str = field(repr=False)
@@ -69,21 +107,6 @@ class Template:
     variables: Mapping[str, Any] = field(default_factory=dict)  # set by the user, for example enable_thinking
     day: date = field(default_factory=date.today)  # the date that the template may write
     why: str = ""  # for the user, if no template was named and the tokenizer has none
-    stop: str = ""  # the control token that ends an answer
-    stops: tuple[str, ...] = ()  # stop, and the tokens that end other assistant turns, such as <|call|>
-    after_answer: str = ""  # everything the template writes after an answer
-    form: AnswerForm | None = None  # None: each answer must be rendered to see how it is written
-    header: str = ""  # begins every assistant turn, with a control token; "": none, or texts cannot be split before it
-    asks: str = ""  # the end of a prompt, from the header on; longer than header if it also opens or closes thoughts
-    cut: str = ""  # prompts are split before this string: header, else stop; "": they cannot be split
-    cut_at_stops: str = ""  # the stop token, if texts can be split before it, else ""
-    header_after_tools: bool = True  # the header follows a tool result too
-    forgets_thoughts: bool = False  # earlier answers lose their thoughts once a new question follows
-    knows_thoughts: bool = False  # handles thoughts separately from the text
-    lets_think: bool = False  # the model thinks after the prompt, and an answer without thoughts has an empty block
-    calls_as_text: bool = False  # expects a call's arguments as JSON text
-    writes_bos: bool = True  # False if the tokenizer has a BOS token but prompts do not begin with it
-    unknown_controls: tuple[str, ...] = ()  # control strings it writes that are not tokens of this tokenizer
 
     @property
     def title(self) -> str:
