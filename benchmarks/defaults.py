@@ -77,6 +77,7 @@ def formula_settings(base: str, records: int) -> Settings:
     from transformers import TrainingArguments
 
     from atomtune.model.base_shape import base_shape
+    from atomtune.settings.fields import LoraSettings
     from atomtune.train.defaults import (
         MOST_EPOCHS,
         SHORT_RUN_STEPS,
@@ -91,7 +92,8 @@ def formula_settings(base: str, records: int) -> Settings:
     batch = largest_batch(records, args, epochs=USUAL_EPOCHS)
     steps_an_epoch = run_length(records, args, batch=batch).steps_an_epoch
     epochs = min(max(USUAL_EPOCHS, math.ceil(WANTED_STEPS / steps_an_epoch)), MOST_EPOCHS)
-    rate, _ = learning_rate(base_shape(base).width, Settings.alpha, steps=SHORT_RUN_STEPS)
+    lora = LoraSettings(lora_alpha=Settings.alpha)
+    rate, _ = learning_rate(base_shape(base).width, lora, steps=SHORT_RUN_STEPS)
     return Settings(FORMULA, rate, batch, epochs)
 
 

@@ -40,14 +40,15 @@ def qwen_7b() -> ModelSize:
     )
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_the_operations_are_those_that_torch_counts(models, size, recomputed):
+@pytest.mark.parametrize(("recomputed", "dora"), [(False, False), (True, False), (False, True)])
+def test_the_operations_are_those_that_torch_counts(models, size, recomputed, dora):
     """One row of 64 tokens, all of them targets, in plain transformers and PEFT.
 
     The formula leaves out the smallest products: 3 % of this tiny model, whose matrices are hardly larger than LoRA's.
     """
     base = AutoModelForCausalLM.from_pretrained(models("llama"), attn_implementation="eager")
-    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    kind = {"use_dora": True, "lora_dropout": 0.1} if dora else {}
+    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", **kind))
     model.train()
     if recomputed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -56,7 +57,7 @@ def test_the_operations_are_those_that_torch_counts(models, size, recomputed):
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
     # Eager attention computes all 64 keys for each query, masked or not.
-    work = Work(steps=1, tokens=64, targets=64, mean_context=64)
+    work = Work(steps=1, tokens=64, targets=64, mean_context=64, dora=dora)
     assert operations(size, work, recomputed=recomputed) == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 

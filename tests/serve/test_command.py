@@ -19,6 +19,7 @@ from atomtune import load
 from atomtune.cli import main
 from atomtune.console import Console
 from atomtune.engines.server_process import free_port
+from atomtune.errors import BadSettings
 from atomtune.model.adapter_folder import short_names
 from atomtune.model.generate import prompt_ids
 from atomtune.serve.command import plan_of
@@ -325,6 +326,15 @@ def test_a_port_in_use_is_reported_before_loading(by_heart, capsys):
         port = other.getsockname()[1]
         assert main(["serve", "--adapter_path", str(by_heart), "--port", str(port)]) == 2
     assert "another program is listening there" in capsys.readouterr().err
+
+
+def test_vllm_is_not_started_with_a_dora_adapter(tmp_path):
+    # vLLM 0.32 refuses it in a traceback, after it has loaded the base.
+    from atomtune.engines.vllm_serve import ServedAdapter, command
+
+    (tmp_path / "adapter_config.json").write_text('{"r": 8, "use_dora": true}')
+    with pytest.raises(BadSettings, match="no DoRA adapters"):
+        command(tmp_path, base="base", adapters=[ServedAdapter("one", tmp_path)], host="127.0.0.1", port=8000)
 
 
 def test_the_vllm_command_passes_tokenizer_template_variables_and_adapters(tmp_path):

@@ -530,6 +530,7 @@ def test_a_path_of_digits_is_a_path(run_yaml):
         (("--resume", "--continue_training", "--checkpoint", "c"), ("--resume", "--continue_training")),
         (("--eval_path", "e", "--eval_size", "0.1"), ("--eval_path", "--eval_size")),
         (("--fp16", "--bf16"), ("--fp16", "--bf16")),
+        (("--use_dora", "--lora_experts"), ("--use_dora", "--lora_experts")),
         (
             ("--streaming", "--max_steps", "9", "--train_sampling_strategy", "group_by_length"),
             ("--streaming", "--train_sampling_strategy"),

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from atomtune.errors import BadSettings
 from atomtune.model.base_shape import NO_LIMIT, BaseShape, tokens_in_memory
+from atomtune.settings.fields import LoraSettings
 from atomtune.settings.read import read_train
 from atomtune.train.arguments import trainer_arguments
 from atomtune.train.defaults import (
@@ -83,23 +84,33 @@ def test_gradient_accumulation_counts_toward_the_batch_size(tmp_path):
     assert derived(tmp_path, "--gradient_accumulation_steps", "4", records=5000)["per_device_train_batch_size"] == 16
 
 
+def rate_of(width: int | None, *, steps: int = 1000, **lora) -> tuple[float, str]:
+    return learning_rate(width, LoraSettings(**lora), steps=steps)
+
+
 @pytest.mark.parametrize(("width", "rate"), [(2000, 5e-4), (4096, 2.9e-4), (576, 1.3e-3), (192, 3.1e-3)])
 def test_a_wider_base_gets_a_lower_rate(width, rate):
-    assert learning_rate(width, 32, steps=1000)[0] == pytest.approx(rate, rel=0.02)
+    assert rate_of(width)[0] == pytest.approx(rate, rel=0.02)
 
 
 def test_the_learning_rate_is_bounded_and_inversely_scaled_by_lora_alpha():
-    assert learning_rate(8, 32, steps=1000)[0] == HIGHEST_RATE
-    assert learning_rate(10**6, 32, steps=1000)[0] == LOWEST_RATE
-    assert learning_rate(2000, 64, steps=1000)[0] == pytest.approx(learning_rate(2000, 32, steps=1000)[0] / 2)
-    assert 0 < learning_rate(None, 32, steps=1000)[0] < HIGHEST_RATE
+    assert rate_of(8)[0] == HIGHEST_RATE
+    assert rate_of(10**6)[0] == LOWEST_RATE
+    assert rate_of(2000, lora_alpha=64)[0] == pytest.approx(rate_of(2000)[0] / 2)
+    assert 0 < rate_of(None)[0] < HIGHEST_RATE
+
+
+def test_with_rslora_the_rate_counts_the_root_of_the_rank_as_alpha():
+    (plain, _), (rate, why) = (rate_of(2000, lora_rank=4, use_rslora=rslora) for rslora in (False, True))
+    assert rate == pytest.approx(plain / 2)
+    assert why == "by the width of the base, 2,000 and --use_rslora, whose scale is larger"
 
 
 def test_a_short_run_gets_1_5_times_the_learning_rate_and_states_why():
-    (short, why), (long, usual) = learning_rate(2000, 32, steps=499), learning_rate(2000, 32, steps=500)
+    (short, why), (long, usual) = rate_of(2000, steps=499), rate_of(2000, steps=500)
     assert short == pytest.approx(1.5 * long)
     assert why == f"{usual}; 1.5 times that in under 500 steps"
-    assert learning_rate(None, 32, steps=10) == learning_rate(None, 32, steps=1000), "a guess stays careful"
+    assert rate_of(None, steps=10) == rate_of(None), "a guess stays careful"
 
 
 @pytest.mark.parametrize(

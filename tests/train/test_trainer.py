@@ -39,15 +39,14 @@ def order_of_the_trainer(n: int, epoch: int, seed: int = 42) -> list[int]:
     return torch.randperm(n, generator=generator).tolist()
 
 
-def oracle(base: Path, data: Path, *, accumulation: int, optimizer: str) -> tuple[list[float], dict]:
+def oracle(base: Path, data: Path, *, accumulation: int, optimizer: str, **kind: bool) -> tuple[list[float], dict]:
     """Losses per step and the final adapter."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     examples = tutorial_examples(data, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     set_seed(42)
-    model = get_peft_model(
-        model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")
-    )
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", **kind)
+    model = get_peft_model(model, lora)
     trainable = [p for p in model.parameters() if p.requires_grad]
     steps_per_epoch = math.ceil(math.ceil(len(examples) / BATCH) / accumulation)
     if optimizer == "sgd":
@@ -77,9 +76,9 @@ def oracle(base: Path, data: Path, *, accumulation: int, optimizer: str) -> tupl
 
 
 def relative_difference(ours: dict, theirs: dict) -> float:
-    """Relative L2 norm of the difference over all B matrices, which start at zero and so are only what was learned."""
+    """Relative L2 norm of the difference over all B matrices, which start at zero, and the magnitudes of DoRA."""
     assert ours.keys() == theirs.keys()
-    learned = [name for name in ours if "lora_B" in name]
+    learned = [name for name in ours if "lora_B" in name or "magnitude" in name]
     difference = math.sqrt(sum((ours[k].double() - theirs[k].double()).pow(2).sum().item() for k in learned))
     return difference / math.sqrt(sum(theirs[k].double().pow(2).sum().item() for k in learned))
 
@@ -121,6 +120,20 @@ def test_step_losses_and_final_adapter_match_the_corrected_tutorial(  # noqa: PL
     difference = relative_difference(load_file(out / "adapter_model.safetensors"), adapter)
     print(f"relative difference of the learned weights: {difference:.1e}")
     assert difference < tolerance
+
+
+@pytest.mark.parametrize("kind", ["use_rslora", "use_dora"])
+def test_rslora_and_dora_learn_what_plain_peft_learns(models, dialogues, tmp_path, kind):
+    base, out = models("llama"), tmp_path / "out"
+    command = ["train", "--model_path", str(base), "--dataset_path", str(dialogues), "--output_dir", str(out)]
+    exact = ["--layout", "tree", "--dtype", "float64", "--lora_dropout", "0", "--optim", "sgd", "--logging_steps", "1"]
+    size = ["--per_device_train_batch_size", str(BATCH), "--num_train_epochs", str(EPOCHS), "--eval_size", "0"]
+    assert main([*command, *exact, *size, "--learning_rate", str(RATE), f"--{kind}", "true"]) == 0
+    losses, adapter = oracle(base, dialogues, accumulation=1, optimizer="sgd", **{kind: True})
+    record = json.loads((out / "run.json").read_text())
+    assert [entry["loss"] for entry in record["loss_history"]] == pytest.approx(losses, abs=1e-6)
+    assert relative_difference(load_file(out / "adapter_model.safetensors"), adapter) < 1e-6
+    assert json.loads((out / "adapter_config.json").read_text())[kind] is True
 
 
 def run_json(models, data: Path, out: Path, *flags: str) -> dict:

@@ -232,12 +232,13 @@ def test_continuing_from_an_older_checkpoint_in_the_same_folder_is_refused(whole
 def test_lora_settings_ignored_for_a_loaded_adapter_are_reported(whole, tmp_path, capsys):
     base, data, undisturbed = whole
     flags = ["--continue_training", "--checkpoint", str(undisturbed / "adapter_model.safetensors")]
-    flags += ["--lora_rank", "4", "--lora_dropout", "0", "--lora_targets", "q_proj,v_proj"]
+    flags += ["--lora_rank", "4", "--lora_dropout", "0", "--lora_targets", "q_proj,v_proj", "--use_dora"]
     assert main([*arguments(base, data, tmp_path / "out", *flags), "--max_steps", "1"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "--lora_rank 4 is not used: the checkpoint's adapter has 8" in said
     assert "--lora_dropout 0 is not used: the checkpoint's adapter has 0.1" in said
     assert "--lora_targets q_proj,v_proj is not used: the checkpoint's adapter has down_proj" in said
+    assert "--use_dora true is not used: the checkpoint's adapter has none" in said and "rslora" not in said
 
 
 def test_a_finished_run_is_left_alone(whole, capsys):

@@ -31,6 +31,11 @@ class ServedAdapter:
     name: str
     folder: Path
 
+    def refuse_dora(self) -> None:
+        """Raise BadSettings if this is a DoRA adapter, which vLLM serves only as part of a merged model."""
+        if read_config(self.folder / ADAPTER_CONFIG).get("use_dora"):
+            raise BadSettings([f"{self.folder}: vLLM serves no DoRA adapters (use_dora). Merge it first."])
+
     def rank(self) -> int:
         """The largest rank of the adapter's layers. Raises BadModel if its config has no valid ranks."""
         file = self.folder / ADAPTER_CONFIG
@@ -80,6 +85,8 @@ def command(
     words += ["--tokenizer", str(view), "--generation-config", str(view)]
     words += ["--served-model-name", BASE if adapters else view.name]
     if adapters:
+        for adapter in adapters:
+            adapter.refuse_dora()
         most = max(adapter.rank() for adapter in adapters)
         room = next((rank for rank in _RANKS if rank >= most), None)
         if room is None:

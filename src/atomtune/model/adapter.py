@@ -1,12 +1,13 @@
 """Adapter: LoRA layers on a base, created new, filled from a weights file, or loaded to generate answers.
 
-Built on PEFT. LoRA: Hu et al. 2021, arXiv 2106.09685.
+Built on PEFT. LoRA: Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732; DoRA: Liu et al.
+2024, arXiv 2402.09353.
 """
 
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -49,13 +50,15 @@ _BIASES_OF_BASE = "biases_of_base"
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec:
-    """Size and place of a LoRA adapter, which adds (alpha / rank) B A to each adapted matrix."""
+    """Size, place and kind of a LoRA adapter, which adds (alpha / rank) B A to each adapted matrix."""
 
     rank: int
     alpha: float
     dropout: float
     targets: Sequence[str]
     experts: bool = False  # also adapt the experts of a mixture-of-experts model
+    rslora: bool = False  # alpha / √rank in place of alpha / rank
+    dora: bool = False  # also learn the length of each row of the adapted matrices
 
 
 def new_adapter(base: CausalLM, lora: LoraSpec) -> PeftModel:
@@ -77,6 +80,8 @@ def new_adapter(base: CausalLM, lora: LoraSpec) -> PeftModel:
         target_modules=list(targets),
         target_parameters=endings(base, tensors) if tensors else None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
     )
     try:
         model = get_peft_model(base, config)
@@ -230,7 +235,13 @@ def _spec_in(
     if rank != lora.rank:
         notice(f"{file.name} holds an adapter of rank {rank}. It is used instead of --lora_rank {lora.rank}.")
     modules = {module_of(name) for name in weights}
-    return LoraSpec(rank=rank, alpha=lora.alpha, dropout=lora.dropout, targets=shortest(base, modules))
+    return replace(
+        lora,
+        rank=rank,
+        targets=shortest(base, modules),
+        experts=False,
+        dora=any("lora_magnitude_vector" in name for name in weights),
+    )
 
 
 def _named_as_in(
@@ -265,6 +276,13 @@ def _notice_unused(config: LoraConfig, base: CausalLM, lora: LoraSpec, *, notice
     if lora.experts != bool(config.target_parameters):
         state = "adapts them" if config.target_parameters else "leaves them as they are"
         notice(f"--lora_experts {str(lora.experts).lower()} is not used: the checkpoint's adapter {state}.")
+    for name, setting, in_checkpoint in (
+        ("use_rslora", lora.rslora, bool(config.use_rslora)),
+        ("use_dora", lora.dora, bool(config.use_dora)),
+    ):
+        if setting != in_checkpoint:
+            state = "has it" if in_checkpoint else "has none"
+            notice(f"--{name} {str(setting).lower()} is not used: the checkpoint's adapter {state}.")
     if not isinstance(config.target_modules, set | list):  # a regex
         return
     adapted = matched(base, config.target_modules)

@@ -158,7 +158,13 @@ def forecast_of(settings: TrainSettings, console: Console) -> Forecast:
         fits[card] = fits_on_gpu(memories[card], gigabytes)
 
     rate = matmul_rate(here.device, here.dtype)
-    work = Work(steps=run.steps, tokens=run.tokens_computed, targets=run.targets, mean_context=run.mean_context)
+    work = Work(
+        steps=run.steps,
+        tokens=run.tokens_computed,
+        targets=run.targets,
+        mean_context=run.mean_context,
+        dora=settings.lora.use_dora,
+    )
     return Forecast(
         size=size,
         run=run,
@@ -305,6 +311,7 @@ class _Here:
             element_bytes=self.dtype.itemsize,
             quantize=settings.model.quantize,
             dropout=settings.lora.lora_dropout > 0,
+            dora=settings.lora.use_dora,
             libraries=self.libraries,
             row_tokens=run.tokens_computed // run.batches,
             lengths=run.lengths if on_cpu else 0,
@@ -321,6 +328,7 @@ def _on_card(settings: TrainSettings, size: ModelSize, run: RunSize, gigabytes: 
         element_bytes=dtype.itemsize,
         quantize=settings.model.quantize,
         dropout=settings.lora.lora_dropout > 0,
+        dora=settings.lora.use_dora,
         libraries=CUDA_CONTEXT,
     )
     return _kept_or_recomputed(settings, size, step, free=gigabytes * 2**30, usable=USABLE_ON_GPU)

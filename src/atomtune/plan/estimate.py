@@ -72,6 +72,7 @@ class StepSpec:
     element_bytes: int
     quantize: Quantize | None
     dropout: bool
+    dora: bool = False
     libraries: int
     row_tokens: int = 0
     lengths: int = 0
@@ -92,6 +93,7 @@ def step_memory(size: ModelSize, step: StepSpec, *, recomputed: float) -> StepMe
         tokens=step.tokens,
         element_bytes=step.element_bytes,
         dropout=step.dropout,
+        dora=step.dora,
         attention_weights=step.attention_weights,
     )
     if recomputed and size.layers:
@@ -136,6 +138,7 @@ class Work:
     tokens: int  # computed in all steps together
     targets: int  # learned tokens
     mean_context: float  # number of tokens that a token sees on average
+    dora: bool = False
 
 
 def operations(size: ModelSize, work: Work, *, recomputed: float) -> float:
@@ -143,9 +146,11 @@ def operations(size: ModelSize, work: Work, *, recomputed: float) -> float:
 
     Multiplying T tokens with N weights takes 2 N T. For frozen weights this is done twice: forward, and backward for
     the gradient of the layer's input; for LoRA weights three times; for recomputed layers once more. Attention takes
-    12 C H per layer and token (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+    12 C H per layer and token (Chowdhery et al. 2022, arXiv 2204.02311, appendix B). PEFT's DoRA multiplies with the
+    frozen weights twice, for its inputs with and without dropout.
     """
-    products = 2.0 * work.tokens * ((2 + recomputed) * size.body + 3 * size.trained)
+    frozen = size.body * (2 if work.dora else 1)
+    products = 2.0 * work.tokens * ((2 + recomputed) * frozen + 3 * size.trained)
     hidden = int(getattr(size.text, "hidden_size", 0))
     attention = 12.0 * work.tokens * work.mean_context * hidden * size.layers
     return products + attention + 4.0 * work.targets * size.head

@@ -21,6 +21,8 @@ def contradictions(values: Mapping[str, Any], written: Collection[str]) -> Itera
     if 0 < (values.get("max_seq_length") or 0) < SHORTEST_RECORD:  # 0 has a meaning only in `evaluate`
         yield f"--max_seq_length {values['max_seq_length']}: expected at least {SHORTEST_RECORD} tokens."
     yield from _of_data(values, written)
+    if values.get("use_dora") and values.get("lora_experts"):
+        yield "--use_dora and --lora_experts: PEFT has no DoRA for experts. Leave one of them out."
     yield from _of_the_start(values)
     yield from _of_the_trainer(values)
 

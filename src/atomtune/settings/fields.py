@@ -304,6 +304,16 @@ class LoraSettings:
         "adapt the experts of a mixture of experts too: they are most of its weights, and stay frozen otherwise",
         rare=True,
     )
+    use_rslora: bool = setting(
+        False,
+        "rsLoRA: the adapter's output is multiplied by alpha / √rank, so that it does not shrink as the rank grows",
+        rare=True,
+    )
+    use_dora: bool = setting(
+        False,
+        "DoRA: the length of each row of an adapted matrix is learned too; slower, and vLLM serves it only merged",
+        rare=True,
+    )
 
     def lora(self) -> dict[str, Any]:
         """Arguments of model.adapter.LoraSpec."""
@@ -313,6 +323,8 @@ class LoraSettings:
             "dropout": self.lora_dropout,
             "targets": tuple(self.lora_targets),
             "experts": self.lora_experts,
+            "rslora": self.use_rslora,
+            "dora": self.use_dora,
         }
 
 

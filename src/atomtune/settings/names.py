@@ -31,6 +31,8 @@ SYNONYMS = _by_name(
         "eval_size": "val_size val_set_size test_size validation_split",
         "lora_rank": "lora_r rank r",
         "lora_alpha": "alpha",
+        "use_rslora": "rslora peft_use_rslora",
+        "use_dora": "dora peft_use_dora",
         "lora_targets": "target_modules lora_target_modules lora_target lora_modules",
         "max_seq_length": "max_length max_len max_seq_len seq_len seq_length sequence_len cutoff_len model_max_length",
         "optim": "optimizer",
@@ -135,8 +137,8 @@ ELSEWHERE = _by_name(
         "use --report_to swanlab": "use_swanlab swanlab_project swanlab_mode swanlab_run_name",
         "there is no such setting: control strings come from tokenizer and template": "special_tokens tokens "
         "added_tokens_overrides new_special_tokens add_special_tokens resize_vocab eos_token pad_token",
-        "there is no such setting: only plain LoRA is trained": "use_dora use_rslora peft_use_dora peft_use_rslora "
-        "pissa_init loraplus_lr_ratio loraplus_lr_embedding lora_modules_to_save additional_target "
+        "there is no such setting: LoRA is trained plain, or with --use_rslora or --use_dora": "pissa_init "
+        "loraplus_lr_ratio loraplus_lr_embedding lora_modules_to_save additional_target "
         "peft_layers_to_transform lora_fan_in_fan_out bias init_lora_weights",
         "there is no such setting; leave it out": "use_unsloth use_unsloth_gc cut_cross_entropy lora_mlp_kernel "
         "lora_qkv_kernel lora_o_kernel rope_scaling freeze_trainable_layers plugins "

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from atomtune.errors import BadSettings
 from atomtune.model.base_shape import BaseShape, base_shape
+from atomtune.settings.fields import LoraSettings
 from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.arguments import needs_records, trainer_arguments
 from atomtune.train.run_context import RunContext
@@ -154,7 +155,7 @@ def derive(settings: TrainSettings, args: TrainingArguments, size: Size, shape: 
         derived.take("eval_size", size.eval_size, _held_out_why(size, settings))
     epochs, batch = _epochs_and_batch(derived, settings, args, size)
     length = run_length(size.records, args, batch=batch, epochs=epochs)
-    derived.own_rate, why = learning_rate(shape.width, settings.lora.lora_alpha, steps=length.steps)
+    derived.own_rate, why = learning_rate(shape.width, settings.lora, steps=length.steps)
     if _is_auto(settings, "learning_rate"):
         derived.take("learning_rate", derived.own_rate, why)
     if _is_auto(settings, "logging_steps"):
@@ -234,17 +235,20 @@ def largest_batch(records: int, args: TrainingArguments, *, epochs: float) -> in
     return BATCH_SIZES[-1]
 
 
-def learning_rate(width: int | None, alpha: float, *, steps: int) -> tuple[float, str]:
+def learning_rate(width: int | None, lora: LoraSettings, *, steps: int) -> tuple[float, str]:
     """(rate, reason) for a base of this width and a run of this many steps; the rate is rounded to two digits."""
-    if width is None or not alpha:
+    if width is None or not lora.lora_alpha:
         return UNKNOWN_RATE, "the width of the base is not known"
+    # rsLoRA scales the adapter by alpha / √rank, as plain LoRA does with an alpha that is √rank times as large.
+    alpha = lora.lora_alpha * (math.sqrt(lora.lora_rank) if lora.use_rslora else 1)
     rate = RATE * (RATE_WIDTH / width) ** RATE_POWER * RATE_ALPHA / alpha
     rate = min(max(rate, LOWEST_RATE), HIGHEST_RATE)
-    of_alpha = "" if alpha == RATE_ALPHA else f" and --lora_alpha {alpha:g}"
+    of_alpha = "" if lora.lora_alpha == RATE_ALPHA else f" and --lora_alpha {lora.lora_alpha:g}"
+    of_kind = " and --use_rslora, whose scale is larger" if lora.use_rslora else ""
     is_short = steps < SHORT_RUN_STEPS
     of_steps = f"; 1.5 times that in under {SHORT_RUN_STEPS} steps" if is_short else ""
     rate *= SHORT_RUN_TIMES if is_short else 1
-    return float(f"{rate:.1e}"), f"by the width of the base, {width:,}{of_alpha}{of_steps}"
+    return float(f"{rate:.1e}"), f"by the width of the base, {width:,}{of_alpha}{of_kind}{of_steps}"
 
 
 def _evaluations(derived: Derived, settings: TrainSettings, size: Size, length: RunLength) -> None:

@@ -260,6 +260,7 @@ def activation_memory(run: RunContext, model: Any, *, layout: Layout, tokens: in
         tokens=tokens,
         element_bytes=dtype_of(run).itemsize,
         dropout=run.settings.lora.lora_dropout > 0,
+        dora=run.settings.lora.use_dora,
         in_rows=layout != "padded",
         device=device_of(run),
     )

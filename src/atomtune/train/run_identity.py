@@ -63,7 +63,7 @@ OURS = {
         *("mix", "format", "keys", "roles", "learn", "streaming", "shuffle_buffer", "chat_template_kwargs"),
     ),
     "model": ("dtype", "quantize"),
-    "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_experts"),
+    "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_experts", "use_rslora", "use_dora"),
     "run": ("skip_nonfinite",),
 }
 _DAY, _WEIGHTS, _HELD_OUT = "template_date", "base_weights", "held_out"
