@@ -34,6 +34,7 @@ WAYS = {
     "tree": ["--max_steps", "16", "--layout", "tree", "--lr_scheduler_type", "cosine", "--warmup_steps", "3"],
     "padded": ["--max_steps", "16", "--layout", "padded", "--gradient_checkpointing", "true"],
     "workers": ["--max_steps", "16", "--dataloader_num_workers", "2"],
+    "dora": ["--max_steps", "16", "--use_dora", "true"],
     "other optimizer": ["--max_steps", "16", "--optim", "adafactor", "--weight_decay", "0.1"],
     "best": [
         *("--max_steps", "16", "--eval_size", "7", "--eval_strategy", "steps", "--eval_steps", "2"),
@@ -62,7 +63,17 @@ def same_run(out: Path, whole: Path) -> None:
         assert ours.get(key) == theirs.get(key), key
 
 
-SLOW = ("epochs", "evaluated", "ragged accumulation", "by length", "workers", "padded", "rebalanced", "other optimizer")
+SLOW = (
+    "epochs",
+    "evaluated",
+    "ragged accumulation",
+    "by length",
+    "workers",
+    "padded",
+    "rebalanced",
+    "other optimizer",
+    "dora",
+)
 
 
 @pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) if way in SLOW else way for way in WAYS])
