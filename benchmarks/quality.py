@@ -47,14 +47,16 @@ def split(data: Path, *, seed: int, records: int, folder: Path) -> tuple[Path, P
     return learned, held_out
 
 
-def encoded(base: Path, data: Path) -> list[dict[str, list[int]]]:
-    """Every record as token ids and a mask of the target tokens, with the base's own template."""
+def encoded(
+    base: Path, data: Path, *, template: str = "auto", max_tokens: int = MAX_TOKENS
+) -> list[dict[str, list[int]]]:
+    """Every record as token ids and a mask of the target tokens, by default with the base's own template."""
     from atomtune.data.cache import Rules, as_examples, examples_of
     from atomtune.data.encoding.choose_template import load_template
     from atomtune.model.load import load_tokenizer
 
-    template = load_template("auto", load_tokenizer(str(base)))
-    stored = examples_of(data, template, Rules(max_tokens=MAX_TOKENS), cache_dir=data.parent / "store").examples
+    loaded = load_template(template, load_tokenizer(str(base)))
+    stored = examples_of(data, loaded, Rules(max_tokens=max_tokens), cache_dir=data.parent / "store").examples
     examples = (example for row in stored for example in as_examples(row))
     return [{"input_ids": list(example.ids), "completion_mask": list(example.learn)} for example in examples]
 

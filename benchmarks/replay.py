@@ -100,9 +100,9 @@ def replayed(base: Path, recorded: Recorded, learned: Sequence[Encoded], held_ou
 def padded_loss(model: Any, examples: Sequence[Encoded]) -> torch.Tensor:
     """Mean nats of an answer token in the batch, padded on the right."""
     longest = max(len(example["input_ids"]) for example in examples)
-    ids = torch.tensor([[*one["input_ids"], *[0] * (longest - len(one["input_ids"]))] for one in examples])
-    learned = torch.tensor(
-        [[*one["completion_mask"], *[0] * (longest - len(one["completion_mask"]))] for one in examples]
+    ids, learned = (
+        torch.tensor([one[name] + [0] * (longest - len(one[name])) for one in examples], device=model.device)
+        for name in ("input_ids", "completion_mask")
     )
     labels = ids.masked_fill(learned == 0, -100)
     logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)

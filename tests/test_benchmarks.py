@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 import zipfile
+from argparse import Namespace
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from atomtune.model.lora_targets import all_linear
@@ -26,6 +29,7 @@ from benchmarks import (
     gpu,
     gpu_meter,
     gpu_workloads,
+    metamath,
     quality,
     questions,
     replay,
@@ -337,6 +341,66 @@ def test_at_equal_updates_trls_adapter_is_as_good(tmp_path):
     ours, theirs = (json.loads(line)["loss"] for line in out.read_text().splitlines())
     assert ours == pytest.approx(theirs, abs=0.01)
     assert "| persona | 1 | 4 |" in quality.table([json.loads(line) for line in out.read_text().splitlines()])
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("3 + 4 = 7.\nThe answer is: 7", 7),
+        ("The answer is: 3. No, the answer is 1,080 apples? The answer is: $1,080.", 1080),
+        ("4 * 3 = <<4*3=12>>12\n#### 12", 12),
+        ("The answer is: 20/35", Fraction(4, 7)),
+        ("The final answer is: 50%\n\nThat was easy.", 50),
+        ("The answer is: \\frac{1}{2}", "\\frac{1}{2}"),
+        ("The answer is: 3/0", "3/0"),
+        ("Let me think step by step", None),
+    ],
+)
+def test_the_number_of_an_answer_is_the_last_one_it_names(text, number):
+    assert metamath.number_in(text) == number
+
+
+def test_the_records_of_the_metamath_comparison_are_short_and_drawn_by_the_seed(tmp_path):
+    rows = [{"query": f"{number}?", "response": "x" * (1400 if number % 2 else 9)} for number in range(40)]
+    source = tmp_path / "metamath.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = metamath.to_learn(str(source), 20, seed=1)
+    assert {record["instruction"] for record in drawn} == {f"{number}?" for number in range(0, 40, 2)}
+    assert drawn == metamath.to_learn(str(source), 20, seed=1) != metamath.to_learn(str(source), 20, seed=2)
+    with pytest.raises(SystemExit, match="21 needed"):
+        metamath.to_learn(str(source), 21, seed=1)
+
+
+@pytest.mark.slow
+def test_the_metamath_comparison_runs_with_both_contenders(tmp_path):
+    # The base is too small to answer any of the questions; what is tried is the whole way, from files to a table.
+    train, test, out = tmp_path / "train.jsonl", tmp_path / "test.jsonl", tmp_path / "metamath.jsonl"
+    train.write_text(20 * (json.dumps({"query": "1 + 1?", "response": "The answer is: 2"}) + "\n"))
+    test.write_text(3 * (json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n"))
+    command = [sys.executable, "-m", "benchmarks.metamath", "--base", str(ROOT / "src" / "atomtune" / "demo" / "base")]
+    flags = ["--train", str(train), "--test", str(test), "--steps", "5", "--dtype", "float32", "--out", str(out)]
+    subprocess.run([*command, *flags], cwd=ROOT, check=True, capture_output=True, text=True)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["name"] for line in lines] == list(metamath.CONTENDERS)
+    assert all(line["questions"] == 3 and line["seconds"] > 0 for line in lines)
+    assert metamath.table(lines).count("of 3 |") == 2
+
+
+@pytest.mark.slow
+def test_both_contenders_of_the_metamath_comparison_learn_the_same(tmp_path):
+    base, template, data = ROOT / "src" / "atomtune" / "demo" / "base", tmp_path / "m.jinja", tmp_path / "data.jsonl"
+    template.write_text(metamath.TEMPLATE)
+    lines = PERSONA.read_text(encoding="utf-8").splitlines()[:24]
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    options = Namespace(base=str(base), steps=6, seed=0, dtype="float32")
+    adapters = []
+    for train in (metamath.train_atomtune, metamath.train_peft):
+        train(options, data, template, tmp_path / train.__name__)
+        adapters.append(load_file(tmp_path / train.__name__ / "adapter_model.safetensors"))
+    ours, theirs = adapters
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", workloads.KINDS)
