@@ -83,6 +83,17 @@ def test_in_16_bits_a_tree_may_deviate_only_as_far_as_verify_allows(apart, is_ri
     assert (reason is None) == is_right
 
 
+def test_a_gradient_that_is_lost_in_rows_is_refused():
+    # The other weights' gradients are right, and so are all log-probabilities.
+    scores, gradient = torch.zeros(4, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    plain, rows = (layout_trial._Side(scores, {"a": gradient, "b": lost}) for lost in (gradient, None))
+    without = layout_trial._Side(scores + 1, {})
+    limits = layout_trial._limits(hybrid("lfm2"))
+    for side, words in ((plain, "None"), (rows, "gradients of a trial tree differ from its records' by inf")):
+        reason = layout_trial._verdict(plain, side, without, noise=(0.0, 0.0), dtype=torch.float64, limits=limits)
+        assert words in str(reason)
+
+
 class _Poisoned(torch.autograd.Function):
     """Identity whose gradient is NaN."""
 

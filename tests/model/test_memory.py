@@ -12,6 +12,8 @@ from atomtune.model import memory as memory_room
 from atomtune.model.base_shape import tokens_in_memory
 from atomtune.model.block_attention import MOST_KEPT
 from atomtune.model.memory import (
+    USABLE,
+    USABLE_ON_GPU,
     ActivationMemory,
     StepShape,
     activation_bytes,
@@ -69,6 +71,7 @@ def test_rows_on_a_cpu_also_keep_their_attention_weights(monkeypatch, in_rows, d
     )
     weights = MOST_KEPT * 4096 * 32 * 2 if is_kept else 0
     assert step.needed == activation_bytes(ATOM_7B, tokens=1, element_bytes=2) + weights
+    assert step.usable == (USABLE if device == "cpu" else USABLE_ON_GPU)
 
 
 def test_a_tiny_step_keeps_its_activations_and_a_huge_one_does_not():
@@ -92,6 +95,8 @@ def test_the_peak_memory_of_this_process_is_measured():
 def test_an_out_of_memory_error_is_distinguished_from_others():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …"))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"))
+    assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
@@ -133,4 +138,5 @@ def test_unknown_system_memory_counts_as_no_free_memory(models, monkeypatch, err
     assert machine_bytes() is free_bytes(CPU) is held_bytes() is None
     tiny = memory(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2), 1_000)
     assert not tiny.fits and "does not say how much memory is free" in str(tiny)
+    assert tiny.layers_to_recompute == tiny.layers == 2
     assert base_shape.base_shape(str(models("llama"))).longest == 512, "as many as the base has positions"
