@@ -87,10 +87,11 @@ def test_a_gradient_that_is_lost_in_rows_is_refused():
     # The other weights' gradients are right, and so are all log-probabilities.
     scores, gradient = torch.zeros(4, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     plain, rows = (layout_trial._Side(scores, {"a": gradient, "b": lost}) for lost in (gradient, None))
-    without = layout_trial._Side(scores + 1, {})
-    limits = layout_trial._limits(hybrid("lfm2"))
-    for side, words in ((plain, "None"), (rows, "gradients of a trial tree differ from its records' by inf")):
-        reason = layout_trial._verdict(plain, side, without, noise=(0.0, 0.0), dtype=torch.float64, limits=limits)
+    halved = layout_trial._Side(scores, {"a": gradient, "b": 0.5 * gradient})
+    without, limits = layout_trial._Side(scores + 1, {}), layout_trial._limits(hybrid("lfm2"))
+    for side, words in ((plain, "None"), (rows, "differ from its records' by inf"), (halved, "by 3.5e-01")):
+        # However large the noise of gradients is.
+        reason = layout_trial._verdict(plain, side, without, noise=(0.0, 1.0), dtype=torch.float64, limits=limits)
         assert words in str(reason)
 
 

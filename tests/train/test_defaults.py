@@ -128,6 +128,23 @@ def test_a_checkpoint_is_saved_with_each_evaluation_so_the_best_can_be_kept(tmp_
     assert args.eval_strategy == args.save_strategy != "no"
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--eval_strategy", "steps", "--eval_steps", "0.5", "--save_steps", "2"],  # a share of the run, and steps
+        ["--eval_strategy", "steps", "--eval_steps", "4", "--save_steps", "6"],
+        ["--fsdp", "full_shard"],
+    ],
+    ids=" ".join,
+)
+def test_the_best_is_not_kept_where_the_library_cannot_keep_it(tmp_path, flags):
+    assert derived(tmp_path, *flags)["load_best_model_at_end"] is False
+
+
+def test_a_delayed_evaluation_is_not_made_at_the_start(tmp_path):
+    assert derived(tmp_path, "--eval_delay", "1")["eval_on_start"] is False
+
+
 def test_infrequent_saves_leave_evaluation_at_once_per_epoch(tmp_path):
     values = derived(tmp_path, "--save_steps", "40000")
     assert values["eval_strategy"] == "epoch"
