@@ -20,6 +20,7 @@ from atomtune.train.defaults import (
     derive,
     largest_batch,
     learning_rate,
+    records_to_hold_out,
 )
 
 SHAPE = BaseShape(width=2000, longest=4096, longest_why="the base has 4,096 positions")
@@ -139,6 +140,24 @@ def test_a_checkpoint_is_saved_with_each_evaluation_so_the_best_can_be_kept(tmp_
 )
 def test_the_best_is_not_kept_where_the_library_cannot_keep_it(tmp_path, flags):
     assert derived(tmp_path, *flags)["load_best_model_at_end"] is False
+
+
+def held_out(*flags: str, records: int = 40, began_with: dict | None = None) -> float:
+    settings = read_train(["--model_path", "m", "--dataset_path", "d.jsonl", *flags])
+    return records_to_hold_out(settings, records, began_with=began_with or {})
+
+
+@pytest.mark.parametrize("size", ["0.01", "40", "41"])
+def test_a_size_that_holds_out_no_record_or_all_of_them_is_refused(size):
+    with pytest.raises(BadSettings, match=f"--eval_size {size} holds out"):
+        held_out("--eval_size", size)
+
+
+def test_a_resumed_run_holds_out_as_many_records_as_it_began_with():
+    assert (held_out("--eval_size", "39"), held_out("--eval_size", "0")) == (39, 0)
+    assert (held_out(records=500), held_out(records=40)) == (50, 0)
+    assert held_out(records=500, began_with={"eval_size": 7}) == 7
+    assert held_out("--eval_size", "9", records=500, began_with={"eval_size": 7}) == 9
 
 
 def test_a_delayed_evaluation_is_not_made_at_the_start(tmp_path):

@@ -307,11 +307,12 @@ def train(base, data, out, *more) -> int:
     return main([*walk, "--max_steps", "2", *more])
 
 
-def test_train_with_verify_writes_the_result_to_run_json(models, dialogues, tmp_path):
-    assert train(models("llama"), dialogues, tmp_path / "out", "--verify", "--dtype", "float64") == 0
+@pytest.mark.parametrize(("flags", "layout"), [([], "tree"), (["--neftune_noise_alpha", "5"], "padded")])
+def test_train_with_verify_writes_the_result_to_run_json(models, dialogues, tmp_path, flags, layout):
+    assert train(models("llama"), dialogues, tmp_path / "out", "--verify", "--dtype", "float64", *flags) == 0
     found = json.loads((tmp_path / "out" / "run.json").read_text())["verified"]
     assert found["holds"] is True
-    assert (found["layout"], found["dtype"]) == ("tree", "float64")
+    assert (found["layout"], found["dtype"]) == (layout, "float64"), "as the run itself is laid out"
     loss = found["measures"]["loss (relative)"]
     assert 0 <= loss["apart"] <= loss["allowed"] < 1e-5
     assert found["targets"] > 0
