@@ -19,6 +19,7 @@ from atomtune.model.memory import (
     activation_bytes,
     free_bytes,
     held_bytes,
+    input_bytes,
     is_out_of_memory,
     machine_bytes,
     peak_bytes,
@@ -35,6 +36,10 @@ def test_activations_grow_with_tokens_layers_and_element_size():
     assert activation_bytes(ATOM_7B, tokens=1, element_bytes=4) == 2 * one
     shallow = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=16)
     assert activation_bytes(shallow, tokens=1, element_bytes=2) * 2 == one
+
+
+def test_recomputed_layers_keep_one_hidden_state_of_each_token():
+    assert input_bytes(ATOM_7B, tokens=100, element_bytes=2) == 100 * 32 * 4096 * 2
 
 
 def test_the_estimate_is_near_what_was_measured():

@@ -27,6 +27,7 @@ FALLING = [3.0, 2.0, 1.0, 0.5]
         ([3.0, 2.0, 1.5, 1.2, 1.0], FALLING, "too short", "--num_train_epochs 6"),
         ([3.0, 1.2, 1.02, 1.01, 1.0], FALLING, "level", "suits"),
         ([2.069, 0.0842, 0.0963, 0.0773, 0.0779], FALLING, "level", "suits"),  # up once, and level at the end
+        ([3.0, 1.5, 1.2, 1.0, 0.98, 0.97], FALLING, "level", "suits"),  # little is gained after three fifths
         ([3.0, 1.5, 1.0, 1.2, 1.5], FALLING, "too long", "--num_train_epochs 2"),
         ([3.0, 2.95, 2.99, 3.0, 3.0], FALLING, "not learned", "--learning_rate"),
         ([3.0, 4.0, 5.0, 6.0, 7.0], [3.0, 4.0, 5.0], "diverged", "lower --learning_rate"),

@@ -259,7 +259,6 @@ class LoraTrainer(SavingTrainer):
             if not torch.isfinite(nats):
                 not_finite += batch["origins"]
             sums[:2] += torch.stack([nats.double(), count.double()]).cpu()
-        model.train()
         if self.args.world_size > 1:
             sums = self.accelerator.gather(sums.to(self.args.device)[None]).sum(0).cpu()
         if sums[2]:
