@@ -1,11 +1,13 @@
 """Foreign code is tried in a process with limits: it ends, and the place where it was is known."""
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,6 +59,52 @@ def test_code_waiting_for_a_lock_trips_no_limit(monkeypatch):
     # A forked process may find a lock held by a thread that was not forked. That says nothing about the code on trial.
     monkeypatch.setattr(limits, "CLOCK_SECONDS", 1)
     assert try_apart(lambda say: time.sleep(60)) is None
+
+
+def test_code_that_computed_for_most_of_its_time_is_stopped_by_the_clock(monkeypatch):
+    # On a busy machine the clock may end it before its processor time is over.
+    monkeypatch.setattr(limits, "CLOCK_SECONDS", 4)
+
+    def slow(say):
+        while time.process_time() < 0.8:
+            sum(range(10**6))
+        time.sleep(60)
+
+    assert try_apart(slow, seconds=1) == Tripped("time", "", 1)
+
+
+def test_both_limits_of_time_can_begin_anew_at_each_place(monkeypatch):
+    # The places are the records of a file: together they may take as long as they need.
+    def slow(say):
+        for place in ("record 1", "record 2"):
+            say(place)
+            began = time.process_time()
+            while time.process_time() < began + 0.8:
+                sum(range(10**6))
+
+    assert try_apart(slow, seconds=1, each_place=True) is None
+    halves = itertools.count(step=limits.CLOCK_SECONDS // 2)  # half of the time passes whenever somebody looks
+    monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=halves.__next__, process_time=time.process_time))
+
+    def places(say):
+        for number in range(4):
+            say(f"record {number}")
+            time.sleep(0.1)
+
+    assert try_apart(places, seconds=0, each_place=True) is None
+    assert try_apart(places, seconds=0) == Tripped("time", "record 0", 0)
+
+
+def test_the_limits_hold_where_the_system_allows_even_less():
+    # `ulimit -v`, as on many clusters: no limit may be raised above it, and the trial ended at once, as if in order.
+    program = """
+import resource
+from atomtune import limits
+most = limits._address_space() + 10**9
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+assert limits.try_apart(lambda say: "x" * 10**11) == limits.Tripped("memory", "")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_a_tokenizer_that_already_used_its_threads_can_be_tried(tmp_path):

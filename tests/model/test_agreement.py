@@ -79,6 +79,19 @@ def test_float32_rounding_of_logits_passes_the_distribution_measures():
     assert not all(m.holds for m in distribution_measures(noisy(logits, 1e-5), plain, plain, dtype=torch.float32))
 
 
+def test_other_top_tokens_are_a_fault_even_if_the_distributions_hardly_differ():
+    # Where two words are almost equally likely, nothing but the answer changes with their order.
+    logits = some_logits()
+    logits[:, 0], logits[:, 1] = 14.0, 14.0 - 1e-4
+    noise = 1e-2 * torch.randn(logits.shape, generator=DRAW).double()
+    noise[:, :2] = 0
+    other = logits.clone()
+    other[:, [0, 1]] = logits[:, [1, 0]]
+    plain, again, ours = (each.log_softmax(-1) for each in (logits, logits + noise, other))
+    faults = [m.name for m in distribution_measures(ours, plain, again, dtype=torch.float32) if not m.holds]
+    assert faults == ["share of different top tokens"]
+
+
 def test_nan_always_fails():
     plain = noisy(some_logits(), 0)[:, 0]
     assert not all(m.holds for m in log_probability_measures(plain * torch.nan, plain, plain, dtype=torch.float32))
@@ -91,6 +104,15 @@ def test_a_wrong_gradient_of_one_weight_is_detected_and_named():
     wrong = {**again, "b": 1.1 * plain["b"]}
     assert worst_gradient(wrong, plain) == "b"
     assert not all(m.holds for m in gradient_measures(wrong, plain, again, dtype=torch.float32))
+
+
+def test_one_wrong_gradient_among_many_is_judged_by_the_noise_of_single_weights():
+    # In the norm over all weights it disappears.
+    plain = {str(n): torch.randn(4, 5, generator=DRAW).double() for n in range(400)}
+    again = {name: value * (1 + 1e-3) for name, value in plain.items()}
+    of_all, of_worst = gradient_measures({**again, "7": 1.01 * plain["7"]}, plain, again, dtype=torch.float32)
+    assert of_all.holds and not of_worst.holds
+    assert of_worst.noise == pytest.approx(1e-3, rel=1e-6)
 
 
 def test_a_missing_or_nan_gradient_is_detected():

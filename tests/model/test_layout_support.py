@@ -23,7 +23,7 @@ from atomtune.batch.row import Row
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
 from atomtune.errors import BadModel
-from atomtune.model import layout_support, row_attention
+from atomtune.model import layout_support, layout_trial, row_attention
 from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.fused_layers import fuse_layers
 from atomtune.model.layout_support import why_padded, windows_of
@@ -367,6 +367,15 @@ def test_a_model_that_cannot_compute_padded_rows_is_refused_with_the_reason():
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(BadModel, match="cannot compute padded rows: RuntimeError"):
         layout_support.collator_for(model, "padded", pad_id=0, as_examples=lambda row: ())
+
+
+def test_memory_that_runs_out_in_the_trial_of_padded_rows_is_no_fault_of_the_model(monkeypatch):
+    def full(*_arguments: Any, **_keywords: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(layout_trial, "_scores", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        layout_support.collator_for(build("llama"), "padded", pad_id=0, as_examples=lambda row: ())
 
 
 def test_the_tree_layout_is_refused_for_remote_code_without_position_ids(models):

@@ -83,6 +83,18 @@ def test_in_16_bits_a_tree_may_deviate_only_as_far_as_verify_allows(apart, is_ri
     assert (reason is None) == is_right
 
 
+def test_a_gradient_that_is_lost_in_rows_is_refused():
+    # The other weights' gradients are right, and so are all log-probabilities.
+    scores, gradient = torch.zeros(4, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    plain, rows = (layout_trial._Side(scores, {"a": gradient, "b": lost}) for lost in (gradient, None))
+    halved = layout_trial._Side(scores, {"a": gradient, "b": 0.5 * gradient})
+    without, limits = layout_trial._Side(scores + 1, {}), layout_trial._limits(hybrid("lfm2"))
+    for side, words in ((plain, "None"), (rows, "differ from its records' by inf"), (halved, "by 3.5e-01")):
+        # However large the noise of gradients is.
+        reason = layout_trial._verdict(plain, side, without, noise=(0.0, 1.0), dtype=torch.float64, limits=limits)
+        assert words in str(reason)
+
+
 class _Poisoned(torch.autograd.Function):
     """Identity whose gradient is NaN."""
 

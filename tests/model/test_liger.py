@@ -100,6 +100,28 @@ def test_kernels_that_change_the_results_are_detected_and_removed(monkeypatch, d
     assert torch.equal(model(input_ids=ids).logits, before)
 
 
+def without_gradient(output):
+    return output.detach()
+
+
+def with_larger_gradient(output):
+    output.register_hook(lambda gradient: 1.3 * gradient)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "words"),
+    [(without_gradient, "other weights have a gradient"), (with_larger_gradient, "gradients of all weights")],
+)
+def test_kernels_that_change_only_the_backward_pass_are_detected(spoiled, words):
+    model = hybrid("lfm2")
+    layer = innermost(model).model.layers[0].feed_forward.w2
+    reason = layout_trial.changed_by(
+        model, lambda: layer.register_forward_hook(lambda _layer, _inputs, output: spoiled(output))
+    )
+    assert words in str(reason)
+
+
 def test_a_failing_kernel_is_rejected_with_a_reason_and_no_crash(monkeypatch):
     def fails(_inner, _config):
         raise RuntimeError("no compiler here")

@@ -12,11 +12,14 @@ from atomtune.model import memory as memory_room
 from atomtune.model.base_shape import tokens_in_memory
 from atomtune.model.block_attention import MOST_KEPT
 from atomtune.model.memory import (
+    USABLE,
+    USABLE_ON_GPU,
     ActivationMemory,
     StepShape,
     activation_bytes,
     free_bytes,
     held_bytes,
+    input_bytes,
     is_out_of_memory,
     machine_bytes,
     peak_bytes,
@@ -33,6 +36,10 @@ def test_activations_grow_with_tokens_layers_and_element_size():
     assert activation_bytes(ATOM_7B, tokens=1, element_bytes=4) == 2 * one
     shallow = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=16)
     assert activation_bytes(shallow, tokens=1, element_bytes=2) * 2 == one
+
+
+def test_recomputed_layers_keep_one_hidden_state_of_each_token():
+    assert input_bytes(ATOM_7B, tokens=100, element_bytes=2) == 100 * 32 * 4096 * 2
 
 
 def test_the_estimate_is_near_what_was_measured():
@@ -76,6 +83,7 @@ def test_rows_on_a_cpu_also_keep_their_attention_weights(monkeypatch, in_rows, d
     )
     weights = MOST_KEPT * 4096 * 32 * 2 if is_kept else 0
     assert step.needed == activation_bytes(ATOM_7B, tokens=1, element_bytes=2) + weights
+    assert step.usable == (USABLE if device == "cpu" else USABLE_ON_GPU)
 
 
 def test_a_tiny_step_keeps_its_activations_and_a_huge_one_does_not():
@@ -99,6 +107,8 @@ def test_the_peak_memory_of_this_process_is_measured():
 def test_an_out_of_memory_error_is_distinguished_from_others():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …"))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"))
+    assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
@@ -140,4 +150,5 @@ def test_unknown_system_memory_counts_as_no_free_memory(models, monkeypatch, err
     assert machine_bytes() is free_bytes(CPU) is held_bytes() is None
     tiny = memory(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2), 1_000)
     assert not tiny.fits and "does not say how much memory is free" in str(tiny)
+    assert tiny.layers_to_recompute == tiny.layers == 2
     assert base_shape.base_shape(str(models("llama"))).longest == 512, "as many as the base has positions"

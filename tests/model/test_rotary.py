@@ -77,18 +77,23 @@ def test_mixing_is_refused_only_where_short_and_long_records_may_meet():
         refuse_mixed(LIMIT, 90, batches=batches, accumulated=2)
 
 
-@pytest.mark.parametrize("command", ["train", "verify"])
-def test_records_beyond_the_rotary_limit_are_refused_with_the_flags_to_change(models, tmp_path, capsys, command):
-    base, data = tmp_path / "base", tmp_path / "d.jsonl"
+@pytest.mark.parametrize(("command", "evaluates"), [("train", False), ("train", True), ("verify", False)])
+def test_records_beyond_the_rotary_limit_are_refused_with_the_flags_to_change(
+    models, tmp_path, capsys, command, evaluates
+):
+    base, data, short = tmp_path / "base", tmp_path / "d.jsonl", tmp_path / "short.jsonl"
     shutil.copytree(models("llama"), base)
     config = longrope(vocab_size=AutoConfig.from_pretrained(base).vocab_size)
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
-    texts = ["short", *["a word more " * 30] * 3]
-    data.write_text("".join(json.dumps({"instruction": text, "output": "yes"}) + "\n" for text in texts))
-    flags = ["--model_path", str(base), "--dataset_path", str(data), "--template", "atom"]
+    lines = [json.dumps({"instruction": text, "output": "yes"}) for text in ("short", *["a word more " * 30] * 3)]
+    data.write_text("\n".join(lines))
+    short.write_text(lines[0])
+    flags = ["--model_path", str(base), "--dataset_path", str(short if evaluates else data), "--template", "atom"]
     if command == "train":
-        flags += ["--eval_size", "0", "--output_dir", str(tmp_path / "out")]
+        flags += ["--output_dir", str(tmp_path / "out")]
+        flags += ["--eval_path", str(data)] if evaluates else ["--eval_size", "0"]
     assert main([command, *flags]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert f"more than {LIMIT}" in said and f"--max_seq_length {LIMIT}" in said
     assert ("--gradient_accumulation_steps" in said) is (command == "train")
+    assert ("--per_device_eval_batch_size 1" in said) is evaluates

@@ -67,7 +67,7 @@ def alone(family: str) -> Result:
     return one_at_a_time(copy.deepcopy(adapted(family)), EXAMPLES)
 
 
-def in_rows(model, layout, way) -> Result:
+def in_rows(model, layout, way, examples=EXAMPLES) -> Result:
     register()
     inner = innermost(model)
     mixers, attends = find_mixers(inner)
@@ -75,7 +75,7 @@ def in_rows(model, layout, way) -> Result:
         inner.set_attn_implementation(ROWS)
     install(body_of(model), mixers, way)
     collator = Collator(layout=layout, pad_id=0, as_examples=lambda row: (Example(**row),), mixers=way)
-    return in_batches(model, EXAMPLES, collator, per_batch=len(EXAMPLES))[0]
+    return in_batches(model, examples, collator, per_batch=len(examples))[0]
 
 
 def assert_equal(ours: Result, theirs: Result) -> None:
@@ -122,6 +122,17 @@ def test_a_row_gives_the_loss_and_gradients_of_one_record_at_a_time(family, layo
     assert_equal(in_rows(copy.deepcopy(adapted(family)), layout, way), alone(family))
 
 
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_shared_beginning_may_be_shorter_than_what_a_convolution_reads(family):
+    # In a large batch even the beginning-of-text token and the name of a role are shared.
+    draw = Random(9)
+    words = [tuple(draw.randrange(3, WORDS) for _ in range(4)) for _ in range(20)]
+    examples = [Example((5, 9, *own), (0, 0, 1, 1, 1, 1), f"t:{n}") for n, own in enumerate(words)]
+    assert len(graft(examples)) == 2 + 4 * len(words)
+    expected = one_at_a_time(copy.deepcopy(adapted(family)), examples)
+    assert_equal(in_rows(copy.deepcopy(adapted(family)), "tree", "fork", examples), expected)
+
+
 def test_lora_layers_sharing_an_input_compute_once_in_paths_mode(monkeypatch):
     # Once, each layer got its own copy of the input, so the first computed the whole group and the others repeated it.
     model = copy.deepcopy(adapted("qwen3_5_text"))
@@ -150,6 +161,24 @@ def test_a_linear_layer_used_twice_in_a_mixer_keeps_its_forward():
         # Not bit by bit: a product of three rows may be summed in another order than one of four.
         assert torch.allclose(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias), rtol=0, atol=1e-14)
     assert "forward" not in vars(layer)
+
+
+def test_a_forward_that_something_else_has_replaced_is_called_and_restored():
+    # As accelerate replaces it, to move a layer's inputs to its device.
+    model = copy.deepcopy(adapted("lfm2"))
+    mixers, _ = find_mixers(innermost(model))
+    own, calls = mixers[0].forward, []
+
+    def replaced(*args, **kwargs):
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    mixers[0].forward = replaced
+    install(body_of(model), mixers, "fork")
+    model(input_ids=torch.tensor([[5, 9, 3]]), use_cache=False)
+    assert calls == [1]
+    uninstall(body_of(model), mixers)
+    assert mixers[0].forward is replaced and "forward" not in vars(mixers[1])
 
 
 @pytest.mark.parametrize("family", HYBRIDS)

@@ -6,6 +6,7 @@ the device's part; `benchmarks.gpu` tests that.
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 from typing import Any
 from unittest.mock import patch
@@ -18,10 +19,11 @@ from atomtune.batch.collate import Batch, Collator
 from atomtune.data.records import Example
 from atomtune.model import step_graphs
 from atomtune.model.fused_lora import compute_together
-from atomtune.model.layout_support import windows_of
+from atomtune.model.layout_support import way_of_mixers, why_padded, windows_of
 from atomtune.model.loss import target_nats
 from atomtune.model.step_graphs import SEEN_BEFORE, GpuRecorder, StepGraphs
 from tests.batch.test_attention_plan import rows
+from tests.hybrids import hybrid
 from tests.model.test_layout_support import WORDS, adapted, build, gradients, with_adapter
 
 #: float64: filling up a row changes only the order of sums.
@@ -60,7 +62,12 @@ class Tape:
 def batches(model: Any, layout: str, *, count: int) -> list[Batch]:
     """Records that share a beginning, as rows of about the same length."""
     collator = Collator(
-        layout=layout, pad_id=0, as_examples=lambda row: (Example(**row),), windows=windows_of(model), cut="spans"
+        layout=layout,
+        pad_id=0,
+        as_examples=lambda row: (Example(**row),),
+        windows=windows_of(model),
+        cut="spans",
+        mixers=way_of_mixers(model),
     )
     draw = Random(3)
     beginning = tuple(draw.randrange(3, WORDS) for _ in range(24))
@@ -206,6 +213,94 @@ def test_long_rows_and_padded_rows_are_never_recorded(monkeypatch):
     assert tape.recorded == 0
 
 
+def test_rows_of_layers_that_carry_a_state_are_never_recorded():
+    # Which state a branch starts from is in no tensor: another tree of the same sizes would be computed by the first.
+    model = hybrid("lfm2").train()
+    assert why_padded(model) is None and way_of_mixers(model) == "fork"
+    tape = Tape()
+    graphs = graphs_of(model, tape)
+    for batch in batches(model, "tree", count=1) * (SEEN_BEFORE + 2):
+        graphs.nats(batch)
+    assert tape.recorded == 0
+
+
+def test_weights_in_two_dtypes_are_never_recorded():
+    # All gradients of a recording are in one tensor, so some would be rounded to the dtype of others.
+    model = copy.deepcopy(adapted("llama")).train()
+    model.coarse = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    tape = Tape()
+    graphs = graphs_of(model, tape)
+    for batch in batches(model, "tree", count=1) * (SEEN_BEFORE + 2):
+        graphs.nats(batch)
+    assert tape.recorded == 0
+
+
+def test_weights_that_a_step_does_not_reach_get_a_gradient_of_zero():
+    # As those of an expert that no token of the batch chose: without one, the run ended or replayed no more steps.
+    model = copy.deepcopy(adapted("llama")).train()
+    model.unreached = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    notices: list[str] = []
+    graphs = graphs_of(model, Tape(), notices)
+    first, second = batches(model, "tree", count=2)
+    for batch in [*[first] * (SEEN_BEFORE + 1), second]:
+        model.zero_grad()
+        graphs.nats(batch).backward()
+        assert all(weight.grad.any() for weight in graphs.weights if weight is not model.unreached)
+    assert graphs.figures()["replayed"] == 1 and notices == []
+    assert model.unreached.grad is not None and not model.unreached.grad.any()
+
+
+class Drawing(Tape):
+    """A recorder that leaves the random numbers as they are, as a capture does, which computes nothing."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        with torch.random.fork_rng():
+            return super().record(work)
+
+
+def test_recording_a_step_draws_no_random_numbers_beyond_the_steps_own():
+    # A resumed run records at other steps, and would go on with other dropout.
+    model = copy.deepcopy(adapted("llama")).train()
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    graphs = graphs_of(model, Drawing())
+    (batch,) = batches(model, "tree", count=1)
+    torch.manual_seed(3)
+    losses = [graphs.nats(batch).item() for _ in range(SEEN_BEFORE + 1)]
+    after = torch.get_rng_state()
+    assert graphs.figures()["replayed"] == 1
+    torch.manual_seed(3)
+    own = [target_nats(model, batch, label_smoothing=0.1)[0].item() for _ in range(SEEN_BEFORE + 1)]
+    assert losses == pytest.approx(own, rel=EXACT) and len(set(own)) == len(own)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_a_batch_without_targets_ends_no_recording():
+    # Its logits are gathered in a way that waits for the device, and such a batch may come again.
+    model = copy.deepcopy(adapted("llama")).train()
+    notices: list[str] = []
+    graphs = graphs_of(model, Capturing(), notices)
+    (batch,) = batches(model, "tree", count=1)
+    empty = {**batch, **{name: batch[name][:0] for name in step_graphs._OF_TARGETS}}
+    for _ in range(SEEN_BEFORE + 2):
+        assert graphs.nats(empty).item() == 0
+    assert notices == []
+
+
+def test_rows_whose_longest_spans_differ_are_recorded_apart():
+    # A kernel is launched for the longest span that it was recorded with, and computes nothing beyond it.
+    model = copy.deepcopy(adapted("llama")).train()
+    tape = Tape()
+    graphs = graphs_of(model, tape)
+    (batch,) = batches(model, "tree", count=1)
+    spans = {w: replace(each, longest_queries=2 * each.longest_queries) for w, each in batch["plan"].spans.items()}
+    longer = {**batch, "plan": replace(batch["plan"], spans=spans)}
+    for each in [*[batch] * (SEEN_BEFORE + 1), *[longer] * (SEEN_BEFORE + 1)]:
+        graphs.nats(each)
+    assert tape.recorded == 2
+
+
 def test_nothing_is_recorded_unless_the_longest_step_still_fits_in_memory():
     # A step of 64 tokens took 1 MiB, so its recording plus another such step needs 2 MiB.
     model = copy.deepcopy(adapted("llama")).train()
@@ -238,7 +333,7 @@ def test_a_step_out_of_memory_releases_the_recordings_and_is_computed_directly(m
     monkeypatch.setattr(torch.autograd, "grad", full)
     graphs.nats(second)
     nats, gradients_then = result(model, graphs.nats(second))
-    assert tape.released
+    assert tape.released and graphs.figures()["shapes"] == 0, "no recording keeps its memory"
     assert notices == [
         "steps are not replayed as CUDA graphs, which costs small steps some speed: a step of 80 tokens did not fit in "
         "memory along with them"

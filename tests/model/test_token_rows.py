@@ -11,7 +11,7 @@ from atomtune.cli import main
 from atomtune.model.adapter import load_trained
 from atomtune.model.adapter_folder import template_of
 from atomtune.model.generate import prompt_ids
-from atomtune.model.token_rows import looks_untrained
+from atomtune.model.token_rows import looks_untrained, say_untrained_stop
 from tests.conftest import write_jsonl
 from tests.tiny import build
 from tests.trained import train_by_heart
@@ -132,6 +132,18 @@ def test_an_untrained_stop_token_is_reported_before_training(tmp_path, capsys, r
     streams = capsys.readouterr()
     said = streams.out + streams.err
     assert ("the stop token <|im_end|> looks untrained" in " ".join(said.split())) == (rows != "trained")
+
+
+@pytest.mark.parametrize("matrix", ["embedding", "output matrix"])
+def test_an_untrained_stop_token_is_found_in_either_matrix(models, matrix):
+    tokenizer = AutoTokenizer.from_pretrained(models("qwen3"))
+    model = AutoModelForCausalLM.from_pretrained(models("qwen3"))
+    layer = model.get_input_embeddings() if matrix == "embedding" else model.get_output_embeddings()
+    stop, other = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    layer.weight.data[stop] = layer.weight.data[other]
+    said: list[str] = []
+    say_untrained_stop(model, tokenizer, "<|im_end|>", notice=said.append)
+    assert f"its row of the {matrix} is zero or the same" in said[0]
 
 
 @pytest.mark.parametrize(("token", "expected"), [("<|im_end|>", False), ("<|endoftext|>", False), ("<gh_stars>", True)])

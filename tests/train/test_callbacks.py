@@ -7,8 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import IntervalStrategy, TrainerControl, TrainerState
 
-from atomtune.train.callbacks import SAME_REQUEST_SECONDS, GradientCheck, LossSpikeWarning, Stop, WorkCounter
+from atomtune.train.callbacks import (
+    SAME_REQUEST_SECONDS,
+    GradientCheck,
+    LogBeforeSaving,
+    LossSpikeWarning,
+    Stop,
+    WorkCounter,
+)
 
 
 def state(step: int) -> SimpleNamespace:
@@ -46,6 +54,43 @@ def test_evaluations_do_not_count_as_seconds_of_training(monkeypatch):
     now = 135.0
     work.on_train_end(None, state(5), None)
     assert work.elapsed() == 25.0
+
+
+def test_every_count_goes_on_when_a_run_is_resumed():
+    before, after = WorkCounter(), WorkCounter()
+    names = [name for name in vars(before) if not name.startswith("_")]
+    for count, name in enumerate(names, 1):
+        setattr(before, name, count)
+    carried = SimpleNamespace(global_step=5, stateful_callbacks={"WorkCounter": before.state()})
+    after.on_train_begin(None, carried, None)
+    assert {name: getattr(after, name) for name in names} == {name: getattr(before, name) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "delay", "epoch", "step", "owes"),
+    [
+        ("epoch", 0, 1.0, 10, True),
+        ("epoch", 0, 0.9, 9, False),
+        ("epoch", 0, 1.4, 14, True),  # the run's last step, within an epoch
+        ("epoch", 2, 1.0, 10, False),  # an evaluation that was never due
+        ("epoch", 1, 1.0, 10, True),
+        ("steps", 0, 1.0, 10, False),  # made before the checkpoint is saved
+    ],
+)
+def test_an_evaluation_is_owed_after_the_epochs_that_end_with_one(strategy, delay, epoch, step, owes):
+    args = SimpleNamespace(eval_strategy=IntervalStrategy(strategy), eval_delay=delay)
+    work = WorkCounter()
+    work.on_step_end(args, SimpleNamespace(epoch=epoch, global_step=step, max_steps=14), None)
+    assert work.owes_evaluation is owes
+
+
+@pytest.mark.parametrize("due", ["should_save", "should_evaluate"])
+@pytest.mark.parametrize("moment", ["on_step_end", "on_epoch_end"])
+def test_losses_are_logged_before_each_checkpoint_and_evaluation(due, moment):
+    # The run may end with either of them, and what was not logged is lost.
+    control = TrainerControl(**{due: True})
+    getattr(LogBeforeSaving(), moment)(None, TrainerState(global_step=3, max_steps=9), control)
+    assert control.should_log
 
 
 def model() -> torch.nn.Module:

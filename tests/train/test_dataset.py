@@ -94,6 +94,14 @@ def test_a_large_group_of_alike_records_is_reported(models, tmp_path, capsys, al
         assert "no records are held out: " in said
 
 
+def test_evaluation_records_that_are_trained_on_too_are_named(models, tmp_path):
+    parts = {"one": different(6), "two": different(6, 50), "held": [different(1, 55)[0], *different(3, 200)]}
+    one, two, held = (str(write_jsonl(tmp_path / f"{name}.jsonl", records)) for name, records in parts.items())
+    record = run_of(models("llama"), tmp_path / "out", "--dataset_path", one, two, "--eval_path", held)
+    assert record["eval_records_like_trained_ones"] == ["held.jsonl:1"]
+    assert any("1 of 4 evaluation records are nearly the same" in notice for notice in record["notices"])
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_a_run_begun_with_other_held_out_records_is_not_resumed(models, tmp_path, capsys, monkeypatch, same):
     def of_an_earlier_version(*arguments) -> dict:

@@ -21,6 +21,7 @@ from atomtune.train.defaults import (
     derive,
     largest_batch,
     learning_rate,
+    records_to_hold_out,
 )
 
 SHAPE = BaseShape(width=2000, longest=4096, longest_why="the base has 4,096 positions")
@@ -137,6 +138,41 @@ def test_a_checkpoint_is_saved_with_each_evaluation_so_the_best_can_be_kept(tmp_
     )
     args = trainer_arguments(settings.with_derived(values, {}))
     assert args.eval_strategy == args.save_strategy != "no"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--eval_strategy", "steps", "--eval_steps", "0.5", "--save_steps", "2"],  # a share of the run, and steps
+        ["--eval_strategy", "steps", "--eval_steps", "4", "--save_steps", "6"],
+        ["--fsdp", "full_shard"],
+    ],
+    ids=" ".join,
+)
+def test_the_best_is_not_kept_where_the_library_cannot_keep_it(tmp_path, flags):
+    assert derived(tmp_path, *flags)["load_best_model_at_end"] is False
+
+
+def held_out(*flags: str, records: int = 40, began_with: dict | None = None) -> float:
+    settings = read_train(["--model_path", "m", "--dataset_path", "d.jsonl", *flags])
+    return records_to_hold_out(settings, records, began_with=began_with or {})
+
+
+@pytest.mark.parametrize("size", ["0.01", "40", "41"])
+def test_a_size_that_holds_out_no_record_or_all_of_them_is_refused(size):
+    with pytest.raises(BadSettings, match=f"--eval_size {size} holds out"):
+        held_out("--eval_size", size)
+
+
+def test_a_resumed_run_holds_out_as_many_records_as_it_began_with():
+    assert (held_out("--eval_size", "39"), held_out("--eval_size", "0")) == (39, 0)
+    assert (held_out(records=500), held_out(records=40)) == (50, 0)
+    assert held_out(records=500, began_with={"eval_size": 7}) == 7
+    assert held_out("--eval_size", "9", records=500, began_with={"eval_size": 7}) == 9
+
+
+def test_a_delayed_evaluation_is_not_made_at_the_start(tmp_path):
+    assert derived(tmp_path, "--eval_delay", "1")["eval_on_start"] is False
 
 
 def test_infrequent_saves_leave_evaluation_at_once_per_epoch(tmp_path):

@@ -32,7 +32,7 @@ def step(watch: SkipNonFinite, one: torch.nn.Module, losses: list[float], number
 @pytest.mark.parametrize("spoiled", [float("nan"), float("inf")])
 def test_a_non_finite_loss_is_reported_with_step_and_records(spoiled):
     with pytest.raises(RunFailed, match=r"(nan|inf) at step 4, in a batch with these records:\nd.jsonl:31\n"):
-        step(finite(0), with_gradient(1.0), [1.0, spoiled], 3)
+        step(finite(0), with_gradient(1.0), [1.0, spoiled, 1.0], 3)
 
 
 def test_a_non_finite_gradient_is_reported_with_all_records_of_the_step():

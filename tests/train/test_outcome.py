@@ -27,6 +27,7 @@ FALLING = [3.0, 2.0, 1.0, 0.5]
         ([3.0, 2.0, 1.5, 1.2, 1.0], FALLING, "too short", "--num_train_epochs 6"),
         ([3.0, 1.2, 1.02, 1.01, 1.0], FALLING, "level", "suits"),
         ([2.069, 0.0842, 0.0963, 0.0773, 0.0779], FALLING, "level", "suits"),  # up once, and level at the end
+        ([3.0, 1.5, 1.2, 1.0, 0.98, 0.97], FALLING, "level", "suits"),  # little is gained after three fifths
         ([3.0, 1.5, 1.0, 1.2, 1.5], FALLING, "too long", "--num_train_epochs 2"),
         ([3.0, 2.95, 2.99, 3.0, 3.0], FALLING, "not learned", "--learning_rate"),
         ([3.0, 4.0, 5.0, 6.0, 7.0], [3.0, 4.0, 5.0], "diverged", "lower --learning_rate"),
@@ -75,7 +76,8 @@ def test_the_best_step_and_the_one_that_is_kept_are_named():
     text = " ".join(kept.sentences())
     assert "3.000 before training → 1.000 at step 20" in text and "1.500 at the end" in text
     assert "at step 20, the best, which is kept" in text
-    assert "of step 40 of 40, not of the best one" in " ".join(told([3.0, 1.5, 1.0, 1.2, 1.5], FALLING).sentences())
+    last = " ".join(told([3.0, 1.5, 1.0, 1.2, 1.5], FALLING).sentences())
+    assert "at step 20, the best; 1.500 at the end" in last and "of step 40 of 40, not of the best one" in last
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,8 @@ def test_empty_repetitive_and_endless_answers_count_as_broken(after, endless, is
     assert not Sample("Laugh", loop, after=loop).is_broken, "the reference does so too"
 
 
-def test_without_held_out_records_the_outcome_refers_to_the_shown_answers():
+def test_without_held_out_records_the_outcome_refers_to_the_training_loss_and_the_shown_answers():
+    assert told([], FALLING).sentences()[0] == "Training loss 3.000 → 0.500."
     assert "only the answers shown tell" in " ".join(replace(told([], FALLING), answers=3).sentences())
 
 
@@ -145,6 +148,7 @@ def test_too_few_evaluations_allow_no_verdict(held_out, says):
 def test_evaluations_after_steps_alone_show_whether_the_loss_fell_between_them():
     assert told([None, 3.0, 2.0, 1.9], FALLING).verdict == "too short"
     assert told([None, 1.5, 1.0, 1.2, 1.5], FALLING).verdict == "too long"
+    assert told([None, 1.0, 1.2, 1.5], FALLING).verdict == "too long", "it only rose"
 
 
 def test_a_run_without_logged_losses_makes_no_claims():

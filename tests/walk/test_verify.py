@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from atomtune import verify
 from atomtune.batch import collate
 from atomtune.batch.attention_plan import plan_attention
 from atomtune.cli import main
+from atomtune.console import Console
+from atomtune.data.records import Example
 from atomtune.model import fused_lora, layout_trial, liger
+from atomtune.model.agreement import Measure
 from atomtune.model.liger import Circumstances
 from tests.model.test_liger import norms_of
 
@@ -100,19 +104,74 @@ def _give_rows(model) -> None:
     innermost(model).set_attn_implementation(ROWS)
 
 
-def test_a_fault_in_the_adapter_gradients_exits_with_4(models, dialogues, monkeypatch, capsys):
-    # Loss and log-probabilities are right; only the gradients are wrong.
+@pytest.mark.parametrize(("place", "matrix"), [(2, "lora_A"), (3, "lora_B")])
+def test_a_fault_in_the_adapter_gradients_exits_with_4(  # noqa: PLR0917  # pytest passes fixtures
+    models, dialogues, monkeypatch, capsys, place, matrix
+):
+    # Loss and log-probabilities are right; only the gradients are wrong. In a new adapter those of A would be zero.
     right = fused_lora._LowRank.backward
 
     def scaled(ctx, *grads):
         x, keep, p, scales, *rest = right(ctx, *grads)
-        return x, keep, p, scales, *(g * 1.1 if i % 4 == 3 and g is not None else g for i, g in enumerate(rest))
+        return x, keep, p, scales, *(g * 1.1 if i % 4 == place and g is not None else g for i, g in enumerate(rest))
 
     monkeypatch.setattr(fused_lora._LowRank, "backward", staticmethod(scaled))
     assert main(command(models("llama"), dialogues, "--dtype", "float32", "--records", "12")) == 4
     said = capsys.readouterr()
     assert said.out.count("DOES NOT HOLD") == 2  # of all weights together, and of the worst
-    assert "lora_B" in said.err
+    assert matrix in said.err
+
+
+@pytest.mark.parametrize("loss", [1.9, 2.1])
+def test_a_wrong_loss_alone_does_not_hold(loss):
+    plain = verify.Result(2.0, torch.full((8,), -2.0).double(), {"a": torch.ones(3).double()})
+    measures = verify._measures(replace(plain, loss=loss), plain, plain, dtype=torch.float32)
+    assert [measure.name for measure in measures if not measure.holds] == ["loss (relative)"]
+
+
+@pytest.mark.parametrize(("in_16_bits", "in_float32", "holds"), [(0, 0, True), (0, 9, False), (9, 0, False)])
+def test_a_comparison_in_16_bits_holds_only_with_the_one_in_float32(in_16_bits, in_float32, holds):
+    exact, coarse = (
+        verify.Comparison(
+            layout="tree",
+            dtype=dtype,
+            measures=(Measure("loss", apart, noise=1.0, least=0.0),),
+            worst_weight="",
+            targets=1,
+            tokens_padded=1,
+            tokens_computed=1,
+        )
+        for dtype, apart in ((torch.float32, in_float32), (torch.bfloat16, in_16_bits))
+    )
+    compared = replace(coarse, in_float32=exact)
+    assert compared.holds is holds is compared.figures()["holds"]
+
+
+def test_distances_in_16_bits_are_measured_from_float32(monkeypatch):
+    exact, plain, ours = (
+        verify.Result(loss, torch.full((8,), -loss).double(), {"a": torch.full((3,), loss).double()})
+        for loss in (2.0, 2.125, 2.25)
+    )
+    failed = Measure("loss", apart=9.0, noise=1.0, least=0.0)
+
+    def computed(check, dtype):
+        measures = (failed,) if dtype is torch.bfloat16 else (replace(failed, apart=0.0),)
+        compared = verify.Comparison("tree", dtype, measures, "", targets=8, tokens_padded=1, tokens_computed=1)
+        return (compared, ours, plain) if dtype is torch.bfloat16 else (compared, exact, exact)
+
+    monkeypatch.setattr(verify.Check, "_in", computed)
+    names = ("examples", "model", "lora", "wanted", "kernels", "device", "pad_id", "per_batch")
+    unused = dict.fromkeys(names) | {"model": SimpleNamespace(quantize=None)}
+    compared = verify.Check(**unused, console=Console()).compare(torch.bfloat16)
+    assert [(measure.apart, measure.noise) for measure in compared.measures[1:3]] == [(0.25, 0.125)] * 2
+    assert compared.holds and compared.in_float32 is not None
+
+
+def test_a_target_that_a_batch_lacks_has_no_log_probability():
+    laid, record = (Example((1, 2, 3, last), (0, 0, 1, 1), "train.jsonl:1") for last in (4, 5))
+    batch = collate.Collator(layout="tree", pad_id=0, as_examples=lambda row: ()).lay([laid])
+    (scores,) = verify._by_record(batch, torch.tensor([-1.0, -2.0]), [record])
+    assert scores[0] == -1 and scores[1].isnan()
 
 
 @pytest.fixture
@@ -248,11 +307,12 @@ def train(base, data, out, *more) -> int:
     return main([*walk, "--max_steps", "2", *more])
 
 
-def test_train_with_verify_writes_the_result_to_run_json(models, dialogues, tmp_path):
-    assert train(models("llama"), dialogues, tmp_path / "out", "--verify", "--dtype", "float64") == 0
+@pytest.mark.parametrize(("flags", "layout"), [([], "tree"), (["--neftune_noise_alpha", "5"], "padded")])
+def test_train_with_verify_writes_the_result_to_run_json(models, dialogues, tmp_path, flags, layout):
+    assert train(models("llama"), dialogues, tmp_path / "out", "--verify", "--dtype", "float64", *flags) == 0
     found = json.loads((tmp_path / "out" / "run.json").read_text())["verified"]
     assert found["holds"] is True
-    assert (found["layout"], found["dtype"]) == ("tree", "float64")
+    assert (found["layout"], found["dtype"]) == (layout, "float64"), "as the run itself is laid out"
     loss = found["measures"]["loss (relative)"]
     assert 0 <= loss["apart"] <= loss["allowed"] < 1e-5
     assert found["targets"] > 0

@@ -125,7 +125,6 @@ class StepGraphs:
         return (
             self._is_on
             and plan is not None
-            and not plan.blocks
             and plan.mixers is None  # carried states would need another graph for each row
             and len(batch["target"]) > 0
             and len(plan.until) <= self._most_tokens

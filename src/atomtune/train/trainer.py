@@ -222,7 +222,6 @@ class LoraTrainer(SavingTrainer):
         Returns {} if the run is told to stop meanwhile; a resumed run then makes the evaluation first. Random numbers
         of training are not affected. Raises RunFailed if the loss is not finite.
         """
-        self.non_finite.judge(self.args)
         began = time.perf_counter()
         with random_state_kept():
             sums = self._evaluation_sums(eval_dataset)
@@ -260,7 +259,6 @@ class LoraTrainer(SavingTrainer):
             if not torch.isfinite(nats):
                 not_finite += batch["origins"]
             sums[:2] += torch.stack([nats.double(), count.double()]).cpu()
-        model.train()
         if self.args.world_size > 1:
             sums = self.accelerator.gather(sums.to(self.args.device)[None]).sum(0).cpu()
         if sums[2]:
