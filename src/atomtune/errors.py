@@ -27,7 +27,7 @@ EXIT_CODE_MEANINGS = {
     ExitCode.BUG: "a bug in atomtune",
     ExitCode.USER_MISTAKE: "a setting, a file or a model cannot be used; the message says what to change",
     ExitCode.RUN_FAILED: "the run failed: the loss is not finite, the disk is full, memory ran out, …",
-    ExitCode.CHECK_FAILED: "a check failed: verify, certify, inspect --fail_on, or merge",
+    ExitCode.CHECK_FAILED: "a check failed: verify, certify, export, serve, inspect --fail_on, or merge",
     ExitCode.STOPPED: "stopped by a signal or by --max_minutes; --resume continues",
 }
 

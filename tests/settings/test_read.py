@@ -506,6 +506,11 @@ def test_a_list_of_the_trainer_may_be_one_word_or_several(flags, value):
     assert read_train([*BOTH, "--report_to", *flags]).trainer["report_to"] == value
 
 
+def test_one_word_is_a_list_of_one_for_the_trainer_too(run_yaml):
+    assert read_train([*BOTH, "--include_for_metrics", "loss"]).trainer["include_for_metrics"] == ["loss"]
+    assert run_yaml("label_names: labels\n").trainer["label_names"] == ["labels"]
+
+
 def test_a_mapping_after_a_flag_is_parsed_as_json():
     settings = read_train([*BOTH, "--lr_scheduler_kwargs", '{"min_lr": 1e-5, "num_cycles": 2}'])
     assert settings.trainer["lr_scheduler_kwargs"] == {"min_lr": 1e-5, "num_cycles": 2}

@@ -66,7 +66,7 @@ EXAMPLES = {
     ],
     "certify": [
         "--adapter_path out",
-        "--adapter_path out --served out-gguf/model.gguf",
+        "--adapter_path out --served out-gguf/out-q8_0.gguf",
     ],
     "export": [
         "--adapter_path out --output_dir out-gguf --quantize q8_0",
@@ -78,7 +78,7 @@ EXAMPLES = {
     ],
     "serve": [
         "--adapter_path out",
-        "--adapter_path out --served out-gguf/model.gguf --port 8080",
+        "--adapter_path out --served out-gguf/out-q8_0.gguf --port 8080",
         "--adapter_path polite terse --engine vllm",
     ],
     "runs": [

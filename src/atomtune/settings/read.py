@@ -367,6 +367,9 @@ def _library_value(name: str, entry: Entry, kind: Any, problems: list[str]) -> A
     if not _is_finite(value):
         problems.append(f"{entry.place(name)}: NaN and infinity are not allowed here.")
         return None
+    members = typing.get_args(kind | None)
+    if isinstance(value, str) and list[str] in members and str not in members:
+        value = [value]  # one word is a list of one
     try:
         return TypeAdapter(kind, config=_LIBRARY_VALUES).validate_python(value)
     except ValidationError:

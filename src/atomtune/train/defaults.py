@@ -47,8 +47,8 @@ SHORT_RUN, CHECKPOINT_STEPS = 50, 500
 RATE, RATE_WIDTH, RATE_POWER, RATE_ALPHA = 5e-4, 2000, 0.78, 32
 LOWEST_RATE, HIGHEST_RATE, UNKNOWN_RATE = 1e-4, 4e-3, 2e-4
 #: "LoRA without regret" finds that the best rate of short runs is about 15 times that of full fine-tuning, not 10
-#: times. In runs with fewer steps than this, a factor of 1.5 ended at most 4 % above the best loss tried, without it 14
-#: %; one column with a single seed (fifty records on SmolLM2) is an exception.
+#: times. In runs with fewer steps than this, a factor of 1.5 ended at most 5 % above the best loss tried, without it 14
+#: %; one column (fifty style records on SmolLM2) is an exception.
 SHORT_RUN_STEPS, SHORT_RUN_TIMES = 500, 1.5
 #: A rate this many times the automatic one never helped: four times is too high for each kind of records.
 FAR_TOO_HIGH = 10

@@ -50,8 +50,10 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
             f"--dataloader_num_workers {args.dataloader_num_workers:,}: at most {most_workers} on a machine of "
             f"{os.cpu_count()} cores. 1 or 2 keep a GPU busy."
         )
-    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
-        problems.append("--dataloader_persistent_workers needs --dataloader_num_workers of 1 or more.")
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        # The second one is missing in older transformers.
+        if getattr(args, name, None) and not args.dataloader_num_workers:
+            problems.append(f"--{name} needs --dataloader_num_workers of 1 or more.")
     if args.fsdp and args.world_size <= 1:
         problems.append("--fsdp is not used here: it needs several processes on GPUs. Leave it out.")
     if args.deepspeed and settings.run.skip_nonfinite:
