@@ -78,7 +78,9 @@ def test_a_misspelt_role_gets_a_suggestion():
 def test_the_suggested_role_of_someone_who_asks_is_user():
     # Answers were once suggested for every unknown name, so the questions would have been learned.
     assert "--roles narrator=user" in why_not({"role": "narrator", "content": "Q?"}, TELL)
-    assert "--roles '用户=user'" in why_not({"role": "system", "content": "S."}, {"role": "用户", "content": "Q?"}, TELL)
+    assert "--roles '用户=user'" in why_not(
+        {"role": "system", "content": "S."}, {"role": "用户", "content": "Q?"}, TELL
+    )
 
 
 @pytest.mark.parametrize("role", ["the user", "user; touch x", "$(touch x)"])
