@@ -356,6 +356,13 @@ def test_json_lines_with_another_extension_are_detected_by_the_first_byte(tmp_pa
     assert list(read_values(written(tmp_path, line(HELLO), name))) == [RawRecord(HELLO, f"{name}:1")]
 
 
+@pytest.mark.parametrize("text", ["Chapter 1\n\nIt rained, and rained.\n", "用户\t客服\n在吗\t在的\n"])
+def test_plain_text_is_refused_once_with_what_to_do(tmp_path, text):
+    # Each line was refused as not JSON.
+    with pytest.raises(BadData, match=r'a\.txt: plain text; .*\.csv or \.tsv\. .*"text"'):
+        list(read_values(written(tmp_path, text.encode(), "a.txt")))
+
+
 @pytest.mark.parametrize(("separator", "ending"), [(",", "csv"), ("\t", "tsv"), (";", "csv")])
 def test_a_table_with_a_json_extension_is_refused_with_the_right_extension(tmp_path, separator, ending):
     # Once renamed as the message says, the file is read.
