@@ -107,7 +107,7 @@ def test_consecutive_turns_of_one_role_are_not_merged():
 # --- what is learned ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["weight", "loss_weight", "train", "loss"])
+@pytest.mark.parametrize("key", ["weight", "loss_weight", "train", "training", "loss"])
 @pytest.mark.parametrize(("weight", "times"), [(0, 0), (1, 1), (3, 3), (False, 0), (True, 1), (2.0, 2), (None, 1)])
 def test_an_answer_is_learned_as_often_as_its_weight_says(key, weight, times):
     # null is what a table writes for a row without a value.

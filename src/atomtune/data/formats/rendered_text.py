@@ -77,6 +77,8 @@ _ALPACA_INPUT = (  # Stanford's original, in which the input has its own heading
     "{%- else -%}{{- '### Response:\\n' + m['content'] + eos_token + '\\n\\n' -}}{%- endif -%}{%- endfor -%}"
 )
 
+_ALPACA_EVERY_INPUT = _ALPACA_INPUT.replace(" if m['input'] -}}", " -}}")  # Unsloth's, with the heading of an empty one too
+
 
 @dataclass(frozen=True, slots=True)
 class TextLayout:
@@ -195,6 +197,7 @@ _LAYOUTS: dict[str, tuple[TextLayout, ...]] = {
     "alpaca": (
         _layout("alpaca", *_ALPACA, opening=_ALPACA_OPENING),
         _layout("alpaca", *_ALPACA, opening=_ALPACA_OPENING, source=_ALPACA_INPUT),
+        _layout("alpaca", *_ALPACA, opening=_ALPACA_OPENING, source=_ALPACA_EVERY_INPUT),
     ),
     "guanaco": tuple(_sides("guanaco", between, "### ") for between in ("\n\n", "\n", "")),
     "hh-rlhf": (_sides("hh-rlhf", "\n\n", ""),),
