@@ -352,6 +352,17 @@ def test_errors_about_data_are_chinese(tmp_path, capsys):
     assert f"{tmp_path / 'none.jsonl'}：没有这个文件。用 --dataset_path 传数据文件。" in said
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("shop.csv", "用户,客服\n在吗,在的\n"), ("shop.json", '[{"text": "在的"}]')]
+)
+def test_the_advice_about_a_table_or_an_array_in_gbk_is_chinese(tmp_path, capsys, name, text):
+    data = tmp_path / name
+    data.write_bytes(text.encode("gbk"))
+    assert main(["inspect", str(data), "--model_path", str(DEMO_BASE), "--language", "zh"]) == 2
+    said = capsys.readouterr().err
+    assert "可能是 GBK：在编辑器里另存为 UTF-8，或者运行 iconv -f GB18030 -t UTF-8 OLD > NEW。" in said
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other words")
 def test_operating_system_errors_are_translated_to_chinese():
     """“写不到那里：No such file or directory” told only half to users who read no English."""

@@ -4,8 +4,9 @@ import pytest
 
 from atomtune.data.encoding.omissions import NOT_WRITTEN
 from atomtune.data.formats.detect import Schema, to_record
-from atomtune.data.ledger import Ledger
+from atomtune.data.ledger import Ledger, one_of_each_reason_first
 from atomtune.data.reading.raw import RawRecord
+from atomtune.data.records import Refusal, RefusalKind
 from atomtune.language import in_chinese, singular
 
 
@@ -51,3 +52,11 @@ def test_a_notice_about_a_record_is_a_sentence_in_both_languages(name):
 def test_a_notice_about_an_omission_is_chinese(notice):
     assert in_chinese(sentence(notice, 3)) == f"3 条记录：{in_chinese(notice)}。"
     assert in_chinese(notice) != notice
+
+
+def test_a_short_list_of_refusals_begins_with_the_most_frequent_reason():
+    # inspect showed the first three, so 34 records without a place for tools were behind three odd ones.
+    reasons = ["not UTF-8 at byte 9", "output is empty", "no tools", "no tools", "not UTF-8 at byte 3", "no tools"]
+    refused = [Refusal(f"a:{i}", reason, RefusalKind.NO_RECORD) for i, reason in enumerate(reasons, 1)]
+    in_order = [refusal.origin for refusal in one_of_each_reason_first(refused)]
+    assert in_order == ["a:3", "a:1", "a:2", "a:4", "a:5", "a:6"]

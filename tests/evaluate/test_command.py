@@ -526,6 +526,18 @@ def test_records_that_an_adapter_was_trained_on_are_reported(models, tmp_path, c
         assert ("was trained on" in printed) is bool(told)
 
 
+def test_evaluation_records_that_resemble_trained_ones_are_reported(models, tmp_path, capsys):
+    # The run had said so, and evaluate then called its figures better. Both files have the same name.
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
+    (tmp_path / "test").mkdir()
+    test = write_jsonl(tmp_path / "test" / "data.jsonl", DIALOGUES[:3])
+    run = trained_on_part(models, tmp_path, data, "run", "--eval_path", str(test))
+    capsys.readouterr()
+    words = ["--adapter_path", str(run), "--output_dir", str(tmp_path / "report"), "--no_generate", "--no_probe"]
+    assert evaluate(*words) == 0
+    assert "nearly the same as 3 of these 3. Its figures" in " ".join(capsys.readouterr().out.split())
+
+
 def test_records_that_a_streamed_run_was_trained_on_are_reported(models, tmp_path, capsys):
     """Regression: a streamed run stored another hash of the same file, so nothing was said."""
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)

@@ -127,6 +127,13 @@ def test_a_removed_setting_is_reported_with_its_replacement(run_yaml, old, new):
     assert line.startswith(f"run.yaml:2: {old}: removed") and new.removeprefix("--") in line
 
 
+def test_a_setting_without_a_value_is_reported_as_it_stands(run_yaml):
+    # It said lora_rank 'None', which nobody had written.
+    assert yaml_problems(run_yaml, "lora_rank:\n") == [
+        "run.yaml:1: lora_rank '': expected a whole number, at least 1 and at most 65,536."
+    ]
+
+
 @pytest.mark.parametrize(
     ("wrong", "near"),
     [("learning_rat", "learning_rate"), ("lora-rnak", "lora_rank"), ("max_seq_lenth", "max_seq_length")],

@@ -104,6 +104,22 @@ def test_a_run_with_broken_answers_is_not_reported_as_successful(held_out):
     assert "It worked" in " ".join(replace(told(held_out, FALLING), answers=3, broken=1).sentences())
 
 
+@pytest.mark.parametrize("held_out", [[3.0, 2.0, 1.5, 1.2, 1.0], [3.0, 1.2, 1.02, 1.01, 1.0]])
+def test_broken_answers_that_are_still_the_bases_do_not_lower_the_learning_rate(held_out):
+    # An untuned base answers with nothing; half the rate would have kept it so.
+    text = " ".join(replace(told(held_out, FALLING), answers=3, broken=3, as_before=True).sentences())
+    assert "still the base's" in text and "half the --learning_rate" not in text
+
+
+def test_a_loss_of_training_records_shows_only_that_a_run_failed():
+    history = [{"step": step, "eval_loss": loss} for step, loss in enumerate([3.0, 1.0, 0.5])]
+    lengths = {"steps": 2, "epochs": 1.0, "kept_step": 2, "in_steps": False}
+    result = outcome(history, **lengths, has_held_out=True, are_trained=True)
+    assert "Pass other records" in " ".join(result.sentences())
+    rising = [{**entry, "eval_loss": 3.0 + entry["step"]} for entry in history]
+    assert outcome(rising, **lengths, has_held_out=True, are_trained=True).verdict == "diverged"
+
+
 @pytest.mark.parametrize(
     ("after", "endless", "is_broken"),
     [

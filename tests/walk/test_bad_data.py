@@ -105,7 +105,7 @@ def test_a_dataset_path_that_is_not_a_file_is_refused(models, tmp_path, capsys, 
         data.symlink_to(tmp_path / "nowhere")
     assert train(models("llama"), data, tmp_path / "out") == 2
     told = capsys.readouterr().err
-    assert "records.jsonl: no" in told or "records.jsonl: neither" in told
+    assert "records.jsonl: no" in told or "records.jsonl: a folder without data files" in told
     assert "--dataset_path" in told
 
 

@@ -103,6 +103,17 @@ def test_an_evaluation_file_is_read_like_the_training_file(models, dialogues, tm
     assert record_of(out)["eval_loss"] > 0
 
 
+def test_records_that_are_evaluated_and_trained_do_not_show_whether_a_run_worked(models, dialogues, tmp_path, capsys):
+    # It said "It worked", above three of its training records as "Prompts that are not in the training data".
+    out = tmp_path / "out"
+    flags = ["--eval_path", str(dialogues), "--max_steps", "8", "--learning_rate", "0.02"]
+    assert main(command(models("llama"), dialogues, out, *flags)) == 0
+    assert record_of(out)["outcome"]["verdict"] == "untold" and not record_of(out)["samples"]
+    said = capsys.readouterr().out
+    assert "Most records of --eval_path are nearly the same as training records" in said
+    assert "not in the training data" not in said
+
+
 def test_tensorboard_gets_the_curve(models, dialogues, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
@@ -117,7 +128,7 @@ def test_half_precision_flags_train_on_a_cpu(models, dialogues, tmp_path, flag):
     assert main(command(models("llama"), dialogues, out, "--max_steps", "2", flag)) == 0
     record = record_of(out)
     assert record["status"] == "finished"
-    assert len(record["notices"]) == len(set(record["notices"])), "what becomes of the flag is said once"
+    assert len([notice for notice in record["notices"] if flag in notice]) <= 1, "what becomes of the flag is said once"
 
 
 def test_gradient_checkpointing_gives_the_same_adapter(models, dialogues, tmp_path):

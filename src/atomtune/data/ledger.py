@@ -182,12 +182,25 @@ def first_few(origins: Sequence[str], *, all_in: str, shown: int = 5) -> str:
     return ", ".join(origins[:shown]) + (f" and {rest:,} more ({all_in} lists them all)" if rest > 0 else "")
 
 
+def one_of_each_reason_first(refused: Sequence[Refusal]) -> list[Refusal]:
+    """The first refusal of each reason, the most frequent reason first, then all others in order."""
+    frequent = [reason for reason, _ in Counter(map(_kind_of_reason, refused)).most_common()]
+    first = {_kind_of_reason(refusal): refusal for refusal in reversed(refused)}
+    named = [first[reason] for reason in frequent]
+    return [*named, *(refusal for refusal in refused if first[_kind_of_reason(refusal)] is not refusal)]
+
+
 def _first_of_each_reason(refused: Sequence[Refusal]) -> list[Refusal]:
     seen: Counter[str] = Counter()
     first = []
     for refusal in refused:
-        reason = _NUMBER.sub("", refusal.reason)  # `not UTF-8 at byte 1` and `not UTF-8 at byte 7` are one reason
+        reason = _kind_of_reason(refusal)
         seen[reason] += 1
         if seen[reason] <= _OF_A_REASON:
             first.append(refusal)
     return first
+
+
+def _kind_of_reason(refusal: Refusal) -> str:
+    """The reason without its numbers: `not UTF-8 at byte 1` and `not UTF-8 at byte 7` are one."""
+    return _NUMBER.sub("", refusal.reason)

@@ -369,6 +369,19 @@ def _say_learned(folders: Sequence[str], data_hash: str, origins: Sequence[str],
                     f"{folder} was trained on {learned:,} of these {len(origins):,} records. Its figures show how well "
                     "they were learned, not how well new ones are answered."
                 )
+        elif run is not None and run.eval_hash == data_hash:
+            names = {name for origin in run.like_trained_ones for name in _names_of(origin)}
+            if alike := len(names.intersection(origins)):
+                notice(
+                    f"{folder} was trained on records that are nearly the same as {alike:,} of these {len(origins):,}. "
+                    "Its figures show how well they were learned, not how well new ones are answered."
+                )
+
+
+def _names_of(origin: str) -> list[str]:
+    """`test/data.jsonl:7`, `data.jsonl:7`: a run's origin has more of the path if another file has the same name."""
+    parts = origin.split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
 def _say_unread_calls(done: Evaluation, notice: Callable[[str], None]) -> None:

@@ -20,6 +20,8 @@ class RunRecords:
     eval_path: str | None
     held_out: frozenset[str]  # origins, as "train.jsonl:17"
     data_hash: str | None = None  # of the files that it was trained on
+    eval_hash: str | None = None  # of the file of --eval_path
+    like_trained_ones: frozenset[str] = frozenset()  # origins in that file
 
 
 def run_file(folder: Path) -> tuple[Path, RunRecordFile] | None:
@@ -50,7 +52,14 @@ def run_records(folder: Path) -> RunRecords | None:
     except ValidationError as error:
         raise BadModel(refusal(file, values, error)) from None
     data_hash = record.data.sha256 if record.data else None
-    return RunRecords(reading, eval_path, frozenset(record.records_held_out or ()), data_hash)
+    return RunRecords(
+        reading,
+        eval_path,
+        frozenset(record.records_held_out or ()),
+        data_hash,
+        record.evaluation.sha256 if record.evaluation else None,
+        frozenset(record.eval_records_like_trained_ones or ()),
+    )
 
 
 def refuse_changed_files(folder: Path, data_hash: str) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from atomtune.analysis.unicode_scripts import SCRIPTS
 from atomtune.console import Console
-from atomtune.data.ledger import Ledger
+from atomtune.data.ledger import Ledger, one_of_each_reason_first
 from atomtune.data.records import RefusalKind
 from atomtune.inspect.checks import MEANINGS, Finding
 from atomtune.inspect.histogram import Bar, Limit, histogram, percentiles
@@ -226,7 +226,7 @@ def _places(report: Report, finding: Finding) -> Iterator[str]:
         yield ", ".join(origins) + more
         return
     refused = report.ledger.records_refused
-    for refusal in refused[:_SHOWN]:
+    for refusal in one_of_each_reason_first(refused)[:_SHOWN]:
         yield f"{refusal.origin}  {translated(refusal.reason)}"
     if len(refused) > _SHOWN:
         yield f"… and {len(refused) - _SHOWN:,} more (all with --json)"

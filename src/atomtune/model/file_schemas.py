@@ -292,6 +292,8 @@ class RunRecordFile(JsonFile):
     settings: dict[str, RunSetting] | None = None
     records_held_out: list[str] | None = None
     data: RunData | None = None
+    evaluation: RunData | None = None
+    eval_records_like_trained_ones: list[str] | None = None
     exported_for: str | None = None
 
 

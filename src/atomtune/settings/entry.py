@@ -26,7 +26,8 @@ class Entry:
     def shown(self) -> str:
         """The value in quotes, shortened if it is long."""
         words = self.value if isinstance(self.value, list) else [self.value]
-        text = " ".join(map(str, words[:9]))  # more would be cut anyway
+        shown = ["" if word is None else str(word) for word in words[:9]]  # more would be cut anyway
+        text = " ".join(shown)
         if len(text) > LONGEST_SHOWN:
             text = f"{text[:LONGEST_SHOWN]}…"
         return repr(text)

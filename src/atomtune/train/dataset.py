@@ -30,6 +30,9 @@ from atomtune.train.defaults import FEWEST_HELD_OUT, Size, records_to_hold_out
 from atomtune.train.run_context import RunContext
 from atomtune.train.streaming import Stream
 
+#: A key of run.json.
+_LIKE_TRAINED_ONES = "eval_records_like_trained_ones"
+
 
 @dataclass(frozen=True)
 class Data:
@@ -306,13 +309,19 @@ def _say_overlap(run: RunContext, learned: list[datasets.Dataset], evaluate: dat
     groups = alike(_texts(run, sources, [*learned, evaluate]))
     rows = overlapping(groups, sum(map(len, learned)))
     origins = evaluate.select(rows)["origin"][:]
-    run.record.update(eval_records_like_trained_ones=origins)
+    run.record.update(**{_LIKE_TRAINED_ONES: origins})
     if origins:
         run.console.notice(
             f"{len(origins):,} of {len(evaluate):,} evaluation records are nearly the same as a training record or ask "
             f"the same: {first_few(origins, all_in=RUN_RECORD)}. Their loss shows what was memorised, not what was "
             "learned."
         )
+
+
+def like_trained_ones(run: RunContext) -> list[str]:
+    """The origins of the records of --eval_path that are near-duplicates of training records."""
+    origins: list[str] = run.record.values.get(_LIKE_TRAINED_ONES, [])
+    return origins
 
 
 def _texts(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) -> Texts:

@@ -15,6 +15,7 @@ from atomtune.model.adapter import refuse_empty
 from atomtune.model.adapter_folder import CERTIFICATE, WEIGHTS
 from atomtune.model.memory import peak_bytes
 from atomtune.train.checkpoint.atomic import staged
+from atomtune.train.dataset import like_trained_ones
 from atomtune.train.hub_upload import HubUpload
 from atomtune.train.outcome import Outcome, outcome
 from atomtune.train.progress import LossPicture
@@ -87,7 +88,7 @@ def _report(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Lo
     """Write the report, the loss picture and the last entries of run.json, and print the outcome."""
     answered = _answered(run, samples)
     result = replace(
-        _outcome_of(trainer),
+        _outcome_of(run, trainer),
         answers=len(answered),
         as_before=all_as_before(answered),
         broken=sum(sample.is_broken for sample in answered),
@@ -163,15 +164,16 @@ def _save_adapter(run: RunContext, trainer: LoraTrainer) -> None:
             publish(staging, folder, last=WEIGHTS)
 
 
-def _outcome_of(trainer: LoraTrainer) -> Outcome:
-    state = trainer.state
+def _outcome_of(run: RunContext, trainer: LoraTrainer) -> Outcome:
+    state, evaluated = trainer.state, trainer.eval_dataset
     return outcome(
         state.log_history,
         steps=state.global_step,
         epochs=float(state.epoch or 0),
         kept_step=trainer.kept_step,
         in_steps=trainer.args.max_steps > 0,
-        has_held_out=trainer.eval_dataset is not None,
+        has_held_out=evaluated is not None,
+        are_trained=evaluated is not None and 2 * len(like_trained_ones(run)) > len(evaluated),
     )
 
 

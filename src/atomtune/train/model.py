@@ -97,7 +97,9 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
 
 def _say_what_is_not_used(run: RunContext, device: torch.device, dtype: torch.dtype) -> None:
     model = run.settings.model
-    if device.type == "cpu" and run.settings.trainer.get("bf16") and dtype is not torch.bfloat16:
+    # With --dtype auto, the device decided, and a notice has said so.
+    is_set = run.settings.trainer.get("bf16") and model.dtype != "auto"
+    if device.type == "cpu" and is_set and dtype is not torch.bfloat16:
         run.console.notice(f"--bf16 is not used: on a CPU --dtype {model.dtype} alone decides.")
     if device.type == "cuda" and torch.cuda.device_count() > 1 and run.args.world_size == 1 and not model.device_map:
         gpus = torch.cuda.device_count()

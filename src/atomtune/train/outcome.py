@@ -32,6 +32,7 @@ class Outcome:
     kept_step           the step whose adapter is the result
     in_steps            whether the length is set by --max_steps, not by --num_train_epochs
     has_held_out        whether there are records to evaluate on
+    are_trained         whether most of these are nearly the same as training records
     train_first, train_last  training loss at the beginning and at the end
     answers     number of answers shown before and after training, to prompts that are not trained on
     as_before   whether all of them equal the base's answers word for word, and none equals its reference
@@ -48,6 +49,7 @@ class Outcome:
     epochs: float
     in_steps: bool
     has_held_out: bool
+    are_trained: bool
     train_first: float | None
     train_last: float | None
     answers: int = 0
@@ -98,7 +100,7 @@ class Outcome:
                     f"Overfitting: past step {self.best_step:,} the held-out loss rose again. More records help most; "
                     f"else stop there ({self._length} {self._until_best()})."
                 )
-            case "too short" | "level" if 2 * self.broken > self.answers:
+            case "too short" | "level" if 2 * self.broken > self.answers and not self.as_before:
                 text = (
                     f"The held-out loss fell, but {self.broken} of the {self.answers} answers shown are empty, repeat "
                     "themselves or run on without an end: read them before you use the adapter. More records help "
@@ -124,6 +126,11 @@ class Outcome:
         return [text]
 
     def _untold(self) -> str:
+        if self.are_trained:
+            return (
+                "Most records of --eval_path are nearly the same as training records, so whether it answers new "
+                "questions is unknown. Pass other records; without --eval_path, some are held out."
+            )
         if self.last is not None:
             return (
                 "The held-out loss was not computed before training, so whether it fell is unknown: leave out "
@@ -167,6 +174,7 @@ def outcome(
     kept_step: int,
     in_steps: bool,
     has_held_out: bool,
+    are_trained: bool = False,
 ) -> Outcome:
     """The outcome according to the Trainer's log.
 
@@ -174,6 +182,7 @@ def outcome(
     kept_step     the step whose adapter is the result
     in_steps      whether --max_steps sets the length
     has_held_out  whether there are records to evaluate on
+    are_trained   whether most of these are nearly the same as training records
     """
     training = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
     losses = list(training.values())
@@ -181,8 +190,11 @@ def outcome(
     before = held_out.pop(0, None)
     best_step = min(held_out, key=held_out.__getitem__, default=None)
     tenth = max(len(losses) // 10, 1)
+    verdict = _verdict(before, held_out, training)
+    if are_trained and verdict not in ("diverged", "not learned"):
+        verdict = "untold"
     return Outcome(
-        verdict=_verdict(before, held_out, training),
+        verdict=verdict,
         before=before,
         last=held_out[max(held_out)] if held_out else None,
         best=None if best_step is None else held_out[best_step],
@@ -192,6 +204,7 @@ def outcome(
         epochs=epochs,
         in_steps=in_steps,
         has_held_out=has_held_out,
+        are_trained=are_trained,
         train_first=losses[0] if losses else None,
         train_last=statistics.fmean(losses[-tenth:]) if losses else None,
     )

@@ -24,7 +24,7 @@ from atomtune.model.generate import prompt_ids, stop_ids
 from atomtune.model.greedy_batch import generate_answers
 from atomtune.model.load import pad_id_of
 from atomtune.settings.read import DEMO_FOLDER
-from atomtune.train.dataset import Data, evaluation_records
+from atomtune.train.dataset import Data, evaluation_records, like_trained_ones
 from atomtune.train.random_state import random_state_kept
 from atomtune.train.run_context import RunContext
 
@@ -99,7 +99,9 @@ class Samples:
     def _take_held_out(self, data: Data, evaluate: datasets.Dataset) -> None:
         """Take the last answers of some records, each with the user's last text as it is in the record."""
         draw = random.Random(self.run.args.seed)
-        rows = draw.sample(range(len(evaluate)), min(_TRIED, len(evaluate)))
+        learned = set(like_trained_ones(self.run))
+        unseen = [row for row, origin in enumerate(evaluate["origin"][:]) if origin not in learned]
+        rows = draw.sample(unseen, min(_TRIED, len(unseen)))
         records = evaluation_records(self.run, data, sorted(rows))
         tokenizer = self.template.tokenizer
         for row in rows:

@@ -386,6 +386,14 @@ def test_an_answer_that_alone_is_too_long_is_refused_and_never_cut(template, ove
         assert split(examples[0])[1] == [*at_once(template.tokenizer, LONG), stop_id(template)]
 
 
+def test_a_text_that_is_too_long_is_to_be_split(template):
+    # It has neither a question nor a template's markers, which the reason named.
+    ledger = Ledger()
+    value = RawRecord({"text": LONG}, "train.jsonl:1")
+    assert list(encode([value], template, ledger, max_tokens=16, schema=Schema("text"))) == []
+    assert ledger.records_refused[0].reason.endswith("max_seq_length is 16: split it into several records")
+
+
 @pytest.mark.parametrize(("overlength", "broken"), [("skip", False), ("error", True)])
 def test_skip_and_error_refuse_long_records_and_leave_others_unchanged(template, overlength, broken):
     # `broken` refusals stop a run without --skip_bad.

@@ -75,6 +75,14 @@ def test_a_misspelt_role_gets_a_suggestion():
     assert "--roles User=user" in why_not({"role": "User", "content": "Q?"}, TELL)
 
 
+def test_the_suggested_role_of_someone_who_asks_is_user():
+    # Answers were once suggested for every unknown name, so the questions would have been learned.
+    assert "--roles narrator=user" in why_not({"role": "narrator", "content": "Q?"}, TELL)
+    assert "--roles '用户=user'" in why_not(
+        {"role": "system", "content": "S."}, {"role": "用户", "content": "Q?"}, TELL
+    )
+
+
 @pytest.mark.parametrize("role", ["the user", "user; touch x", "$(touch x)"])
 def test_a_suggested_role_is_one_word_for_a_shell(role):
     hint = why_not({"role": role, "content": "Q?"}, TELL).rpartition("--roles ")[2]
@@ -99,7 +107,7 @@ def test_consecutive_turns_of_one_role_are_not_merged():
 # --- what is learned ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["weight", "loss_weight", "train", "loss"])
+@pytest.mark.parametrize("key", ["weight", "loss_weight", "train", "training", "loss"])
 @pytest.mark.parametrize(("weight", "times"), [(0, 0), (1, 1), (3, 3), (False, 0), (True, 1), (2.0, 2), (None, 1)])
 def test_an_answer_is_learned_as_often_as_its_weight_says(key, weight, times):
     # null is what a table writes for a row without a value.

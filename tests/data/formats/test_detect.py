@@ -264,6 +264,11 @@ def test_a_misspelt_key_gets_a_suggestion():
     assert "--keys mesages=messages" in told([{"mesages": []}])
 
 
+def test_the_columns_of_a_customer_service_get_a_suggestion():
+    said = told([{"编号": "1", "用户": "在吗？", "客服": "在的。"}])
+    assert shell_words(said.rpartition("pass --keys ")[2].removesuffix(".")) == ["用户=instruction,客服=output"]
+
+
 @pytest.mark.parametrize("key", ["out put", "output;id", "$output", "`output`", "out'put", "output=", "回答"])
 def test_a_suggested_keys_option_is_one_word_for_a_shell(key):
     # A key with a space gave a broken command, one with a semicolon a second command.

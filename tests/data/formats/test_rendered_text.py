@@ -197,6 +197,28 @@ def test_stanford_alpaca_text_with_an_input_is_read():
     assert turns_of(f"{text}<|endoftext|>") == ("alpaca", (Turn("user", "Add.", "2, 3"), Turn("assistant", "5")))
 
 
+def test_an_alpaca_text_with_the_heading_of_an_empty_input_is_read():
+    # Unsloth's notebooks write it for every record; such texts were learned in full, the instruction too.
+    text = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n\n\n"
+        "### Response:\n5</s>"
+    )
+    assert turns_of(text) == ("alpaca", (Turn("user", "Add."), Turn("assistant", "5")))
+
+
+@pytest.mark.parametrize("stop", ["<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<eos>", "<｜end▁of▁sentence｜>"])
+@pytest.mark.parametrize(
+    "text",
+    [f"{ALPACA}\n\n### Instruction:\na\n\n### Response:\nb", "### Human: a### Assistant: b", "USER: a ASSISTANT: b"],
+)
+def test_the_stop_token_of_any_base_is_no_part_of_the_answer(text, stop):
+    # It was learned as text, in front of the stop token.
+    (_, turns) = turns_of(text + stop)
+    assert turns == (Turn("user", "a"), Turn("assistant", "b"))
+    assert turns_of(f"{text} {stop} c{stop}")[1][-1].text == f"b {stop} c", "inside an answer it is text"
+
+
 def test_the_default_system_text_of_llama_31_is_kept_verbatim():
     dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
     said = [("system", dates), ("user", "q"), ("assistant", "a")]

@@ -172,9 +172,9 @@ def test_a_data_set_without_other_splits_has_no_note(tmp_path: Path):
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path):
-    with pytest.raises(BadData, match="neither a file nor a folder of data files"):
+    with pytest.raises(BadData, match=r"a folder without data files \(\.jsonl, "):
         list(read_values(tmp_path))
-    with pytest.raises(BadData, match="neither a file nor a folder of data files"):
+    with pytest.raises(BadData, match=r"a folder without data files \(\.jsonl, "):
         size_of(tmp_path)
 
 

@@ -190,6 +190,11 @@ class Encoder:
         return Refusal(record.origin, reason, RefusalKind.TOO_LONG, broken=self.overlength == "error")
 
     def _no_room(self, record: Record, at: int, target: Target) -> str:
+        if record.turns[at].role == "text":
+            return (
+                f"the text has {target.tokens} tokens, and max_seq_length is {self.max_tokens}: split it into "
+                "several records"
+            )
         which = f"answer {record.learned.index(at) + 1}" if len(record.learned) > 1 else "the answer"
         beside = "the template's markers and list of tools" if record.tools else "the template's markers"
         return (

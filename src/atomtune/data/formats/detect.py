@@ -42,9 +42,9 @@ _OUR_ROLES = "system, user, assistant, tool or function_call"
 #: Keys in published data sets, in lower case, for each of our keys, most likely first. Similar spelling alone would
 #: mislead: "context" is similar to "text".
 _ANSWERS = ("response", "answer", "target", "targets", "outputs", "completion", "solution", "reply", "summary")
-_ANSWERS_TOO = ("assistant", "bot", "gpt", "content", "回答", "答案", "输出", "回复")
+_ANSWERS_TOO = ("assistant", "bot", "gpt", "content", "回答", "答案", "输出", "回复", "客服", "助手")
 _QUESTIONS = ("question", "query", "problem", "prompt", "instruction", "input", "inputs")
-_QUESTIONS_TOO = ("user", "human", "content", "问题", "提问", "指令", "输入")
+_QUESTIONS_TOO = ("user", "human", "content", "问题", "提问", "指令", "输入", "用户", "顾客", "客户")
 _SYNONYMS = {
     "output": (*_ANSWERS, *_ANSWERS_TOO),
     "completion": (*_ANSWERS, "output", *_ANSWERS_TOO),

@@ -30,6 +30,8 @@ from atomtune.data.records import Role, Turn
 
 #: The largest weight: the example cache stores a token's weight in a signed byte.
 MOST_OFTEN = 127
+#: Roles in published data that ask.
+_ASKERS = ("用户", "顾客", "客户", "提问者", "customer", "client", "prompter")
 _KNOWN = TURN_KEYS | {"id", "tool_call_id"}
 _EMPTY_CONTENT = Field(Content())
 
@@ -183,7 +185,9 @@ def _read_role(
     if name in roles:
         return Field(roles[name])
     word = printable(name)[:40]
-    near = [*difflib.get_close_matches(name.lower()[:40], list(ROLES), n=1), "assistant"]
+    # The first turn of a conversation is no answer.
+    asks = number == 1 or name.lower() in _ASKERS
+    near = [*difflib.get_close_matches(name.lower()[:40], list(ROLES), n=1), "user" if asks else "assistant"]
     problem = (
         f'turn {number} says role "{word}"; expected system, user, assistant or tool. '
         f"Rename it, or pass --roles {quote(f'{word}={near[0]}')}"

@@ -34,6 +34,9 @@ _SIGNS = (
 )
 _WITHIN = 200
 _BOS = ("<s>", "<bos>", "<|begin_of_text|>")
+#: Stop tokens of bases, one of which may end a text of these families: no template of theirs has one of its own.
+_STOPS = ("<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<eos>", "<end_of_turn>", "<｜end▁of▁sentence｜>")
+_WITH_ANY_STOP = ("alpaca", "guanaco", "hh-rlhf", "vicuna")
 _TUTORIAL = "请回答用户问题: "  # separates the instruction from the input in the tutorial's format
 #: Default system texts, which a template writes if the conversation has none.
 _OWN_SYSTEM = {
@@ -76,6 +79,10 @@ _ALPACA_INPUT = (  # Stanford's original, in which the input has its own heading
     "{{- '### Input:\\n' + m['input'] + '\\n\\n' if m['input'] -}}"
     "{%- else -%}{{- '### Response:\\n' + m['content'] + eos_token + '\\n\\n' -}}{%- endif -%}{%- endfor -%}"
 )
+
+_ALPACA_EVERY_INPUT = _ALPACA_INPUT.replace(
+    " if m['input'] -}}", " -}}"
+)  # Unsloth's, with the heading of an empty one too
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +202,7 @@ _LAYOUTS: dict[str, tuple[TextLayout, ...]] = {
     "alpaca": (
         _layout("alpaca", *_ALPACA, opening=_ALPACA_OPENING),
         _layout("alpaca", *_ALPACA, opening=_ALPACA_OPENING, source=_ALPACA_INPUT),
+        _layout("alpaca", *_ALPACA, opening=_ALPACA_OPENING, source=_ALPACA_EVERY_INPUT),
     ),
     "guanaco": tuple(_sides("guanaco", between, "### ") for between in ("\n\n", "\n", "")),
     "hh-rlhf": (_sides("hh-rlhf", "\n\n", ""),),
@@ -217,6 +225,8 @@ def turns_of(text: str) -> tuple[str, tuple[Turn, ...]] | None:
     family = _family(text)
     if family is None:
         return None
+    if family in _WITH_ANY_STOP:
+        text = _with_a_known_stop(text.strip())
     for layout in _LAYOUTS[family]:
         bare, stop = _bare(text, layout)
         if not stop and _ends_within(bare, layout.stops):
@@ -227,6 +237,14 @@ def turns_of(text: str) -> tuple[str, tuple[Turn, ...]] | None:
         if _bare(_write(turns, layout, stop or layout.stops[0]), layout)[0] == bare:
             return layout.name, _without_own_system(turns, layout.name)
     return None
+
+
+def _with_a_known_stop(text: str) -> str:
+    """The text with `</s>` at its end instead of another stop token, which would be read as a part of the answer."""
+    for stop in _STOPS:
+        if text.endswith(stop):
+            return text.removesuffix(stop) + "</s>"
+    return text
 
 
 def begins_like(text: str) -> str:

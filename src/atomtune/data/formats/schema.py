@@ -35,7 +35,7 @@ THINKING = "enable_thinking"
 #: The key for template variables, as in TRL's data sets, and the variables that may also be keys of the record itself.
 KWARGS = "chat_template_kwargs"
 VARIABLES = (THINKING, "documents")
-WEIGHTS = ("weight", "loss_weight", "train", "loss")
+WEIGHTS = ("weight", "loss_weight", "train", "training", "loss")
 #: Keys of question and answer in formats that put both into one object.
 EXCHANGE_KEYS = (("human", "assistant"), ("user", "assistant"), ("input", "output"))
 TURN_KEYS = frozenset({"from", "value", "role", "content", "name", "tool_calls", "function_call", *WEIGHTS, *REASONING})

@@ -111,7 +111,7 @@ def _read_header(rows: Iterator[list[str]], lines: "_Lines") -> list[str]:
     except csv.Error as error:
         raise BadData(f"{lines.name}:{lines.number}: the header is {_explain(error)}.") from None
     if lines.trouble:
-        raise BadData(f"{lines.name}:{lines.number}: {lines.trouble}.")
+        raise BadData(f"{lines.name}:{lines.number}  {lines.trouble}.")
     while keys and not keys[-1]:
         keys.pop()
     repeated = [key for key, count in Counter(keys).items() if count > 1 and key]

@@ -134,7 +134,7 @@ def _beside_train(splits: Iterable[str]) -> list[str]:
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     here = [path for path in all_files(folder) if ending_of(path) in READ and path.name not in _NO_DATA]
     if not here:
-        raise BadData(f"{folder}: neither a file nor a folder of data files. Pass one with --dataset_path.")
+        raise BadData(f"{folder}: a folder without data files ({', '.join(READ)}). Pass one with --dataset_path.")
     # Only the folder itself is resolved, as `datasets` does, not the links in it: a hub snapshot is a folder of links.
     root = folder.resolve()  # and `datasets` needs a folder name, which `.` has not
     with _explained(str(folder)):

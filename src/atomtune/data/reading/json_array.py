@@ -65,7 +65,7 @@ class _Window:
         line = self._lines_read + content.count(b"\n", 0, error.start) + 1
         at = self._bytes_read + len(raw) - len(content) + error.start
         bad_line = content[begin:end] if end >= 0 else content[begin:]
-        raise BadData(f"{self.name}:{line}: {encoding_reason(bad_line, at)}") from None
+        raise BadData(f"{self.name}:{line}  {encoding_reason(bad_line, at)}.") from None
 
     def next_character(self) -> str:
         """Skip white space; `at` is then at the character that is returned, "" at the end of the file."""

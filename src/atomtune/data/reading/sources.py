@@ -51,6 +51,7 @@ _PLACES = {b"ustar": 257}
 #: A line with a key and the start of its list of objects.
 _LIST_OF_OBJECTS = re.compile(rb'^\s*"(\w+)"\s*:\s*\[\s*\{', re.ASCII | re.MULTILINE)
 _HTML = (b"<!doctype html", b"<html")
+_PLAIN_TEXT = (".txt", ".md")
 #: A first line with one of these cells is the header of a table.
 _COLUMNS = {"instruction", "output", "messages", "conversations", "prompt", "completion", "question", "answer"}
 
@@ -290,6 +291,11 @@ def _reader_of(path: Path, ending: str, head: bytes) -> Callable[[BinaryIO, str]
     if ending in (".csv", ".tsv"):
         return _table_chunks
     if len(columns) < 2 or _COLUMNS.isdisjoint(columns):
+        if ending in _PLAIN_TEXT:
+            raise BadData(
+                f"{path}: plain text; expected records. A table is read if its name ends in .csv or .tsv. To learn "
+                'texts, write each as {"text": …} on a line of a JSONL file, none longer than --max_seq_length.'
+            )
         return jsonl.read_chunks
     if ending in (".jsonl", ".ndjson", ".json"):
         table_ending = ".tsv" if separator == "\t" else ".csv"
