@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from atomtune import load
 from atomtune.cli import main
 from atomtune.console import Console, program
-from atomtune.serve.chat import side_by_side
+from atomtune.serve.chat import Talk, side_by_side
+from atomtune.settings.fields import ChatSettings
 from tests.conftest import DIALOGUES, write_jsonl
 
 
@@ -189,6 +190,20 @@ def test_the_oldest_exchange_is_forgotten_where_the_positions_run_out(trained):
     assert talk.make_room("晚安") > 0
     assert "3很长" in talk.messages[0]["content"] or len(talk.messages) > 2
     assert len(prompt_ids(tuned.template, talk.asking("晚安"))) < tuned.positions
+
+
+def test_a_question_that_cannot_be_sent_neither_ends_a_chat_nor_loses_its_conversation(trained, capsys, monkeypatch):
+    """A mistyped byte ended the chat, and a question longer than the model made it forget all that came before."""
+    talk = Talk(load(trained, dtype="float32"), ChatSettings(adapter_path=str(trained)), Console(stderr=True))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    talk.answer("晚安")
+    before = talk.conversation.messages
+    talk.answer("\udcff")
+    talk.answer("长" * 600)
+    assert talk.conversation.messages == before and len(before) == 2
+    said = capsys.readouterr().err
+    assert "it writes an incomplete character" in said and "The prompt alone fills the model's" in said
+    assert "is left out" not in said
 
 
 def test_base_and_tuned_are_compared_in_a_pipe(trained, capsys, monkeypatch):
