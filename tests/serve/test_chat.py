@@ -334,6 +334,13 @@ def test_a_piped_line_that_is_too_long_is_reported_by_number(trained, capsys, mo
     assert "line 3 of standard input: The prompt alone fills the model's " in capsys.readouterr().err
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_question(trained, capsys, monkeypatch):
+    """Windows writes one at the beginning of a text file; the first question got another answer."""
+    lines = "\ufeff晚安\r\n\r\nWho are you?\r\n".encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    assert ask(trained, capsys).splitlines() == ["晚安，愿你好梦。", "I keep the light."]
+
+
 def test_piped_input_that_is_not_utf_8_is_reported(trained, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
     assert main(["chat", "--adapter_path", str(trained), "--dtype", "float32"]) == 2
