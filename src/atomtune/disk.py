@@ -244,7 +244,8 @@ def held(folder: Path, holder: str) -> Iterator[None]:
     except Timeout:
         raise elsewhere from None
     except OSError as error:
-        raise BadSettings([f"--output_dir {folder} cannot be made or written: {error.strerror}."]) from None
+        problem = f"--output_dir {folder} cannot be made or written: {error.strerror}. Pass another one."
+        raise BadSettings([problem]) from None
     try:
         try:
             # A second lock, because the lock file may be removed and created again during a run

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -320,6 +321,33 @@ def test_a_truncated_adapter_is_reported_before_the_base_is_loaded(by_heart, dia
     weights.write_bytes(weights.read_bytes()[:-100])
     assert evaluate("--adapter_path", str(torn), "--dataset_path", str(dialogues)) == 2
     assert f"{weights}: its weights cannot be read" in capsys.readouterr().err
+
+
+def test_reports_that_cannot_be_written_in_the_end_are_kept_elsewhere(by_heart, dialogues, tmp_path, capsys):
+    """A disk that filled up while the answers were generated, which takes hours, cost all of them."""
+    out = tmp_path / "out"
+    (out / "report.json").mkdir(parents=True)  # nothing can be written under this name
+    flags = ["--adapter_path", str(by_heart), "--dataset_path", str(dialogues), "--records", "2", "--no_probe"]
+    assert evaluate(*flags, "--no_generate", "--output_dir", str(out)) == 3
+    told = capsys.readouterr().err
+    assert f"{out}: the reports cannot be written there: " in told
+    kept = Path(re.search(r"They are in (\S+) instead", told).group(1))
+    assert report_in(kept)["records"] == 2 and (kept / "report.html").is_file()
+    shutil.rmtree(kept)
+
+
+def test_a_full_disk_is_reported_before_the_base_is_loaded(by_heart, dialogues, tmp_path, capsys):
+    """An empty file can be made on a disk with no room for a single byte."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        flags = ["--adapter_path", str(by_heart), "--dataset_path", str(dialogues), "--no_generate", "--no_probe"]
+        assert evaluate(*flags, "--output_dir", str(tmp_path / "out")) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = capsys.readouterr()
+    assert f"--output_dir {tmp_path / 'out'} cannot be written: File too large." in told.err
+    assert "loading" not in told.out
 
 
 def test_only_a_report_of_the_same_evaluation_is_replaced(by_heart, tmp_path):

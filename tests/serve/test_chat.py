@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from atomtune import load
 from atomtune.cli import main
 from atomtune.console import Console, program
-from atomtune.serve.chat import side_by_side
+from atomtune.serve.chat import Talk, side_by_side
+from atomtune.settings.fields import ChatSettings
 from tests.conftest import DIALOGUES, write_jsonl
 
 
@@ -191,6 +192,20 @@ def test_the_oldest_exchange_is_forgotten_where_the_positions_run_out(trained):
     assert len(prompt_ids(tuned.template, talk.asking("晚安"))) < tuned.positions
 
 
+def test_a_question_that_cannot_be_sent_neither_ends_a_chat_nor_loses_its_conversation(trained, capsys, monkeypatch):
+    """A mistyped byte ended the chat, and a question longer than the model made it forget all that came before."""
+    talk = Talk(load(trained, dtype="float32"), ChatSettings(adapter_path=str(trained)), Console(stderr=True))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    talk.answer("晚安")
+    before = talk.conversation.messages
+    talk.answer("\udcff")
+    talk.answer("长" * 600)
+    assert talk.conversation.messages == before and len(before) == 2
+    said = capsys.readouterr().err
+    assert "it writes an incomplete character" in said and "The prompt alone fills the model's" in said
+    assert "is left out" not in said
+
+
 def test_base_and_tuned_are_compared_in_a_pipe(trained, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("晚安\n"))
     said = ask(trained, capsys, "--compare", "--max_new_tokens", "12")
@@ -317,6 +332,13 @@ def test_a_piped_line_that_is_too_long_is_reported_by_number(trained, capsys, mo
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     assert main(["chat", "--adapter_path", str(trained), "--dtype", "float32"]) == 2
     assert "line 3 of standard input: The prompt alone fills the model's " in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_question(trained, capsys, monkeypatch):
+    """Windows writes one at the beginning of a text file; the first question got another answer."""
+    lines = "\ufeff晚安\r\n\r\nWho are you?\r\n".encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    assert ask(trained, capsys).splitlines() == ["晚安，愿你好梦。", "I keep the light."]
 
 
 def test_piped_input_that_is_not_utf_8_is_reported(trained, capsys, monkeypatch):

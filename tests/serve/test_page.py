@@ -17,11 +17,12 @@ import pytest
 
 from atomtune import load
 from atomtune.engines.server_process import free_port
+from atomtune.settings.fields import LARGEST_SEED, WebSettings
 from tests.conftest import DIALOGUES
 from tests.trained import train_by_heart
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("gradio", reason="needs the extra web")
+gradio = pytest.importorskip("gradio", reason="needs the extra web")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
@@ -308,6 +309,17 @@ def saved_by(page: "playwright.Page") -> list[dict]:
     with page.expect_download() as download:
         page.click("#save")
     return json.loads(Path(download.value.path()).read_text(encoding="utf-8"))["messages"]
+
+
+def test_a_seed_that_torch_does_not_take_is_refused_in_its_box(by_heart):
+    """The page said only "Error", and the terminal showed a traceback."""
+    from atomtune.serve.page import Page
+
+    page = Page(load(by_heart), WebSettings(adapter_path=str(by_heart)))
+    assert page.seed.preprocess(LARGEST_SEED) == LARGEST_SEED
+    with pytest.raises(gradio.Error, match="greater than maximum"):
+        page.seed.preprocess(2**70)
+    page.close()
 
 
 @needs_browser

@@ -1,5 +1,6 @@
 """Evaluate: base against tuned, on a file or on the records that a run held out."""
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from atomtune.data.cache import Rules, as_examples
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import Ledger, listed_refusals, refuse_unusable
 from atomtune.disk import read_json_object, sha256_of, why_unwritable, write_json, write_text
-from atomtune.errors import BadData, BadSettings, Stopped
+from atomtune.errors import BadData, BadSettings, RunFailed, Stopped
 from atomtune.evaluate.account import Account, account_of
 from atomtune.evaluate.evaluation import Evaluation, Plan, evaluate_records
 from atomtune.evaluate.html_page import page
@@ -38,6 +39,8 @@ from atomtune.settings.spelled import base_words
 #: A terminal of this many columns or more always gets a table.
 NARROWEST_FOR_TABLES = 80
 
+#: Bytes that have to be free for the reports, which have about 20,000.
+_ROOM_FOR_REPORTS = 2**20
 #: Settings that change no figure, or only through what the report has anyway: base, adapters, data, records.
 _NOT_COMPARED = {
     *("adapter_path", "model_path", "dataset_path", "records", "output_dir", "per_device_eval_batch_size"),
@@ -101,7 +104,7 @@ def beside_others(folder: Path, report: Report) -> Path:
 
 def refuse_unwritable(folder: Path) -> None:
     """Raise BadSettings if the reports cannot be written; else that would show only after all answers are generated."""
-    if why := why_unwritable(folder):
+    if why := why_unwritable(folder, n_bytes=_ROOM_FOR_REPORTS):
         raise BadSettings([f"--output_dir {folder} cannot be written: {why}."])
 
 
@@ -455,7 +458,21 @@ def _table(title: str, names: Sequence[str], rows: Sequence[tuple[str, list[str]
 
 
 def write_reports(report: Report, folder: Path) -> None:
-    """report.json, report.md and report.html."""
+    """report.json, report.md and report.html.
+
+    Raises RunFailed if they cannot be written. They are then in a temporary folder, because an evaluation takes hours.
+    """
+    try:
+        _write_reports(report, folder)
+    except OSError as error:
+        kept = Path(tempfile.mkdtemp(prefix="atomtune-reports-"))
+        _write_reports(report, kept)
+        raise RunFailed(
+            f"--output_dir {folder}: the reports cannot be written there: {error.strerror}. They are in {kept} instead."
+        ) from None
+
+
+def _write_reports(report: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", report.to_json())
     write_text(folder / "report.md", markdown(report))

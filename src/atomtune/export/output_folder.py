@@ -26,7 +26,8 @@ def filling(out: Path, *, last: str) -> Iterator[Path]:
         except OSError as error:
             if disk_failed(error):
                 raise
-            raise BadSettings([f"--output_dir {out} cannot be made: {error.strerror}: {error.filename}."]) from None
+            problem = f"--output_dir {out} cannot be made: {error.strerror}: {error.filename}. Pass another one."
+            raise BadSettings([problem]) from None
         try:
             yield folder
         except AtomtuneError:

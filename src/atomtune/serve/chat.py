@@ -12,7 +12,7 @@ from rich.table import Table
 from atomtune.console import Console, controls_shown, shortened
 from atomtune.data.encoding.chat_template import Message
 from atomtune.disk import expanded
-from atomtune.errors import BadSettings
+from atomtune.errors import BadSettings, UserError
 from atomtune.language import message, translated
 from atomtune.model.generate import Sampling
 from atomtune.model.load import dtype_name
@@ -72,11 +72,11 @@ class Talk:
     def _answer_line(self, number: int, question: str) -> None:
         """Answer a line of a pipe.
 
-        Raises BadSettings with its number if it is too long, because later lines build on it.
+        Raises BadSettings with its number if it cannot be sent, because later lines build on it.
         """
         try:
             self.answer(question)
-        except BadSettings as error:
+        except UserError as error:
             raise BadSettings([f"line {number:,} of standard input: {error}"]) from None
 
     def _say_who_answers(self, *, typed: bool) -> None:
@@ -152,21 +152,20 @@ class Talk:
     def answer(self, question: str, stop: threading.Event | None = None) -> None:
         """Answer a question and remember both.
 
-        A question that does not fit the model is reported and not remembered.
+        A question that does not fit the model, or that the template refuses, is reported and not remembered.
         """
-        for conversation in self._conversations():
-            forgotten = conversation.make_room(question)
-            if forgotten:
-                self.console.say("(the oldest exchange no longer fits and is left out)")
         try:
+            for conversation in self._conversations():
+                if conversation.make_room(question):
+                    self.console.say("(the oldest exchange no longer fits and is left out)")
             if self.with_base is None:
                 reply = self._written_out(self.conversation.asking(question), stop)
             else:
                 reply = self._compared(question, self.with_base, stop)
-        except BadSettings as error:
+        except UserError as error:
             if self.settings.prompt is not None or not sys.stdin.isatty():
                 raise
-            self.console.say(str(error))  # a chat continues after a question that is too long
+            self.console.say(str(error))  # a chat continues after such a question
             return
         self.conversation.remember(question, reply.turn)
         self.answers += 1

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from atomtune.data.encoding.chat_template import Message
@@ -28,18 +29,27 @@ class Conversation:
 
     def asking(self, question: str) -> list[Message]:
         """The messages to send for a question."""
-        return [*self.messages, *self.wording.messages(question)]
+        return self._asking(question, self._exchanges)
+
+    def _asking(self, question: str, exchanges: Sequence[Sequence[Message]]) -> list[Message]:
+        return [*self.wording.opening, *itertools.chain(*exchanges), *self.wording.messages(question)]
 
     def make_room(self, question: str) -> int:
-        """Forget the oldest exchanges until question and answer fit; returns how many were forgotten."""
-        forgotten = 0
-        while self._exchanges and self._tokens(question) + ROOM_FOR_ANSWER > self.tuned.positions:
-            self._exchanges = self._exchanges[1:]
-            forgotten += 1
+        """Forget the oldest exchanges until question and answer fit; returns how many were forgotten.
+
+        For a question that does not fit even alone, and so is not answered, none are forgotten.
+        """
+        kept = self._exchanges
+        while kept and self._tokens(question, kept) + ROOM_FOR_ANSWER > self.tuned.positions:
+            kept = kept[1:]
+        if not kept and self._tokens(question, kept) >= self.tuned.positions:
+            return 0
+        forgotten = len(self._exchanges) - len(kept)
+        self._exchanges = kept
         return forgotten
 
-    def _tokens(self, question: str) -> int:
-        return len(prompt_ids(self.tuned.template, self.asking(question)))
+    def _tokens(self, question: str, exchanges: Sequence[Sequence[Message]]) -> int:
+        return len(prompt_ids(self.tuned.template, self._asking(question, exchanges)))
 
     def remember(self, question: str, turn: Turn) -> None:
         """Remember a question and its answer, with thoughts and calls separated, as a client would send them back."""

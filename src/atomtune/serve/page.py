@@ -37,7 +37,7 @@ from atomtune.model.load import dtype_name
 from atomtune.serve.address import ask_without_proxy
 from atomtune.serve.side_by_side import Answer, Asking, Exchange, Side, answers_of_sides, conversation_of, modes_of
 from atomtune.serve.tuned_model import TunedModel
-from atomtune.settings.fields import WebSettings
+from atomtune.settings.fields import LARGEST_SEED, WebSettings
 
 #: Words of the page by key; a Chinese browser gets those of the Chinese catalogue.
 WORDS = {
@@ -181,7 +181,7 @@ class Page:
         self.penalty = gradio.Slider(
             1, 2, getattr(own, "repetition_penalty", None) or 1, step=0.05, label=word("penalty"), info=word("none")
         )
-        self.seed = gradio.Number(0, label=word("seed"), minimum=0, precision=0)
+        self.seed = gradio.Number(0, label=word("seed"), minimum=0, maximum=LARGEST_SEED, precision=0)
 
     def _conversation_box(self, side: Side) -> gradio.Chatbot:
         return gradio.Chatbot(

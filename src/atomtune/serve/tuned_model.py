@@ -30,7 +30,8 @@ from atomtune.model.generate import Sampling, answer_ids, prompt_ids, ready_to_a
 from atomtune.model.load import load_base, quiet_libraries
 from atomtune.model.token_rows import guard_embedding
 from atomtune.serve.answer_text import AnswerText
-from atomtune.settings.fields import LoadSettings
+from atomtune.settings.fields import ChatSettings, LoadSettings
+from atomtune.settings.read import read_settings
 
 #: Tokens kept free for the answer when a long conversation is shortened.
 ROOM_FOR_ANSWER = 64
@@ -95,6 +96,8 @@ class TunedModel:
         self.model, self.template, self.folder, self.base = model, template, folder, base
         self.shared_instruction, self.notices = shared_instruction, tuple(notices)
         self.wording = Wording.of(template, system, shared_instruction)
+        # One answer at a time: adapter, random numbers and the template's variables would be those of another answer
+        self._answering = threading.Lock()
 
     @property
     def tokenizer(self) -> Any:
@@ -138,12 +141,15 @@ class TunedModel:
         temperature  0: always the most likely token, so that equal questions get equal answers
         Raises BadSettings if the prompt is longer than the model's positions.
         """
-        reply = self.reply(
-            self.messages_of(message),
+        answering = self._checked(
             max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_p, top_k, repetition_penalty),
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
             seed=seed,
         )
+        reply = self.reply(self.messages_of(message), **answering)
         return reply.text.strip()
 
     def stream(
@@ -162,10 +168,21 @@ class TunedModel:
 
         base  let the base answer, with the adapter disabled
         """
-        sampling = Sampling(temperature, top_p, top_k, repetition_penalty)
-        yield from self.stream_reply(
-            self.messages_of(message), max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, base=base
+        answering = self._checked(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
         )
+        yield from self.stream_reply(self.messages_of(message), **answering, base=base)
+
+    def _checked(self, **settings: Any) -> dict[str, Any]:
+        """Settings of `atomtune chat` as those of `reply`. Raises BadSettings for a value that the command refuses."""
+        checked = read_settings(ChatSettings, {"adapter_path": self.folder, **settings}, command="chat")
+        sampling = Sampling(checked.temperature, checked.top_p, checked.top_k, checked.repetition_penalty)
+        return {"max_new_tokens": checked.max_new_tokens, "sampling": sampling, "seed": checked.seed}
 
     def stream_reply(
         self, messages: Sequence[Message], *, stop_early: Callable[[], bool] | None = None, **settings: Any
@@ -203,6 +220,10 @@ class TunedModel:
         """The messages for a text as in `atomtune chat`; a conversation unchanged."""
         if isinstance(message, str):
             return [*self.wording.opening, *self.wording.messages(message)]
+        if not isinstance(message, list | tuple) or not all(isinstance(turn, Mapping) for turn in message):
+            raise BadSettings(
+                [f"message {message!r:.60}: expected a text, or a list of messages with `role` and `content`."]
+            )
         return [dict(turn) for turn in message]
 
     def reply(
@@ -223,11 +244,6 @@ class TunedModel:
         stop_early  called after each token; True ends the answer there
         Raises BadSettings if the prompt is longer than the model's positions.
         """
-        room = self.positions - len(prompt_ids(self.template, messages))
-        if room < 1:
-            raise BadSettings(
-                [f"The prompt alone fills the model's {self.positions} positions. Ask something shorter."]
-            )
         texts: list[str] = []
 
         def take(text: str) -> None:
@@ -237,18 +253,24 @@ class TunedModel:
         writer = AnswerText(self.template, take)
         answering = answering_as(self.model, None) if base else contextlib.nullcontext()
         gpus = [self.model.device] if self.model.device.type == "cuda" else []
-        with answering, torch.random.fork_rng(devices=gpus):
-            torch.manual_seed(seed)
-            answer_ids(
-                self.model,
-                self.template,
-                messages,
-                max_new_tokens=min(max_new_tokens, room),
-                sampling=sampling,
-                streamer=writer,
-                stop_early=stop_early,
-            )
-        turn = read_reply(self.template, self.template.render(messages), writer.ids)
+        with self._answering:
+            room = self.positions - len(prompt_ids(self.template, messages))
+            if room < 1:
+                raise BadSettings(
+                    [f"The prompt alone fills the model's {self.positions} positions. Ask something shorter."]
+                )
+            with answering, torch.random.fork_rng(devices=gpus):
+                torch.manual_seed(seed)
+                answer_ids(
+                    self.model,
+                    self.template,
+                    messages,
+                    max_new_tokens=min(max_new_tokens, room),
+                    sampling=sampling,
+                    streamer=writer,
+                    stop_early=stop_early,
+                )
+            turn = read_reply(self.template, self.template.render(messages), writer.ids)
         return Reply(tuple(writer.ids), "".join(texts), turn)
 
 

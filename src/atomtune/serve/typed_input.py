@@ -16,9 +16,10 @@ from atomtune.errors import BadData
 def lines_of_pipe() -> Iterator[str]:
     """The lines of standard input without line ends. Raises BadData if it is not text or cannot be read."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # With an ASCII locale Python would decode other bytes to lone surrogates, which no tokenizer accepts.
+        # With an ASCII locale Python would decode other bytes to lone surrogates, which no tokenizer accepts. `-sig`
+        # leaves out the byte order mark with which Windows begins text files.
         encoding = codecs.lookup(sys.stdin.encoding).name
-        sys.stdin.reconfigure(encoding="utf-8" if encoding == "ascii" else encoding, errors="strict")
+        sys.stdin.reconfigure(encoding="utf-8-sig" if encoding in ("ascii", "utf-8") else encoding, errors="strict")
     try:
         for line in sys.stdin:
             yield line.rstrip("\r\n")

@@ -262,8 +262,6 @@ class Escaper:
 
     def hide_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """A chat message with the control strings in all values but its role hidden."""
-        if len(message) == 2:  # role and content, the common case
-            return {"role": message["role"], "content": self.hide(message["content"])}
         return {key: value if key == "role" else self.hide(value) for key, value in message.items()}
 
     def piece(self, text: str, *, learn: bool) -> Piece:
