@@ -407,6 +407,18 @@ def test_a_yaml_file_that_cannot_be_read_hides_no_other_problem(tmp_path, conten
     assert all(part in said for part in ("run.yaml", "--lora_rank", "--max_seq_length '2'"))
 
 
+def test_settings_of_other_tools_without_a_value_are_left_out(run_yaml):
+    # Axolotl's files are full of them, and the list of refusals hid the real problems.
+    settings = run_yaml("wandb_project:\nlora_target_modules:\nspecial_tokens: ~\nval_set_size: null\nseed: 7\n")
+    assert settings.lora.lora_targets == ["all-linear"] and settings.data.eval_size is None
+    assert settings.trainer["seed"] == 7
+
+
+def test_a_misspelled_setting_without_a_value_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("lora_rnak:\n")
+    assert any("lora_rank" in said for said in problems(str(tmp_path / "run.yaml")))
+
+
 @pytest.mark.parametrize("text", ["", "# nothing\n", "\ufeffseed: 7\n"])
 def test_an_empty_yaml_file_and_a_byte_order_mark_are_accepted(run_yaml, text):
     assert run_yaml(text).trainer.get("seed") == (7 if "seed" in text else None)

@@ -217,7 +217,7 @@ def _save_merged(base: CausalLM, trained: _TrainedModel, out: Path, console: Con
     adapted = load_weighted(base, trained.adapters)
     if why := why_not_merged(adapted):
         raise BadModel(
-            f"This adapter cannot be merged: {why}.\nchat, serve and evaluate load it together with its base."
+            f"This adapter cannot be merged:\n{why}\nchat, serve and evaluate load it together with its base."
         )
     merged = merge_weights(adapted)
     ready_to_answer(merged, trained.template, notice=console.notice)

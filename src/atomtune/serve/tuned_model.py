@@ -257,7 +257,10 @@ class TunedModel:
             room = self.positions - len(prompt_ids(self.template, messages))
             if room < 1:
                 raise BadSettings(
-                    [f"The prompt alone fills the model's {self.positions} positions. Ask something shorter."]
+                    [
+                        f"The prompt alone fills the model's {self.positions} positions. Shorten the question, or the "
+                        "system text."
+                    ]
                 )
             with answering, torch.random.fork_rng(devices=gpus):
                 torch.manual_seed(seed)

@@ -14,7 +14,7 @@ from typing import Any
 
 from atomtune.errors import BadSettings
 from atomtune.settings.entry import Entry
-from atomtune.settings.names import VALUE_SYNONYMS, advice, synonym
+from atomtune.settings.names import ELSEWHERE, VALUE_SYNONYMS, advice, synonym
 from atomtune.settings.yaml_file import yaml_entries
 
 #: The setting to which words without a flag belong: inspect FILE …, runs FOLDER …
@@ -162,12 +162,18 @@ class EntryReader:
         """A setting's name as in `--try name=…`; None, and a problem, if it is unknown."""
         return self._known_flag(name.strip().replace("-", "_"))
 
-    def _known_key(self, key: str, place: str) -> str | None:
+    def _known_key(self, key: str, place: str, has_value: bool = True) -> str | None:
+        """The setting that a key means; None, and a problem, if it is unknown.
+
+        None, and no problem, for a key of another tool that has no value.
+        """
         name = key.replace("-", "_")
         name = f"{name}_" if f"{name}_" in self.types else name
         if name in self.types:
             return name
         ours = synonym(name, self.types)
+        if not has_value and (ours or name in ELSEWHERE):
+            return None
         if ours:
             self.translated.append(f"{place} {key} → {ours}")
             return ours

@@ -61,10 +61,10 @@ class _Refused(Exception):
     """A file that is not YAML of settings, or a value that is not plain."""
 
 
-def yaml_entries(path: Path, problems: list[str], known: Callable[[str, str], str | None]) -> dict[str, Entry]:
+def yaml_entries(path: Path, problems: list[str], known: Callable[[str, str, bool], str | None]) -> dict[str, Entry]:
     """setting → entry. Whatever cannot be read is added to `problems`.
 
-    known  (name, place) → the setting that a key means; None, after adding a problem, if it is unknown
+    known  (name, place, whether it has a value) → the setting that a key means; None to leave the line out
     """
     try:
         tree = _tree(path)
@@ -77,7 +77,7 @@ def yaml_entries(path: Path, problems: list[str], known: Callable[[str, str], st
         if not isinstance(key, yaml.ScalarNode):
             problems.append(f"{place}: expected `name: value`.")
             continue
-        name = known(str(key.value), place)
+        name = known(str(key.value), place, not node.tag.endswith(":null"))
         if name is None:
             continue
         if name in entries:

@@ -8,7 +8,7 @@ import peft
 import torch
 
 from atomtune.choices import Layout
-from atomtune.errors import BadSettings, listing
+from atomtune.errors import BadSettings
 from atomtune.language import translated
 from atomtune.model import liger
 from atomtune.model.adapter import (
@@ -82,12 +82,12 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
     if not is_divided and (left_out := left_out_by_peft(model)):
         run.console.notice(
             f"PEFT {peft.__version__} itself leaves out {len(left_out):,} adapted layers of this model when it loads "
-            f"the adapter: {listing(left_out, 2)}. atomtune's own commands have them; for other programs, merge the "
+            f"the adapter, first {left_out[0]}. atomtune's own commands have them; for other programs, merge the "
             "adapter or name other layers with --lora_targets."
         )
     if why := why_not_merged(model):
         run.console.notice(
-            f"this adapter cannot be merged: {why}. chat, serve and evaluate load it together with its base; "
+            f"this adapter cannot be merged:\n{why}\nchat, serve and evaluate load it together with its base; "
             "--lora_targets names other layers."
         )
     if not is_divided:
