@@ -79,10 +79,8 @@ _ALPACA_INPUT = (  # Stanford's original, in which the input has its own heading
     "{{- '### Input:\\n' + m['input'] + '\\n\\n' if m['input'] -}}"
     "{%- else -%}{{- '### Response:\\n' + m['content'] + eos_token + '\\n\\n' -}}{%- endif -%}{%- endfor -%}"
 )
-
-_ALPACA_EVERY_INPUT = _ALPACA_INPUT.replace(
-    " if m['input'] -}}", " -}}"
-)  # Unsloth's, with the heading of an empty one too
+#: Unsloth's, with the heading of an empty input too.
+_ALPACA_EVERY_INPUT = _ALPACA_INPUT.replace(" if m['input'] -}}", " -}}")
 
 
 @dataclass(frozen=True, slots=True)
