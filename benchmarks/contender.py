@@ -8,6 +8,7 @@ all linear layers, dropout 0, one epoch in batches of 16 records. `share_of_floo
 import argparse
 import json
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -118,6 +119,18 @@ def lora(model: Any) -> Any:
 
     targets = list(all_linear(model).adapted)
     return LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def run_apart(module: str, words: Sequence[str], *, what: str, out: Path) -> None:
+    """Run a benchmark's module in a process of its own; print the last line of its output, and append it to a file."""
+    command = [sys.executable, "-m", module, *words]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise SystemExit(f"{what}:\n{ended.stderr[-3000:]}")
+    line = ended.stdout.splitlines()[-1]
+    print(line, flush=True)
+    with out.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def common(out: str) -> dict[str, Any]:

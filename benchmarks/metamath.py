@@ -16,11 +16,8 @@ The records are downloaded from the hub, or are files of JSON Lines or Parquet: 
 import argparse
 import json
 import math
-import os
 import random
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contender import device, finish, peak_memory_mb
+from benchmarks.contender import device, finish, peak_memory_mb, run_apart
 from benchmarks.quality import encoded
 from benchmarks.replay import padded_loss
 
@@ -195,14 +192,7 @@ def run_all(options: argparse.Namespace) -> None:
     """Run the contenders in turn, each in its own process; write a line of JSON when one ends."""
     shared = [word for name in _SHARED for word in (f"--{name}", str(getattr(options, name)))]
     for name in options.contenders:
-        command = [sys.executable, "-m", "benchmarks.metamath", *shared, "--one", name]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
-        if ended.returncode:
-            raise SystemExit(f"{name}:\n{ended.stderr[-3000:]}")
-        line = ended.stdout.splitlines()[-1]
-        print(line, flush=True)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        run_apart("benchmarks.metamath", [*shared, "--one", name], what=name, out=options.out)
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:

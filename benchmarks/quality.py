@@ -10,11 +10,8 @@ records that neither has seen: `loss` is the mean nats of an answer token. The r
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -23,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contender import ALPHA, BATCH, RANK, Clock, common, finish, lora, peak_memory_mb, plain_model
+from benchmarks.contender import ALPHA, BATCH, RANK, Clock, common, finish, lora, peak_memory_mb, plain_model, run_apart
 
 CONTENDERS = ("atomtune", "trl")
 HELD_OUT, MAX_TOKENS = 100, 512
@@ -161,14 +158,8 @@ def run_all(options: argparse.Namespace) -> None:
     ]
     for number, seed in enumerate(options.seeds):
         for name in CONTENDERS if number % 2 == 0 else reversed(CONTENDERS):
-            command = [sys.executable, "-m", "benchmarks.quality", *shared, "--one", name, "--seed", str(seed)]
-            ended = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
-            if ended.returncode:
-                sys.exit(f"{name}, seed {seed}:\n{ended.stderr[-3000:]}")
-            line = ended.stdout.splitlines()[-1]
-            print(line, flush=True)
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            words = [*shared, "--one", name, "--seed", str(seed)]
+            run_apart("benchmarks.quality", words, what=f"{name}, seed {seed}", out=options.out)
 
 
 def table(lines: list[dict[str, Any]]) -> str:
