@@ -213,26 +213,31 @@ def test_long_rows_and_padded_rows_are_never_recorded(monkeypatch):
     assert tape.recorded == 0
 
 
-def test_rows_of_layers_that_carry_a_state_are_never_recorded():
-    # Which state a branch starts from is in no tensor: another tree of the same sizes would be computed by the first.
-    model = hybrid("lfm2").train()
-    assert why_padded(model) is None and way_of_mixers(model) == "fork"
+def recordings_of(model: torch.nn.Module) -> int:
+    """How many shapes are recorded if one batch is computed again and again."""
     tape = Tape()
     graphs = graphs_of(model, tape)
     for batch in batches(model, "tree", count=1) * (SEEN_BEFORE + 2):
         graphs.nats(batch)
-    assert tape.recorded == 0
+    return tape.recorded
+
+
+def test_a_batch_that_comes_again_is_recorded_once():
+    assert recordings_of(copy.deepcopy(adapted("llama")).train()) == 1
+
+
+def test_rows_of_layers_that_carry_a_state_are_never_recorded():
+    # Which state a branch starts from is in no tensor: another tree of the same sizes would be computed by the first.
+    model = hybrid("lfm2").train()
+    assert why_padded(model) is None and way_of_mixers(model) == "fork"
+    assert recordings_of(model) == 0
 
 
 def test_weights_in_two_dtypes_are_never_recorded():
     # All gradients of a recording are in one tensor, so some would be rounded to the dtype of others.
     model = copy.deepcopy(adapted("llama")).train()
     model.coarse = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    tape = Tape()
-    graphs = graphs_of(model, tape)
-    for batch in batches(model, "tree", count=1) * (SEEN_BEFORE + 2):
-        graphs.nats(batch)
-    assert tape.recorded == 0
+    assert recordings_of(model) == 0
 
 
 def test_weights_that_a_step_does_not_reach_get_a_gradient_of_zero():
