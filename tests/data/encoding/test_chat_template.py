@@ -248,6 +248,26 @@ def test_an_answer_that_could_never_stop_is_refused():
 # --- law 2 begins here ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("kind", "control", "suggested"),
+    [
+        ("bytes", "<|im_start|>", "qwen2.5"),
+        ("bytes", "<|start_header_id|>", "llama3.1"),
+        ("bytes", "[AVAILABLE_TOOLS]", "mistral-tekken"),
+        ("sentencepiece", "[AVAILABLE_TOOLS]", "mistral-v3"),
+        ("sentencepiece", "<some_token>", "qwen2.5"),
+    ],
+)
+def test_the_template_suggested_for_tools_is_written_with_the_tokenizers_tokens(kind, control, suggested):
+    tokenizer = tokenizer_of(kind, CHATML)
+    tokenizer.add_special_tokens({"additional_special_tokens": [control]})
+    tools = ({"type": "function", "function": {"name": "weather", "parameters": {}}},)
+    asked = Record((Turn("user", "Rain?"), Turn("assistant", "No.")), "train.jsonl:1", tools=tools)
+    with pytest.raises(CannotExpress, match=f"--template {suggested} has one"):
+        pieces(load_template("auto", tokenizer), asked)
+    assert "weather" in pieces(load_template(suggested, tokenizer), asked)[0].text
+
+
 def test_control_strings_of_records_are_broken_but_the_templates_own_are_not():
     template = own("sentencepiece", None)
     piece, answer = pieces(

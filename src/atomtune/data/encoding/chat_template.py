@@ -23,6 +23,12 @@ InstructionRole = Literal["system", "user"]
 
 #: Name of the template that comes with the tokenizer.
 OWN = "the tokenizer's own"
+#: Built-in templates with a place for tools → the tokens by which a tokenizer made for them is recognized.
+_FOR_TOOLS = {
+    "llama3.1": {"<|start_header_id|>"},
+    "mistral-tekken": {"[AVAILABLE_TOOLS]", "Ġ"},  # byte-level, in place of SentencePiece
+    "mistral-v3": {"[AVAILABLE_TOOLS]"},
+}
 #: How templates strip white space around an answer.
 TRIMS: dict[str, Callable[[str], str]] = {
     "nothing": lambda text: text,
@@ -117,6 +123,13 @@ class Template(Traits):
     def instruction_place(self) -> str:
         """Where a client has to put the instruction that all records share, for messages to the user."""
         return "as the system message" if self.instruction_role == "system" else "in front of the user's message"
+
+    @property
+    def suggested_for_tools(self) -> str:
+        """The built-in template to suggest if this one has no place for tools."""
+        vocabulary = self.tokenizer.get_vocab().keys()
+        fitting = [name for name, tokens in _FOR_TOOLS.items() if tokens <= vocabulary]
+        return fitting[0] if fitting else "qwen2.5"
 
     @property
     def names_the_day(self) -> bool:

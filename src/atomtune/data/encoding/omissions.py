@@ -61,7 +61,8 @@ class Omissions:
         templated = self._templated
         title = templated.template.title
         if all(str(call.get("name")) not in answer for call in templated.record.turns[at].calls):
-            raise CannotExpress(f"{title} has no place for tool calls; --template qwen2.5 has one")
+            suggested = templated.template.suggested_for_tools
+            raise CannotExpress(f"{title} has no place for tool calls; --template {suggested} has one")
         message = templated.message_of(at)
         calls = message["tool_calls"]
         if len(calls) == 1 or len(calls) in self._written_numbers:

@@ -89,7 +89,8 @@ class TemplatedRecord:
             return self.template.tokenizer.bos_token or ""
         prompt = self.render(self.messages_before(at), prompt=True)
         if self.tools and not all(tool_name(tool) in prompt for tool in self.tools):
-            raise CannotExpress(f"{self.template.title} has no place for tools; --template qwen2.5 has one")
+            title, suggested = self.template.title, self.template.suggested_for_tools
+            raise CannotExpress(f"{title} has no place for tools; --template {suggested} has one")
         return prompt
 
     def answer_text(self, at: int, prompt: str) -> str:
