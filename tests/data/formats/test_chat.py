@@ -145,6 +145,15 @@ def test_turns_after_the_last_answer_are_left_out_with_a_notice():
     assert notes == ("turns after the last answer are left out",)
 
 
+@pytest.mark.parametrize(("name", "is_noted"), [("weather", False), ("Weather", True)])
+def test_a_call_of_a_tool_that_the_record_does_not_list_is_noted(name, is_noted):
+    calls = {"role": "assistant", "tool_calls": [{"type": "function", "function": {**CALL, "name": name}}]}
+    _, notes = read({"messages": [ASK, calls], "tools": [TOOL]}, Schema("messages"))
+    assert notes == (("an answer calls a tool that the record does not list",) if is_noted else ())
+    _, without_a_list = read({"messages": [ASK, calls]}, Schema("messages"))
+    assert without_a_list == ()
+
+
 @pytest.mark.parametrize("messages", [[ASK], [{"role": "system", "content": "x"}, ASK]])
 def test_a_record_without_an_answer_is_refused(messages):
     assert "nothing to learn" in why_not(*messages)

@@ -119,6 +119,10 @@ def as_parsed(conversation: Field[Conversation], origin: str) -> ParsedRecord:
     if end < len(turns):
         notes = (*notes, "turns after the last answer are left out")
         turns = turns[:end]
+    if tools:
+        listed = {tool["function"]["name"] for tool in tools}
+        if not all(call["name"] in listed for turn in turns for call in turn.calls):
+            notes = (*notes, "an answer calls a tool that the record does not list")
     if notes:
         notes = tuple(dict.fromkeys(notes))  # a note counts records, so each record has it at most once
     return ParsedRecord(Record(turns, origin, tools, variables), notes)
