@@ -8,7 +8,7 @@ import pytest
 
 from atomtune import load
 from atomtune.errors import BadSettings
-from atomtune.serve.side_by_side import Asking, Exchange, answers_of_sides, conversation_of, modes_of
+from atomtune.serve.side_by_side import Asking, ShownExchange, answers_of_sides, conversation_of, modes_of
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,9 @@ def tuned(by_heart):
     return load(by_heart, dtype="float32")
 
 
-def last(tuned, question: str, *, before: Sequence[Exchange] = (), stop=lambda: False, **settings) -> Exchange:
+def last(
+    tuned, question: str, *, before: Sequence[ShownExchange] = (), stop=lambda: False, **settings
+) -> ShownExchange:
     *_, exchange = answers_of_sides(tuned, before, question, Asking(**settings), stop=stop)
     return exchange
 

@@ -20,7 +20,7 @@ from atomtune.data.ledger import Ledger, listed_refusals, refuse_unusable
 from atomtune.disk import read_json_object, sha256_of, why_unwritable, write_json, write_text
 from atomtune.errors import BadData, BadSettings, RunFailed, Stopped
 from atomtune.evaluate.account import Account, account_of
-from atomtune.evaluate.evaluation import Evaluation, Plan, evaluate_records
+from atomtune.evaluate.evaluation import Evaluation, EvaluationOptions, evaluate_records
 from atomtune.evaluate.html_page import page
 from atomtune.evaluate.models import Candidates, Models, candidates_of, load_models
 from atomtune.evaluate.probe import probe_prompts, probe_scores
@@ -189,11 +189,16 @@ def _evaluated(
     console: Console,
 ) -> Evaluation:
     """Every model's results for the records. Raises Stopped if no record was done before Ctrl-C."""
-    plan = Plan(settings.per_device_eval_batch_size, settings.max_new_tokens, not settings.no_generate, settings.seed)
-    done = evaluate_records(models, records_by_template, collator, plan, console)
+    options = EvaluationOptions(
+        batch_size=settings.per_device_eval_batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        generate=not settings.no_generate,
+        seed=settings.seed,
+    )
+    done = evaluate_records(models, records_by_template, collator, options, console)
     if not done.records:
         raise Stopped("stopped before the first records were done; nothing is written.")
-    if plan.generate:
+    if options.generate:
         _say_unread_calls(done, console.notice)
     return done
 

@@ -35,7 +35,7 @@ from atomtune.language import in_chinese, message, spoken, translated
 from atomtune.model.generate import Sampling
 from atomtune.model.load import dtype_name
 from atomtune.serve.address import ask_without_proxy
-from atomtune.serve.side_by_side import Answer, Asking, Exchange, Side, answers_of_sides, conversation_of, modes_of
+from atomtune.serve.side_by_side import Answer, Asking, ShownExchange, Side, answers_of_sides, conversation_of, modes_of
 from atomtune.serve.tuned_model import TunedModel
 from atomtune.settings.fields import LARGEST_SEED, WebSettings
 
@@ -94,13 +94,13 @@ class Talk:
     saved  the folder of the file that the save button offers; None before the first answer
     """
 
-    exchanges: list[Exchange] = field(default_factory=list)
+    exchanges: list[ShownExchange] = field(default_factory=list)
     stop: threading.Event | None = None
     saved: Path | None = None
 
-    def ask(self, before: list[Exchange], question: str) -> None:
+    def ask(self, before: list[ShownExchange], question: str) -> None:
         """Append a question after these exchanges; it waits for its answer."""
-        self.exchanges = [*before, Exchange(question, tuned=Answer())]
+        self.exchanges = [*before, ShownExchange(question, tuned=Answer())]
         self.stop = threading.Event()
 
 
@@ -347,7 +347,7 @@ class Page:
         return self._messages(exchanges, "base"), self._messages(exchanges, "tuned")
 
     @staticmethod
-    def _messages(exchanges: list[Exchange], side: Side) -> list[dict[str, Any]]:
+    def _messages(exchanges: list[ShownExchange], side: Side) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []
         for exchange in exchanges:
             answer = exchange.by(side)
@@ -464,7 +464,7 @@ def _outside_code(text: str, change: Callable[[str], str]) -> str:
     return "".join(part if number % 2 else change(part) for number, part in enumerate(parts))
 
 
-def _exchange_at(index: Any, exchanges: list[Exchange]) -> int:
+def _exchange_at(index: Any, exchanges: list[ShownExchange]) -> int:
     """The index of the exchange with the clicked message: a question, and an answer with or without thoughts."""
     message = index[0] if isinstance(index, list | tuple) else int(index)
     for number, exchange in enumerate(exchanges):

@@ -326,10 +326,10 @@ def like_trained_ones(run: RunContext) -> list[str]:
 
 def _texts(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) -> Texts:
     """The texts of these rows, which are read again."""
-    return texts_of_rows(stored, partial(_records, run, sources))
+    return texts_of_rows(stored, partial(_reread, run, sources))
 
 
-def _records(run: RunContext, sources: list[str], stored: Sequence[datasets.Dataset]) -> Iterator[Record]:
+def _reread(run: RunContext, sources: list[str], stored: Sequence[datasets.Dataset]) -> Iterator[Record]:
     """The records of these rows, read once more with a progress bar."""
     rules = Rules(**run.settings.data.rules())
     for source, rows in zip(sources, stored, strict=True):
