@@ -1,10 +1,10 @@
 """Agreement: whether two computations of one model differ by more than rounding does.
 
 For single values rounding can be large: in bfloat16, two of transformers' own attention functions differ by 2 nats at
-some position and some of 49,000 words. The maximum therefore says nothing about faults. Means and high quantiles are
+some position and some of 49,000 tokens. The maximum therefore says nothing about faults. Means and high quantiles are
 compared instead, with the same figures of two plain runs of this model: its noise. Measurements with planted faults of
 several sizes: docs/log.md.
-Letters: N positions, V words.
+Letters: N positions, V vocabulary size.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ def log_probability_measures(
     ours, plain, again  [N]  the computation to judge, a plain run and a second plain run
     """
     apart, noise = (ours - plain).abs(), (again - plain).abs()
-    # A float32 softmax rounds large log-probabilities more coarsely: by 1e-6 for a word with probability 1e-5.
+    # A float32 softmax rounds large log-probabilities more coarsely: by 1e-6 for a token with probability 1e-5.
     least = LEAST_ULPS * (unit(dtype) + unit(torch.float32) * _mean(plain.abs()))
     return [
         Measure("log-probability, mean", _mean(apart), _mean(noise), least),
@@ -78,7 +78,7 @@ def distribution_measures(
     """
     apart, noise = divergence(plain, ours), divergence(plain, again)  # [N]
     # A divergence is of second order: if log-probabilities differ by d, it is about d * d / 2. Their rounding grows
-    # with their size, as above. Likely words weigh more, so the mean surprise is taken as that size.
+    # with their size, as above. Likely tokens weigh more, so the mean surprise is taken as that size.
     surprise = _mean(-(plain.exp() * plain).sum(-1))
     least = (LEAST_ULPS * (unit(dtype) + unit(torch.float32) * surprise)) ** 2
     times = TIMES_NOISE**2

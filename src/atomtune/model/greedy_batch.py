@@ -151,8 +151,8 @@ def _counts_filling(model: CausalLM, pad_id: int) -> bool:
     """Whether left padding changes the predictions for a prompt by more than rounding."""
     inner = innermost(model)
     if inner not in _KNOWN:
-        words = inner.config.get_text_config().vocab_size
-        long, short = ([(7 * n + 5) % words for n in range(length)] for length in (24, 9))
+        vocab_size = inner.config.get_text_config().vocab_size
+        long, short = ([(7 * n + 5) % vocab_size for n in range(length)] for length in (24, 9))
         alone = _first_tokens(model, [short], pad_id)
         with another_plain_way(model):
             noise = (_first_tokens(model, [short], pad_id) - alone).abs().mean().item()
@@ -175,7 +175,8 @@ def _first_tokens(model: CausalLM, prompts: Sequence[Sequence[int]], pad_id: int
             return_dict_in_generate=True,
         )
         generated: Any = model.generate(**inputs, generation_config=plain)
-    return torch.stack(generated.logits, 1).double().log_softmax(-1).clamp(min=-1e4)  # some models mask words with -inf
+    # Clamped, because some models mask tokens with -inf.
+    return torch.stack(generated.logits, 1).double().log_softmax(-1).clamp(min=-1e4)
 
 
 def _may_share(model: CausalLM) -> bool:

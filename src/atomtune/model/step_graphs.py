@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from atomtune.batch.attention_plan import AttentionPlan
-from atomtune.model.few_walks import learned_weights
+from atomtune.model.listed_modules import learned_weights
 from atomtune.model.loss import target_nats
 from atomtune.model.memory import free_on_gpu, peak_bytes
 

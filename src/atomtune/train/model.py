@@ -26,9 +26,9 @@ from atomtune.model.adapter_keys import refuse_unread
 from atomtune.model.auto_class import auto_class
 from atomtune.model.base_shape import refuse_too_few_positions
 from atomtune.model.experts import count_of, experts_of
-from atomtune.model.few_walks import spare_walks
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.fused_layers import fuse_for_a_run
+from atomtune.model.listed_modules import list_modules
 from atomtune.model.load import BaseSpec, device_in_use, dtype_name, load_base, resolve_dtype
 from atomtune.model.lora_targets import ALL_LINEAR, all_linear, match_targets
 from atomtune.model.memory import ActivationMemory, free_bytes
@@ -91,7 +91,7 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
             "--lora_targets names other layers."
         )
     if not is_divided:
-        spare_walks(model)
+        list_modules(model)
     return model
 
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from atomtune.errors import RunFailed, listing
-from atomtune.model.few_walks import learned_weights
+from atomtune.model.listed_modules import learned_weights
 from atomtune.train.callbacks import WorkCounter
 from atomtune.train.ranks import local, mean_over_ranks, of_all_ranks, on_any_rank
 
