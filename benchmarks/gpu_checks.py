@@ -294,7 +294,9 @@ def equality(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
                 pad_id=0, per_batch=6, console=Console(speaks=False),
             ).compare(dtype)  # fmt: skip
             name = f"{str(dtype).removeprefix('torch.')} {layout} {way}".strip()
-            apart = {measure.name: [_short(measure.apart), _short(measure.allowed)] for measure in compared.measures}
+            apart = {
+                measure.name: [_short(measure.difference), _short(measure.allowed)] for measure in compared.measures
+            }
             print(name, compared.holds, apart, flush=True)  # stays in the log of a job that is killed
             figures[name] = {"holds": compared.holds, "layout": compared.layout, "apart, allowed": apart}
     verdict = "PASS" if all(found["holds"] for found in figures.values()) else "FAIL"

@@ -76,7 +76,7 @@ class Inspection:
 class Evaluation:
     """Results of the base and the tuned models on the same records.
 
-    models        model → measure → (value, low, high), the value with its 95 % interval
+    models        model → metric → (value, low, high), the value with its 95 % interval
     against_base  the same for the difference from the base
     lm_eval       model → task and metric of lm-eval → value and standard_error
     sentences     what the figures say about each tuned model

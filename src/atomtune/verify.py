@@ -95,15 +95,19 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        return all(m.holds for m in self.measures) and (self.in_float32 is None or self.in_float32.holds)
+        return all(measure.holds for measure in self.measures) and (self.in_float32 is None or self.in_float32.holds)
 
     def figures(self) -> dict[str, Any]:
         """Figures for run.json."""
+        measures: dict[str, dict[str, float]] = {}
+        for measure in self.measures:
+            figures = {"apart": measure.difference, "noise": measure.noise, "allowed": measure.allowed}
+            measures[measure.name] = figures
         return {
             "layout": self.layout,
             "dtype": dtype_name(self.dtype),
             "targets": self.targets,
-            "measures": {m.name: {"apart": m.apart, "noise": m.noise, "allowed": m.allowed} for m in self.measures},
+            "measures": measures,
             "holds": self.holds,
             **({} if self.in_float32 is None else {"in_float32": self.in_float32.figures()}),
         }
@@ -191,14 +195,14 @@ class Check:
                 "in training, the 8-bit layers compute the columns of large values of a whole batch in more bits, so a "
                 "record's loss depends a little on its batch in any program. This effect is left out of the comparison."
             )
-        compared, ours, plain = self._in(dtype)
+        compared, ours, plain = self._compare_in(dtype)
         if compared.holds or dtype.itemsize != HALF:
             return compared
         self.console.say(
             "the difference is larger than that of two plain runs; all again in float32, which rounds little …"
         )
         try:
-            exact, _, plain_in_float32 = self._in(torch.float32)
+            exact, _, plain_in_float32 = self._compare_in(torch.float32)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -211,7 +215,7 @@ class Check:
         worst_weight = worst_gradient(ours.gradients, plain_in_float32.gradients)
         return replace(compared, measures=measures, worst_weight=worst_weight, in_float32=exact)
 
-    def _in(self, dtype: torch.dtype) -> tuple[Comparison, Result, Result]:
+    def _compare_in(self, dtype: torch.dtype) -> tuple[Comparison, Result, Result]:
         """The comparison in one dtype, what the fast path computed, and what a plain run did; without dropout."""
         examples, per_batch = self.examples, self.per_batch
         layout, ours, tokens_computed = self._fast(dtype)
@@ -429,7 +433,7 @@ def _say_measures(compared: Comparison, title: str, noise: str, console: Console
     for column in ("", translated("difference"), translated(noise), translated("allowed"), ""):
         table.add_column(column)
     for measure in compared.measures:
-        figures = (f"{value:.1e}" for value in (measure.apart, measure.noise, measure.allowed))
+        figures = (f"{value:.1e}" for value in (measure.difference, measure.noise, measure.allowed))
         verdict = translated("holds") if measure.holds else translated("DOES NOT HOLD")
         table.add_row(translated(measure.name), *figures, verdict)
     console.print(table)

@@ -20,7 +20,7 @@ from atomtune.evaluate import models as models_of_evaluate
 from atomtune.evaluate.account import Account
 from atomtune.evaluate.command import say
 from atomtune.evaluate.intervals import Figure
-from atomtune.evaluate.measures import MEASURES, NATS, PROBE
+from atomtune.evaluate.metrics import METRICS, NATS, PROBE
 from atomtune.evaluate.report import Report
 from atomtune.language import spoken
 from tests.conftest import DIALOGUES, write_jsonl
@@ -141,8 +141,8 @@ def test_the_html_report_loads_nothing_and_escapes_the_records_text(by_heart, tm
 
 def test_the_markdown_report_has_every_figure_and_the_records(report):
     text = (report / "report.md").read_text(encoding="utf-8")
-    used = [measure for measure in MEASURES if measure.name in report_in(report)["models"]["out"]]
-    assert NATS in used and all(measure.title in text for measure in used)
+    used = [metric for metric in METRICS if metric.name in report_in(report)["models"]["out"]]
+    assert NATS in used and all(metric.title in text for metric in used)
     assert "Better: " in text and "same.jsonl:" in text
 
 

@@ -163,7 +163,7 @@ def test_distances_in_16_bits_are_measured_from_float32(monkeypatch):
     names = ("examples", "model", "lora", "wanted", "kernels", "device", "pad_id", "per_batch")
     unused = dict.fromkeys(names) | {"model": SimpleNamespace(quantize=None)}
     compared = verify.Check(**unused, console=Console()).compare(torch.bfloat16)
-    assert [(measure.apart, measure.noise) for measure in compared.measures[1:3]] == [(0.25, 0.125)] * 2
+    assert [(measure.difference, measure.noise) for measure in compared.measures[1:3]] == [(0.25, 0.125)] * 2
     assert compared.holds and compared.in_float32 is not None
 
 

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from atomtune.certify.comparison import Outcome, coarser, compare
+from atomtune.certify.comparison import EngineOutcome, coarser, compare
 from atomtune.certify.prompts import OUR_OWN, CertPrompt, choose_prompts
 from atomtune.certify.reference import Expected, expect
 from atomtune.choices import EngineName
@@ -245,7 +245,7 @@ def _records_in(source: str, name: str, run: RunRecords, template: Template, rul
 
 def certify_served(
     side: TrainedSide, served: Path, engine: EngineName, settings: CertifySettings, console: Console
-) -> Outcome:
+) -> EngineOutcome:
     """Start an engine on what is served, compare it with our side, and end it."""
     console.say(f"starting {engine} on {served} …")
     dtype = coarser(side.dtype, _stored(served, settings) or side.dtype)
@@ -265,7 +265,7 @@ def _stored(served: Path, settings: CertifySettings) -> str | None:
 
 def certify_together(
     sides: Mapping[Path, TrainedSide], names: Sequence[str], base: str, settings: CertifySettings, console: Console
-) -> list[Outcome]:
+) -> list[EngineOutcome]:
     """Start one vLLM with all these adapters, as `serve` does, and compare each of them by its name.
 
     sides  adapter folder → results of our side; the adapters share base, template and stop tokens
@@ -281,7 +281,7 @@ def certify_together(
         trust_remote_code=settings.trust_remote_code,
         adapters=[ServedAdapter(name, folder.resolve()) for name, folder in zip(names, sides, strict=True)],
     )
-    outcomes: list[Outcome] = []
+    outcomes: list[EngineOutcome] = []
     with running:
         for name, side in zip(names, sides.values(), strict=True):
             running.ask(name)
@@ -306,7 +306,7 @@ def start(engine: EngineName, served: Path, side: TrainedSide, settings: Certify
     return kind(folder, dtype=side.dtype, trust_remote_code=settings.trust_remote_code)
 
 
-def one_line(outcome: Outcome) -> str:
+def one_line(outcome: EngineOutcome) -> str:
     """The certificate as one line."""
     n = outcome.prompts
     verdict = "serves the tuned model" if not outcome.problems() else "DOES NOT serve the tuned model"
@@ -319,7 +319,7 @@ def one_line(outcome: Outcome) -> str:
     )
 
 
-def write_certificate(outcomes: Sequence[Outcome], served: Path) -> Path:
+def write_certificate(outcomes: Sequence[EngineOutcome], served: Path) -> Path:
     """Write certificate.json into what is served, or beside a GGUF; entries of other engines are kept."""
     file = _certificate_of(served)
     entries = [outcome.to_json() for outcome in outcomes]
@@ -341,7 +341,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
-def refuse_failed(outcomes: Sequence[tuple[Path, Outcome]]) -> None:
+def refuse_failed(outcomes: Sequence[tuple[Path, EngineOutcome]]) -> None:
     """Raise CheckFailed if any outcome has problems, listing them with the first difference side by side."""
     failed = [(served, outcome) for served, outcome in outcomes if outcome.problems()]
     if not failed:

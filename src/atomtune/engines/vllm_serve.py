@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from atomtune.choices import BASE
-from atomtune.engines.engine import Reply, Request, chat_reply, post
+from atomtune.engines.engine import EngineReply, Request, chat_reply, post
 from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder, read_config
 from atomtune.engines.server_process import ServerProcess, free_port
 from atomtune.errors import BadModel, BadSettings
@@ -175,7 +175,7 @@ class VllmServe:
         entries = of_tokens[len(prompt) :]  # for each token, the most likely one and always its own
         return [float(entry[str(token)]["logprob"]) for entry, token in zip(entries, answer, strict=True)]
 
-    def chat(self, request: Request, *, max_tokens: int) -> Reply:
+    def chat(self, request: Request, *, max_tokens: int) -> EngineReply:
         self.server.refuse_ended()
         return chat_reply(self.url, self.model, request, max_tokens=max_tokens, **request.calls_as_text())
 

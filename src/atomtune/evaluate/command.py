@@ -25,7 +25,7 @@ from atomtune.evaluate.html_page import page
 from atomtune.evaluate.models import Candidates, Models, candidates_of, load_models
 from atomtune.evaluate.probe import probe_prompts, probe_scores
 from atomtune.evaluate.questions import EvalRecord, Key, read_records
-from atomtune.evaluate.report import Report, make_report, markdown, score_text, used_measures, with_interval
+from atomtune.evaluate.report import Report, make_report, markdown, metric_text, score_text, used_metrics
 from atomtune.evaluate.run_folder import RunRecords, refuse_changed_files, run_file, run_records
 from atomtune.extras import refuse_missing
 from atomtune.language import message, translated
@@ -430,9 +430,8 @@ def say(report: Report, console: Console) -> None:
 def _rows(report: Report) -> list[tuple[str, list[str]]]:
     """What was measured, in the language that is spoken, and the figure of each model; a dash where it has none."""
     rows: list[tuple[str, list[str]]] = []
-    for kind in used_measures(report):
-        figures = [own.get(kind.name) for own in report.models.values()]
-        rows.append((translated(kind.title), [with_interval(kind, figure) if figure else "–" for figure in figures]))
+    for metric in used_metrics(report):
+        rows.append((translated(metric.title), [metric_text(report, model, metric) for model in report.models]))
     for name in report.lm_eval_names:
         heading = translated(f"lm-eval {name} (± standard error)")
         rows.append((heading, [score_text(report, model, name) for model in report.models]))

@@ -11,7 +11,7 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.reply import read_reply
 from atomtune.evaluate.answers import chrf, exactly_equal, thinks
 from atomtune.evaluate.likelihood import TargetScores, score_targets
-from atomtune.evaluate.measures import AnswerResult, RecordResult, Score
+from atomtune.evaluate.metrics import AnswerResult, RecordResult, Score
 from atomtune.evaluate.models import Models, Subject
 from atomtune.evaluate.questions import EvalRecord, Question, answer_text
 from atomtune.evaluate.tool_calls import ToolCalls, calls_of

@@ -158,7 +158,8 @@ def changed_by(model: CausalLM, change: Callable[[], object]) -> str | None:
         measures += gradient_measures(*gradients, dtype=_dtype(model))[:1]
     for measure in measures:
         if not measure.holds:
-            return f"{measure.name}: {measure.apart:.1e} apart, {measure.allowed:.1e} allowed by the model's own noise"
+            difference, allowed = f"{measure.difference:.1e}", f"{measure.allowed:.1e}"
+            return f"{measure.name}: {difference} apart, {allowed} allowed by the model's own noise"
     return None
 
 

@@ -276,7 +276,7 @@ def running(service: Service, settings: ServeSettings, console: Console) -> Iter
     with view if service.engine != "llama.cpp" else contextlib.nullcontext(first) as folder:
         environment = dict.fromkeys(KEY_VARIABLES, service.api_key) if service.api_key else {}
         server = ServerProcess(
-            _words(service, folder, settings, console),
+            _engine_command(service, folder, settings, console),
             health=f"http://{own_address(settings.host)}:{settings.port}/health",
             folder=folder.parent if service.engine == "transformers" else None,
             environment=environment,
@@ -287,7 +287,7 @@ def running(service: Service, settings: ServeSettings, console: Console) -> Iter
             yield server
 
 
-def _words(service: Service, folder: Path, settings: ServeSettings, console: Console) -> list[str]:
+def _engine_command(service: Service, folder: Path, settings: ServeSettings, console: Console) -> list[str]:
     """The engine's command line."""
     address: dict[str, Any] = {"host": settings.host, "port": settings.port, "variables": service.template.variables}
     if service.engine == "llama.cpp":

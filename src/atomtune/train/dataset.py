@@ -43,15 +43,15 @@ class Data:
     data_hash: str
     eval_hash: str = ""  # hash of the file of --eval_path
     # Ledger of the records read before training; None for a stream, which is read during training
-    stored: Ledger | None = None
+    stored_ledger: Ledger | None = None
     eval_size: float = 0  # --eval_size, or the value chosen for it: records, or a share below 1
     evaluate_from: tuple[tuple[str, int], ...] = ()  # (source, rows), in the order of the rows of `evaluate`
 
     @property
     def ledger(self) -> Ledger:
         """What became of every record; for a stream, of those read so far."""
-        if self.stored is not None:
-            return self.stored
+        if self.stored_ledger is not None:
+            return self.stored_ledger
         assert isinstance(self.train, Stream)
         return self.train.ledger
 
@@ -76,7 +76,7 @@ class Data:
         if not isinstance(self.train, Stream):
             return {}
         say_ledger(self.train.ledger, self.train.template, console)
-        return _of_stream(self.train.ledger)
+        return _stream_to_run_json(self.train.ledger)
 
     def some(self, records: int, *, seed: int) -> list[dict[str, Any]]:
         """`records` training records drawn without replacement; of a stream, the first ones."""
@@ -190,7 +190,7 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
         try:
             refuse_broken(ledger, skip_bad=settings.skip_bad, all_in=RUN_RECORD)
         except BadData:
-            run.record.update(**_of_stream(ledger))
+            run.record.update(**_stream_to_run_json(ledger))
             raise
 
     rules = Rules(**settings.rules())
@@ -208,11 +208,11 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
     try:
         next(iter(stream))  # reports problems of the first records before the model is loaded
     finally:
-        run.record.update(**_of_stream(stream.ledger))
+        run.record.update(**_stream_to_run_json(stream.ledger))
     return stream, data_hash
 
 
-def _of_stream(ledger: Ledger) -> dict[str, Any]:
+def _stream_to_run_json(ledger: Ledger) -> dict[str, Any]:
     """The keys of run.json for the records that a stream has read."""
     return {**ledger.to_run_json(), "records_copied": None}  # finding copies needs all records at once
 
