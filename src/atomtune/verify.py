@@ -134,7 +134,7 @@ def verify(settings: VerifySettings) -> int:
         per_batch=settings.per_device_train_batch_size,
         console=console,
     ).compare(dtype)
-    say(compared, console)
+    say_comparison(compared, console)
     if ledger.broken and not settings.skip_bad:
         console.notice(about_broken(ledger))
         settings = replace(settings, skip_bad=True)
@@ -399,7 +399,7 @@ def _gradients(model: CausalLM) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def say(compared: Comparison, console: Console) -> None:
+def say_comparison(compared: Comparison, console: Console) -> None:
     """Print the comparison as a table and a sentence. Raises CheckFailed if it does not hold."""
     dtype, exact = dtype_name(compared.dtype), compared.in_float32
     if exact is None:

@@ -48,19 +48,24 @@ class Spans:
     def rounded(self, tokens: int) -> "Spans":
         """The same attention padded to one of few shapes.
 
-        Empty spans without queries are appended; the last of them takes the keys that pad `keys`.
+        Spans without queries are appended. All but the last have no keys either; the last has those that pad `keys`.
         tokens  T
         """
-        more = _power_of_two(len(self.query_starts) + 1) - len(self.query_starts)
-        keys = tokens if self.keys is None else len(self.keys)
-        filled = tokens if self.keys is None else -(-keys // _KEYS_FILLED) * _KEYS_FILLED
-        key_starts = functional.pad(functional.pad(self.key_starts, (0, more - 1), value=keys), (0, 1), value=filled)
+        appended = _power_of_two(len(self.query_starts) + 1) - len(self.query_starts)
+        keys = filled = tokens
+        padded_keys: torch.Tensor | None = None
+        if self.keys is not None:
+            keys = len(self.keys)
+            filled = -(-keys // _KEYS_FILLED) * _KEYS_FILLED
+            padded_keys = functional.pad(self.keys, (0, filled - keys))
+        # query_starts   0 2 4 5 | 5 5 5 5      key_starts   0 2 6 9 | 9 9 9 512      in the drawing above
+        key_starts = functional.pad(self.key_starts, (0, appended - 1), value=keys)
         return Spans(
-            functional.pad(self.query_starts, (0, more), value=tokens),
-            key_starts,
-            None if self.keys is None else functional.pad(self.keys, (0, filled - keys)),
-            _power_of_two(self.longest_queries),
-            _power_of_two(max(self.longest_keys, filled - keys)),
+            query_starts=functional.pad(self.query_starts, (0, appended), value=tokens),
+            key_starts=functional.pad(key_starts, (0, 1), value=filled),
+            keys=padded_keys,
+            longest_queries=_power_of_two(self.longest_queries),
+            longest_keys=_power_of_two(max(self.longest_keys, filled - keys)),
         )
 
 

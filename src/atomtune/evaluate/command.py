@@ -61,7 +61,7 @@ def evaluate(settings: EvaluateSettings) -> int:
     report = measure(settings, console)
     if settings.output_dir is None:
         folder = beside_others(folder, report)
-    say(report, console)
+    say_report(report, console)
     write_reports(report, folder)
     console.say(f"\nreport.html, report.md and report.json are in {folder}.")
     if report.stopped_early:
@@ -409,7 +409,7 @@ def _collator(models: Models) -> Collator:
     return collator_for(models.model, layout, pad_id=pad_id_of(tokenizer), as_examples=as_examples)
 
 
-def say(report: Report, console: Console) -> None:
+def say_report(report: Report, console: Console) -> None:
     """The figures, and what they say."""
     title = f"{report.records:,} records; the 95 % interval in brackets"
     if report.records == 1:

@@ -26,7 +26,7 @@ from atomtune.data.records import Record
 from atomtune.errors import BadData, BadSettings, listing
 from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.arguments import shuffling_seed
-from atomtune.train.defaults import FEWEST_HELD_OUT, Size, records_to_hold_out
+from atomtune.train.defaults import FEWEST_HELD_OUT, DataSize, records_to_hold_out
 from atomtune.train.run_context import RunContext
 from atomtune.train.streaming import Stream
 
@@ -63,13 +63,13 @@ class Data:
         return list(self.evaluate["origin"][:])
 
     @property
-    def size(self) -> Size:
+    def size(self) -> DataSize:
         """How many records there are to train and evaluate on."""
         held_out = len(self.evaluate) if self.evaluate is not None else 0
         if isinstance(self.train, Stream):
-            return Size(records=None, held_out=held_out, eval_size=0, longest=0)
+            return DataSize(records=None, held_out=held_out, eval_size=0, longest_tokens=0)
         longest = self.ledger.longest_tokens
-        return Size(records=len(self.train), held_out=held_out, eval_size=self.eval_size, longest=longest)
+        return DataSize(records=len(self.train), held_out=held_out, eval_size=self.eval_size, longest_tokens=longest)
 
     def read_meanwhile(self, console: Console) -> dict[str, Any]:
         """Print and return a stream's ledger as far as it was read; {} for stored records, whose ledger was printed."""
@@ -104,7 +104,7 @@ def read_data(run: RunContext, template: Template) -> Data:
     _check_read(run, template, data)
 
     rows = list(range(len(data.examples)))
-    eval_size = records_to_hold_out(run.settings, round(sum(_weighted(run, parts))), began_with=run.began_with)
+    eval_size = records_to_hold_out(run.settings, round(sum(_weighted(run, parts))), derived_before=run.derived_before)
     if eval_size:
         rows, rows_held_out = _hold_out(run, parts, size=eval_size)
         evaluate = _say_held_out(run, data.examples, rows, rows_held_out)

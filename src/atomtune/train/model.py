@@ -1,4 +1,7 @@
-"""Model: loads and checks the base and adapter of one run, and puts them on the device."""
+"""Model: loads and checks the base and adapter of one run, and decides how they are computed.
+
+That is: which layers are fused, which recompute their activations, and whether steps are replayed as CUDA graphs.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -114,7 +117,7 @@ def _new_adapter(run: RunContext, base: Any) -> Any:
     counts = match_targets(base, lora.targets)
     tensors = expert_tensors(base, lora.targets) if lora.experts else []
     if lora.experts:
-        counts |= Counter(_as_said(name) for name in sorted([*tensors, *experts_of(base).layers]))
+        counts |= Counter(_short_name(name) for name in sorted([*tensors, *experts_of(base).layers]))
     names = ", ".join(f"{name} ({count})" for name, count in counts.items())
     run.console.say(f"LoRA of rank {lora.rank} on {sum(counts.values()):,} layers: {names}.")
     if tensors and lora.dropout:
@@ -139,7 +142,7 @@ def _refuse_too_large(base: Any, lora: LoraSpec, names: Collection[str]) -> None
         )
 
 
-def _as_said(name: str) -> str:
+def _short_name(name: str) -> str:
     """`layers.0.mlp.experts.up_proj` → `experts.up_proj`, `layers.0.mlp.up_proj.weight` → `up_proj`"""
     parts = name.removesuffix(".weight").split(".")
     return ".".join(parts[-2:] if "experts" in parts[-2:] else parts[-1:])
