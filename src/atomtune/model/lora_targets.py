@@ -80,9 +80,9 @@ def all_linear(base: CausalLM) -> AllLinear:
             left_out[_tower(name, calls.called if calls else ())] = "not called for text"
         elif name in without_gradient:
             left_out[last] = "without a gradient of the loss"
-        elif not _peft_takes(base.config.model_type, last):
+        elif not _peft_adapts(base.config.model_type, last):
             left_out[last] = "not adapted by PEFT in this architecture"
-            if _peft_takes(base.config.model_type, last, as_tensor=True):
+            if _peft_adapts(base.config.model_type, last, as_tensor=True):
                 shared.append(name)
         else:
             adapted.append(name)
@@ -248,7 +248,7 @@ class _StandIn(nn.Module):
 
 
 @cache
-def _peft_takes(model_type: str, name: str, *, as_tensor: bool = False) -> bool:
+def _peft_adapts(model_type: str, name: str, *, as_tensor: bool = False) -> bool:
     """Whether PEFT adapts a layer of this name in this architecture.
 
     as_tensor  ask about adapting its weight as a tensor, through target_parameters

@@ -115,7 +115,7 @@ class _RowForward:
         return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
-def _filled_up(out: torch.Tensor, width: int) -> torch.Tensor:
+def _padded_to(out: torch.Tensor, width: int) -> torch.Tensor:
     """[T, D] of the row's tokens → [1, width, D], padded with zeros."""
     return functional.pad(out, (0, 0, 0, width - len(out)))[None]
 
@@ -145,7 +145,7 @@ def _by_forks(
         by_place = first_of(output).flatten(0, 1)  # [G * n, D], padding and tokens that are run again included
         results.append(by_place[batch.places.to(hidden.device)])  # [K, D]
     out = torch.cat(results)[plan.order.to(hidden.device)]  # [T, D] in the order of the row
-    return _in_form_of(output, _filled_up(out, hidden.shape[1]))
+    return _in_form_of(output, _padded_to(out, hidden.shape[1]))
 
 
 def _by_paths(
@@ -160,7 +160,7 @@ def _by_paths(
     with _linear_layers_once(mixer.mixer, paths, first_on):
         output = mixer.plain(hidden[0][paths], *[None for _ in args], **kwargs)  # [P, L, D]
     out = first_of(output).flatten(0, 1)[first_on]  # [T, D]
-    return _in_form_of(output, _filled_up(out, hidden.shape[1]))
+    return _in_form_of(output, _padded_to(out, hidden.shape[1]))
 
 
 @contextlib.contextmanager
