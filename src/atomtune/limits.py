@@ -48,7 +48,7 @@ class Tripped:
         }[self.cause]
 
 
-def try_apart(
+def try_in_child_process(
     work: Callable[[Callable[[str], None]], object], *, seconds: int = SECONDS, each_place: bool = False
 ) -> Tripped | None:
     """Run `work` in a process with limits; None if it finished, even with an exception.

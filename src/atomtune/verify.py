@@ -25,7 +25,8 @@ from atomtune.batch.row import padded_tokens
 from atomtune.batch.targets import TargetPlaces
 from atomtune.choices import Layout
 from atomtune.console import Console, as_command
-from atomtune.data.cache import Rules, as_examples, concatenate, examples_of
+from atomtune.data.cache import EncodedData, Rules, as_examples, concatenate, examples_of
+from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.ledger import Ledger, about_broken, refuse_unusable
 from atomtune.data.reading.sources import distinct_names
@@ -143,18 +144,16 @@ def verify(settings: VerifySettings) -> int:
 
 
 def _examples(settings: VerifySettings, console: Console) -> tuple[list[Example], int, Ledger]:
+    """The Examples of some records, the id for padding, and what became of all records.
+
+    Raises BadData, BadModel or BadSettings as a run would for records that cannot be used or computed.
+    """
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     template = load_template(settings.template, tokenizer, **settings.template_options())
     shape = base_shape(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     if settings.max_seq_length is None:
         settings = replace(settings, max_seq_length=shape.longest)
-    rules = Rules(**settings.rules())
-    names = distinct_names(settings.dataset_paths)
-    parts = [
-        examples_of(source, template, rules, name=name)
-        for source, name in zip(settings.dataset_paths, names, strict=True)
-    ]
-    data = concatenate(parts)
+    data = _encoded(settings, template)
     refuse_unusable(data.ledger, settings.dataset_paths)
     rows = data.examples.select(sample_rows(len(data.examples), settings.records, seed=settings.seed))
     examples = [example for row in rows for example in as_examples(row)]
@@ -166,6 +165,15 @@ def _examples(settings: VerifySettings, console: Console) -> tuple[list[Example]
         ids = ((example.origin, example.ids) for example in examples)
         refuse_tokens_without_row(tokenizer, known, ids, path=str(settings.model_path), notice=console.notice)
     return examples, pad_id_of(tokenizer), data.ledger
+
+
+def _encoded(settings: VerifySettings, template: Template) -> EncodedData:
+    """All records of all files, from the cache if a run has encoded them."""
+    rules = Rules(**settings.rules())
+    parts: list[EncodedData] = []
+    for source, name in zip(settings.dataset_paths, distinct_names(settings.dataset_paths), strict=True):
+        parts.append(examples_of(source, template, rules, name=name))
+    return concatenate(parts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ from atomtune.data.records import Example, Record, Refusal
 from atomtune.data.workers import in_order, workers_here
 from atomtune.disk import sha256_of, sync, text_of
 from atomtune.errors import BadData, BadSettings
-from atomtune.limits import try_apart
+from atomtune.limits import try_in_child_process
 
 FEATURES = datasets.Features(
     {
@@ -247,7 +247,7 @@ def encoded(
                 Encoder(template, schema, rules.max_tokens, rules.overlength, rules.learn, at_answer=at_answer)([raw])
 
         seconds = _RECORD_SECONDS + len(str(chunk)) // _CHARACTERS_A_SECOND
-        if tripped := try_apart(each_record, seconds=seconds, each_place=True):
+        if tripped := try_in_child_process(each_record, seconds=seconds, each_place=True):
             raise BadData(
                 f"{tripped.at}: encoding this record {tripped.words}.\nThe chat template, or a pattern in the model's "
                 "tokenizer.json, does not finish on its text. Remove the record, or use the template and the tokenizer "

@@ -2,8 +2,9 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,8 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
     read = _read(settings, candidates, to_read)
     _say_what_was_read(read, settings.adapter_path, console)
     made_from = _made_from(settings, candidates, read)
-    models = load_models(
-        settings, candidates, console
-    )  # last: a wrong file is found at once, a large base takes minutes
+    # Loaded last: a wrong file is found at once, and a large base takes minutes.
+    models = load_models(settings, candidates, console)
     _say_what_is_evaluated(models, read.by_template, to_read.sources, console)
     collator = _collator(models)
     done = _evaluated(settings, models, read.by_template, collator, console)
@@ -300,38 +300,60 @@ def _read(settings: EvaluateSettings, candidates: Candidates, to_read: ToRead) -
 
     Raises BadSettings if one of them is longer than the base has positions for.
     """
-    max_tokens = candidates.max_seq_length
-    reading = replace(to_read.reading, max_seq_length=max_tokens, overlength="shorten", skip_overlength=False)
-    rules = Rules(**reading.rules())
-    templates: dict[str, Template] = {subject.template.key: subject.template for subject in candidates.subjects}
-    read: dict[str, dict[Key, EvalRecord]] = {}
-    ledgers: dict[str, Ledger] = {}
-    notes: dict[str, None] = {}  # each once, although every template reads the same sources
-    for template_key, template in templates.items():
-        read[template_key], data = read_records(to_read.sources, template, rules, to_read.wanted)
-        if to_read.wanted is not None:
-            refuse_changed_files(Path(settings.adapter_path[0]), data.data_hash)
-        refuse_unusable(data.ledger, to_read.sources)
-        models = [subject.name for subject in candidates.subjects if subject.template.key == template_key]
-        ledgers[", ".join(models)] = data.ledger
-        notes |= dict.fromkeys(data.notes)
-    first, *others = read.values()
+    read = _read_with_each_template(settings, candidates, to_read)
+    first, *others = read.records.values()
     common = [key for key in first if all(key in records for records in others)]
     account = account_of(
-        ledgers,
+        read.ledgers,
         [origin for _, origin in common],
         wanted=to_read.wanted,
-        max_tokens=max_tokens,
+        max_tokens=candidates.max_seq_length,
         sources=to_read.sources,
     )
     _refuse_none(account, to_read.sources)
     keys = _chosen(common, settings)
-    by_template = {template_key: [records[key] for key in keys] for template_key, records in read.items()}
-    evaluated = [record for records in by_template.values() for record in records]
-    longest = max(len(example.ids) for record in evaluated for example in record.examples)
+    by_template = {template_key: [records[key] for key in keys] for template_key, records in read.records.items()}
+    longest = 0
+    for records in by_template.values():
+        for example in chain.from_iterable(record.examples for record in records):
+            longest = max(longest, len(example.ids))
     config = read_config(candidates.base_path, trust_remote_code=settings.trust_remote_code)
     refuse_too_few_positions(config, longest)
-    return ReadRecords(by_template, account, data.data_hash, tuple(notes))
+    return ReadRecords(by_template, account, read.data_hash, tuple(read.notes))
+
+
+@dataclass
+class _ReadWithTemplates:
+    """The records of the same sources as each template writes them.
+
+    records   the key of a template → the records that it can write
+    ledgers   names of the models with one template → what became of the records with it
+    notes     about the sources; each once, although every template reads the same ones
+    """
+
+    records: dict[str, dict[Key, EvalRecord]] = field(default_factory=dict)
+    ledgers: dict[str, Ledger] = field(default_factory=dict)
+    notes: dict[str, None] = field(default_factory=dict)
+    data_hash: str = ""
+
+
+def _read_with_each_template(settings: EvaluateSettings, candidates: Candidates, to_read: ToRead) -> _ReadWithTemplates:
+    """Read the sources once per template. Raises BadData if they have changed since the run, or if none can be used."""
+    max_tokens = candidates.max_seq_length
+    reading = replace(to_read.reading, max_seq_length=max_tokens, overlength="shorten", skip_overlength=False)
+    rules = Rules(**reading.rules())
+    templates: dict[str, Template] = {subject.template.key: subject.template for subject in candidates.subjects}
+    read = _ReadWithTemplates()
+    for template_key, template in templates.items():
+        read.records[template_key], data = read_records(to_read.sources, template, rules, to_read.wanted)
+        if to_read.wanted is not None:
+            refuse_changed_files(Path(settings.adapter_path[0]), data.data_hash)
+        refuse_unusable(data.ledger, to_read.sources)
+        models = [subject.name for subject in candidates.subjects if subject.template.key == template_key]
+        read.ledgers[", ".join(models)] = data.ledger
+        read.notes |= dict.fromkeys(data.notes)
+        read.data_hash = data.data_hash
+    return read
 
 
 def _refuse_none(account: Account, sources: Sequence[str]) -> None:

@@ -64,22 +64,24 @@ class BlockAttention(torch.autograd.Function):
         q, k, v, sinks, *kept = ctx.saved_tensors
         places, rules = ctx.places, ctx.rules
         heads, tokens, _ = q.shape
-        rows, grad_rows = _QKV(*map(_rows, (q, k, v))), _rows(grad_out)
+        rows = _QKV(*map(_rows, (q, k, v)))
+        grad_out_rows = _rows(grad_out)  # [T * H, D']
+        grads = _QKV.empty_slots(q, k, v, places)
         grad_sinks = torch.zeros_like(sinks) if ctx.needs_input_grad[3] else None
-        slots = (places.queries, places.keys, places.keys)
-        into = _QKV(*(x.new_empty(len(at), x.shape[-1]) for x, at in zip((q, k, v), slots, strict=True)))
-        weights_of_blocks = iter(kept)
+        kept_weights = iter(kept)
         for block, bias in zip(ctx.blocks, ctx.biases, strict=True):
             view = _BlockView(block, heads)
             gathered = view.gather(rows, places, rules)
-            weights, slope = next(weights_of_blocks, None), None
+            weights, slope = next(kept_weights, None), None  # without a soft cap, where weights are kept
             if weights is None:
                 weights, slope = view.weights(gathered, bias, rules, sinks)
             # A padded query repeats some token; its gradient must not be added to that token's.
-            grad = view.queries(places.holds) * view.queries_of(grad_rows, places)
-            view.backward(gathered, grad, weights, slope, into=into, into_sinks=grad_sinks)
-        grad_q = _by_token(into.q, places, heads, tokens).mul_(rules.scaling)
-        grad_k, grad_v = (_summed_by_token(x, places, len(k)) for x in (into.k, into.v))
+            grad = view.queries(places.holds) * view.queries_of(grad_out_rows, places)  # dO [C * H, n, D']
+            view.backward(gathered, grad, weights, slope, into=grads, into_sinks=grad_sinks)
+        # The queries were multiplied with the scaling when they were gathered, the keys never.
+        grad_q = _by_token(grads.q, places, heads, tokens).mul_(rules.scaling)
+        grad_k = _summed_by_token(grads.k, places, len(k))
+        grad_v = _summed_by_token(grads.v, places, len(v))
         return grad_q, grad_k, grad_v, grad_sinks, None, None, None, None
 
 
@@ -90,6 +92,15 @@ class _QKV:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+
+    @classmethod
+    def empty_slots(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: Places) -> "_QKV":
+        """[H * S, D], [H * K, D] and [H * K, D'], to be written: the gradients of all slots."""
+        return cls(
+            q.new_empty(len(places.queries), q.shape[-1]),
+            k.new_empty(len(places.keys), k.shape[-1]),
+            v.new_empty(len(places.keys), v.shape[-1]),
+        )
 
 
 @dataclass(frozen=True, slots=True)
