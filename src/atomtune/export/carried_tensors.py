@@ -57,24 +57,31 @@ def keep_unrounded(base: Path, out: Path, *, prefix: str) -> tuple[str, ...]:
     prefix  as in `carry_over`
     """
     file_of = _wider_than_most(base, prefix=prefix)
-    kept: list[str] = []
-    for shard in weight_files(out) if file_of else []:
+    if not file_of:
+        return ()
+    restored: list[str] = []
+    for shard in weight_files(out):
         tensors = dict(_tensors(shard))
-        bare_names = {name: name.removeprefix(f"{prefix}.") for name in tensors}
-        files = {file_of[bare] for bare in bare_names.values() if bare in file_of}
-        stored = {name.removeprefix(f"{prefix}."): tensor for file in files for name, tensor in _tensors(file)}
-        unrounded = {name: stored[bare] for name, bare in bare_names.items() if bare in file_of and bare in stored}
-        rounded = [name for name, tensor in unrounded.items() if _is_rounded(tensors[name], tensor)]
-        if rounded:
+        # Names may or may not have the prefix, in the base's files and in the merged ones: compared are those without.
+        wide = {name: bare for name in tensors if (bare := name.removeprefix(f"{prefix}.")) in file_of}
+        stored: dict[str, torch.Tensor] = {}
+        for file in {file_of[bare] for bare in wide.values()}:
+            for name, tensor in _tensors(file):
+                stored[name.removeprefix(f"{prefix}.")] = tensor
+        unrounded: dict[str, torch.Tensor] = {}  # name in the shard → the base's tensor
+        for name, bare in wide.items():
+            if _is_rounded(tensors[name], stored[bare]):
+                unrounded[name] = stored[bare]
+        if unrounded:
             beside = shard.with_suffix(".new")  # `tensors` may still be memory-mapped from `shard`
-            save_file(tensors | {name: unrounded[name] for name in rounded}, beside, metadata={"format": "pt"})
+            save_file(tensors | unrounded, beside, metadata={"format": "pt"})
             beside.replace(shard)
-            kept += rounded
-    if kept:
+            restored += list(unrounded)
+    if restored:
         if (out / INDEX).is_file():
             _write_index(out, weight_files(out))
         open_to_umask(out)
-    return tuple(sorted(kept))
+    return tuple(sorted(restored))
 
 
 def _wider_than_most(base: Path, *, prefix: str) -> dict[str, Path]:
