@@ -10,7 +10,7 @@ from typing import Any
 from atomtune.engines.engine import EngineReply, Request, chat_reply, post
 from atomtune.engines.server_process import ServerProcess, free_port
 from atomtune.errors import BadModel
-from atomtune.extras import refuse_missing
+from atomtune.extras import refuse_missing_packages
 
 #: Added to a token's logit to force it. The log-probability in the answer is the one before this is added.
 _FORCED = 1e4
@@ -32,7 +32,7 @@ def command(file: Path, *, host: str, port: int, context: int, variables: Mappin
 
 def refuse_without_packages() -> None:
     """Raise BadSettings if xllamacpp is not installed."""
-    refuse_missing(["xllamacpp"], extra="gguf", what="llama.cpp")
+    refuse_missing_packages(["xllamacpp"], extra="gguf", what="llama.cpp")
 
 
 def weights_format(file: Path) -> str:

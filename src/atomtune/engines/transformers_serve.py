@@ -16,7 +16,7 @@ import transformers
 from atomtune.engines.engine import EngineReply, Request, chat_reply
 from atomtune.engines.server_process import ServerProcess, free_port
 from atomtune.engines.transformers_in_process import TransformersInProcess
-from atomtune.extras import refuse_missing
+from atomtune.extras import refuse_missing_packages
 
 
 def command(
@@ -42,7 +42,7 @@ def command(
 
 def refuse_without_packages() -> None:
     """Raise BadSettings if the packages that it needs are not installed."""
-    refuse_missing(["fastapi", "uvicorn", "openai"], extra="serve", what="transformers serve")
+    refuse_missing_packages(["fastapi", "uvicorn", "openai"], extra="serve", what="transformers serve")
 
 
 class TransformersServe(TransformersInProcess):

@@ -28,7 +28,7 @@ from atomtune.evaluate.probe import probe_prompts, probe_scores
 from atomtune.evaluate.questions import EvalRecord, Key, read_records
 from atomtune.evaluate.report import Report, make_report, markdown, metric_text, score_text, used_metrics
 from atomtune.evaluate.run_folder import RunRecords, refuse_changed_files, run_file, run_records
-from atomtune.extras import refuse_missing
+from atomtune.extras import refuse_missing_packages
 from atomtune.language import message, translated
 from atomtune.model.adapter_folder import CONFIG, adapter_file, refuse_empty_folder
 from atomtune.model.base_shape import refuse_too_few_positions
@@ -57,7 +57,7 @@ def evaluate(settings: EvaluateSettings) -> int:
     """Run `atomtune evaluate`. Raises Stopped (exit code 75) after Ctrl-C, with the report of what was done."""
     console = Console()
     folder = output_folder(settings)
-    _refuse_missing(settings)  # before the folder: the reports go into the adapter's
+    _refuse_nothing_named(settings)  # before the folder: the reports go into the adapter's
     refuse_unwritable(folder)
     report = measure(settings, console)
     if settings.output_dir is None:
@@ -114,7 +114,7 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
 
     Raises BadSettings if no records are named or held out, Stopped if Ctrl-C comes before the first batch is done.
     """
-    _refuse_missing(settings)
+    _refuse_nothing_named(settings)
     _refuse_missing_packages(settings)
     quiet_libraries()
     to_read = _what_to_read(settings)
@@ -159,9 +159,11 @@ def _made_from(settings: EvaluateSettings, candidates: Candidates, read: "ReadRe
 def _refuse_missing_packages(settings: EvaluateSettings) -> None:
     """Raise BadSettings if a package is not installed, before anything is loaded."""
     if not settings.no_generate:
-        refuse_missing(["sacrebleu"], extra="evaluate", what="Comparing generated answers", otherwise="--no_generate")
+        refuse_missing_packages(
+            ["sacrebleu"], extra="evaluate", what="Comparing generated answers", otherwise="--no_generate"
+        )
     if settings.lm_eval_tasks:
-        refuse_missing(["lm_eval"], extra="lm-eval", what="--lm_eval_tasks")
+        refuse_missing_packages(["lm_eval"], extra="lm-eval", what="--lm_eval_tasks")
 
 
 def _lm_eval(settings: EvaluateSettings) -> Callable[..., None]:
@@ -228,7 +230,7 @@ def _add_probe_and_tasks(
         done.stopped_early = True
 
 
-def _refuse_missing(settings: EvaluateSettings) -> None:
+def _refuse_nothing_named(settings: EvaluateSettings) -> None:
     """Raise BadSettings if no model or no records are named, BadModel if an adapter is missing."""
     missing: list[str] = []
     if not settings.adapter_path and not settings.model_path:

@@ -14,7 +14,7 @@ from atomtune.data.formats.schema import THINKING
 from atomtune.data.records import Example, Record
 
 
-def modes_of(template: Template, record: Record) -> tuple[Example, ...]:
+def examples_by_mode(template: Template, record: Record) -> tuple[Example, ...]:
     """The record's last answer with its prompt, with thinking on and off; () if the template has only one mode."""
     if not record.learned:
         return ()

@@ -35,7 +35,15 @@ from atomtune.language import in_chinese, message, spoken, translated
 from atomtune.model.generate import Sampling
 from atomtune.model.load import dtype_name
 from atomtune.serve.address import ask_without_proxy
-from atomtune.serve.side_by_side import Answer, Asking, ShownExchange, Side, answers_of_sides, conversation_of, modes_of
+from atomtune.serve.side_by_side import (
+    Answer,
+    Asking,
+    ShownExchange,
+    Side,
+    answers_of_sides,
+    conversation_of,
+    models_by_mode,
+)
 from atomtune.serve.tuned_model import TunedModel
 from atomtune.settings.fields import LARGEST_SEED, WebSettings
 
@@ -113,7 +121,7 @@ class Page:
 
     def __init__(self, tuned: TunedModel, settings: WebSettings) -> None:
         self.tuned = tuned
-        self._modes = modes_of(tuned)
+        self._modes = models_by_mode(tuned)
         english, chinese = _words_about(tuned)
         self._word: Any = gradio.I18n(**{"en": english, "zh": chinese, "zh-CN": chinese, "zh-TW": chinese})
         self._tabs: dict[str | None, Tab] = defaultdict(Tab)  # by browser tab

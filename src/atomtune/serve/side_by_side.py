@@ -121,6 +121,6 @@ def conversation_of(
     return conversation
 
 
-def modes_of(tuned: TunedModel) -> dict[bool, TunedModel]:
+def models_by_mode(tuned: TunedModel) -> dict[bool, TunedModel]:
     """The model in its thinking and its non-thinking mode; empty if its template has only one mode."""
     return {thinks: tuned.with_template(mode) for thinks, mode in thinking_modes(tuned.template).items()}
