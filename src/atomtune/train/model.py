@@ -81,8 +81,8 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
         trust_remote_code=run.settings.model.trust_remote_code,
     )
     _say_size(run, model, device, dtype)
-    is_divided = bool(run.args.fsdp or run.args.deepspeed)  # they move weights out of the layers between calls
-    if not is_divided and (left_out := left_out_by_peft(model)):
+    is_sharded = bool(run.args.fsdp or run.args.deepspeed)  # they move weights out of the layers between calls
+    if not is_sharded and (left_out := left_out_by_peft(model)):
         run.console.notice(
             f"PEFT {peft.__version__} itself leaves out {len(left_out):,} adapted layers of this model when it loads "
             f"the adapter, first {left_out[0]}. atomtune's own commands have them; for other programs, merge the "
@@ -93,7 +93,7 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
             f"this adapter cannot be merged:\n{why}\nchat, serve and evaluate load it together with its base; "
             "--lora_targets names other layers."
         )
-    if not is_divided:
+    if not is_sharded:
         list_modules(model)
     return model
 
