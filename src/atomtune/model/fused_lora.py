@@ -270,7 +270,7 @@ class _LowRank(torch.autograd.Function):
         # Per layer: scaled B [O, r], x A^T [T, r], W [O, I].
         ups, lows, bases = of_layers[:n], of_layers[n : 2 * n], of_layers[2 * n :]
         flat_grads = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]  # each [T, O]
-        # An output that nothing used has no gradient. d(x A^T) = dY B, each [T, r].
+        # An output that nothing used has no gradient. d(x A^T) = dY times the scaled B, each [T, r].
         grad_lows = [
             torch.zeros_like(low) if grad is None else grad @ up
             for grad, up, low in zip(flat_grads, ups, lows, strict=True)
@@ -278,7 +278,7 @@ class _LowRank(torch.autograd.Function):
         grad_low = torch.cat(grad_lows, 1)  # [T, R]
         grad_down = (grad_low.T @ _dropped(flat, keep, ctx.p)).to(ctx.dtype)  # dA of all layers, stacked [R, I]
         grad_downs = grad_down.split([low.shape[1] for low in lows])  # each [r, I]
-        # dB = dY^T (x A^T), each [O, r]
+        # dB = scale * dY^T (x A^T), each [O, r]
         grad_ups = [
             None if grad is None else (low.T @ grad).T.to(ctx.dtype) * scale  # twice as fast as grad.T @ low
             for grad, low, scale in zip(flat_grads, lows, ctx.scales, strict=True)
