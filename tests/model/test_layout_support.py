@@ -373,7 +373,7 @@ def test_memory_that_runs_out_in_the_trial_of_padded_rows_is_no_fault_of_the_mod
     def full(*_arguments: Any, **_keywords: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(layout_trial, "_scores", full)
+    monkeypatch.setattr(layout_trial, "_log_probabilities", full)
     with pytest.raises(torch.OutOfMemoryError):
         layout_support.collator_for(build("llama"), "padded", pad_id=0, as_examples=lambda row: ())
 
