@@ -159,7 +159,7 @@ def test_distances_in_16_bits_are_measured_from_float32(monkeypatch):
         compared = verify.Comparison("tree", dtype, measures, "", targets=8, tokens_padded=1, tokens_computed=1)
         return (compared, ours, plain) if dtype is torch.bfloat16 else (compared, exact, exact)
 
-    monkeypatch.setattr(verify.Check, "_in", computed)
+    monkeypatch.setattr(verify.Check, "_compare_in", computed)
     names = ("examples", "model", "lora", "wanted", "kernels", "device", "pad_id", "per_batch")
     unused = dict.fromkeys(names) | {"model": SimpleNamespace(quantize=None)}
     compared = verify.Check(**unused, console=Console()).compare(torch.bfloat16)
