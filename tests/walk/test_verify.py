@@ -152,10 +152,10 @@ def test_distances_in_16_bits_are_measured_from_float32(monkeypatch):
         verify.Result(loss, torch.full((8,), -loss).double(), {"a": torch.full((3,), loss).double()})
         for loss in (2.0, 2.125, 2.25)
     )
-    failed = Measure("loss", apart=9.0, noise=1.0, least=0.0)
+    failed = Measure("loss", difference=9.0, noise=1.0, least=0.0)
 
     def computed(check, dtype):
-        measures = (failed,) if dtype is torch.bfloat16 else (replace(failed, apart=0.0),)
+        measures = (failed,) if dtype is torch.bfloat16 else (replace(failed, difference=0.0),)
         compared = verify.Comparison("tree", dtype, measures, "", targets=8, tokens_padded=1, tokens_computed=1)
         return (compared, ours, plain) if dtype is torch.bfloat16 else (compared, exact, exact)
 
