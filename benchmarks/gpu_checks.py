@@ -166,7 +166,7 @@ class Layer:
         """[1, T, H, D']; makes `attend` use the given implementation."""
         from atomtune.model import row_attention
 
-        row_attention.way_of = lambda *_, **__: way  # type: ignore[assignment, return-value]
+        row_attention.method_of = lambda *_, **__: way  # type: ignore[assignment, return-value]
         plan = self.plans["blocks" if way == "blocks" else "spans"]
         keywords = {"sliding_window": self.window, "softcap": self.softcap, "s_aux": self.sinks}
         keywords[row_attention.ROW_PLAN] = plan
@@ -277,7 +277,7 @@ def equality(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
     examples = gpu_workloads.encoded(base, folder / "style.jsonl")[
         :6
     ]  # plain PEFT computes one record at a time, at the host's pace
-    chosen = row_attention.way_of
+    chosen = row_attention.method_of
     kernels = liger.Circumstances(wanted=None, device=device().type, is_installed=liger.is_installed())
     figures: Figures = {}
     runs = [("tree", ""), ("packed", ""), ("padded", ""), ("tree", "spans")]
@@ -286,7 +286,7 @@ def equality(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
         gpu_workloads.take_kernels_untuned()
     for dtype in (torch.bfloat16, torch.float32):
         for layout, way in runs:
-            row_attention.way_of = (lambda *_, way=way, **__: way) if way else chosen
+            row_attention.method_of = (lambda *_, way=way, **__: way) if way else chosen
             if way and not has_gpu():
                 continue  # on a CPU the plan has blocks and no spans
             compared = Check(
@@ -294,7 +294,9 @@ def equality(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
                 pad_id=0, per_batch=6, console=Console(speaks=False),
             ).compare(dtype)  # fmt: skip
             name = f"{str(dtype).removeprefix('torch.')} {layout} {way}".strip()
-            apart = {measure.name: [_short(measure.apart), _short(measure.allowed)] for measure in compared.measures}
+            apart = {
+                measure.name: [_short(measure.difference), _short(measure.allowed)] for measure in compared.measures
+            }
             print(name, compared.holds, apart, flush=True)  # stays in the log of a job that is killed
             figures[name] = {"holds": compared.holds, "layout": compared.layout, "apart, allowed": apart}
     verdict = "PASS" if all(found["holds"] for found in figures.values()) else "FAIL"

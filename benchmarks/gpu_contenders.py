@@ -105,7 +105,7 @@ def atomtune(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) 
             if batches:
                 meter.count(
                     tokens=sum(batch["input_ids"].numel() for batch in batches),
-                    examples=sum(batch["examples"] for batch in batches),
+                    examples=sum(batch["records"] for batch in batches),
                 )
             return batches, targets
 

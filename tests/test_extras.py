@@ -3,7 +3,7 @@
 import pytest
 
 from atomtune.errors import BadSettings
-from atomtune.extras import install_command, refuse_missing
+from atomtune.extras import install_command, refuse_missing_packages
 
 
 def test_the_command_names_the_packages_with_their_ranges():
@@ -15,8 +15,8 @@ def test_an_extra_unknown_to_the_installed_version_is_named_in_the_command():
 
 
 def test_missing_packages_are_reported_with_the_setting_that_avoids_them():
-    refuse_missing(["json"], extra="evaluate", what="x")
+    refuse_missing_packages(["json"], extra="evaluate", what="x")
     with pytest.raises(
         BadSettings, match=r"x needs no_such_module, not installed here\.\n  pip install .*--no_generate"
     ):
-        refuse_missing(["json", "no_such_module"], extra="evaluate", what="x", otherwise="--no_generate")
+        refuse_missing_packages(["json", "no_such_module"], extra="evaluate", what="x", otherwise="--no_generate")

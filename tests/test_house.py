@@ -22,9 +22,9 @@ TOP = {
 #: Layers of packages and top-level modules: each may import only from the layers above it.
 FLOORS = (
     ("catalogue",),
-    ("errors", "choices", "language", "shared_prefix"),
+    ("errors", "choices", "language", "process", "shared_prefix"),
     ("console",),
-    ("disk", "limits", "extras", "process", "hub_reach"),
+    ("disk", "limits", "extras", "hub_reach"),
     ("settings",),
     ("data", "engines", "pages"),
     ("analysis", "batch"),

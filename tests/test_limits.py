@@ -12,15 +12,15 @@ from types import SimpleNamespace
 import pytest
 
 from atomtune import limits
-from atomtune.limits import Tripped, try_apart
+from atomtune.limits import Tripped, try_in_child_process
 from tests.tiny import tokenizer_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
 
 
 def test_code_that_ends_by_itself_trips_no_limit():
-    assert try_apart(lambda say: say("record 1")) is None
-    assert try_apart(lambda say: 1 / 0) is None, "an exception is answered where it is raised again"
+    assert try_in_child_process(lambda say: say("record 1")) is None
+    assert try_in_child_process(lambda say: 1 / 0) is None, "an exception is answered where it is raised again"
 
 
 def test_endless_code_is_stopped_and_its_last_place_reported():
@@ -31,7 +31,7 @@ def test_endless_code_is_stopped_and_its_last_place_reported():
             pass
 
     began = time.monotonic()
-    assert try_apart(endless, seconds=1) == Tripped("time", "record 2", 1)
+    assert try_in_child_process(endless, seconds=1) == Tripped("time", "record 2", 1)
     assert time.monotonic() - began < 30  # a wide margin, because the processors are shared
 
 
@@ -40,17 +40,19 @@ def test_code_that_allocates_too_much_memory_is_stopped():
         say("record 3")
         return "x" * 10**11
 
-    assert try_apart(greedy) == Tripped("memory", "record 3")
+    assert try_in_child_process(greedy) == Tripped("memory", "record 3")
 
 
 def test_a_runaway_regex_is_stopped_inside_the_library():
-    assert try_apart(lambda say: re.fullmatch("(a|aa)+$", "a" * 100 + "b"), seconds=1) == Tripped("time", "", 1)
+    assert try_in_child_process(lambda say: re.fullmatch("(a|aa)+$", "a" * 100 + "b"), seconds=1) == Tripped(
+        "time", "", 1
+    )
 
 
 def test_a_trial_leaks_no_file_descriptors_and_prints_nothing(capfd):
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(20):
-        try_apart(lambda say: os.write(2, b"not shown"))
+        try_in_child_process(lambda say: os.write(2, b"not shown"))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert capfd.readouterr() == ("", "")
 
@@ -58,7 +60,7 @@ def test_a_trial_leaks_no_file_descriptors_and_prints_nothing(capfd):
 def test_code_waiting_for_a_lock_trips_no_limit(monkeypatch):
     # A forked process may find a lock held by a thread that was not forked. That says nothing about the code on trial.
     monkeypatch.setattr(limits, "CLOCK_SECONDS", 1)
-    assert try_apart(lambda say: time.sleep(60)) is None
+    assert try_in_child_process(lambda say: time.sleep(60)) is None
 
 
 def test_code_that_computed_for_most_of_its_time_is_stopped_by_the_clock(monkeypatch):
@@ -70,7 +72,7 @@ def test_code_that_computed_for_most_of_its_time_is_stopped_by_the_clock(monkeyp
             sum(range(10**6))
         time.sleep(60)
 
-    assert try_apart(slow, seconds=1) == Tripped("time", "", 1)
+    assert try_in_child_process(slow, seconds=1) == Tripped("time", "", 1)
 
 
 def test_both_limits_of_time_can_begin_anew_at_each_place(monkeypatch):
@@ -82,7 +84,7 @@ def test_both_limits_of_time_can_begin_anew_at_each_place(monkeypatch):
             while time.process_time() < began + 0.8:
                 sum(range(10**6))
 
-    assert try_apart(slow, seconds=1, each_place=True) is None
+    assert try_in_child_process(slow, seconds=1, each_place=True) is None
     halves = itertools.count(step=limits.CLOCK_SECONDS // 2)  # half of the time passes whenever somebody looks
     monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=halves.__next__, process_time=time.process_time))
 
@@ -91,8 +93,8 @@ def test_both_limits_of_time_can_begin_anew_at_each_place(monkeypatch):
             say(f"record {number}")
             time.sleep(0.1)
 
-    assert try_apart(places, seconds=0, each_place=True) is None
-    assert try_apart(places, seconds=0) == Tripped("time", "record 0", 0)
+    assert try_in_child_process(places, seconds=0, each_place=True) is None
+    assert try_in_child_process(places, seconds=0) == Tripped("time", "record 0", 0)
 
 
 def test_the_limits_hold_where_the_system_allows_even_less():
@@ -102,7 +104,7 @@ import resource
 from atomtune import limits
 most = limits._address_space() + 10**9
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
-assert limits.try_apart(lambda say: "x" * 10**11) == limits.Tripped("memory", "")
+assert limits.try_in_child_process(lambda say: "x" * 10**11) == limits.Tripped("memory", "")
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
@@ -119,7 +121,7 @@ tokenizer = Tokenizer.from_file(sys.argv[1])
 tokenizer.encode_batch(["many texts"] * 1000)
 limits.CLOCK_SECONDS = 20
 began = time.monotonic()
-assert limits.try_apart(lambda say: tokenizer.encode_batch(["many texts"] * 1000)) is None
+assert limits.try_in_child_process(lambda say: tokenizer.encode_batch(["many texts"] * 1000)) is None
 assert time.monotonic() - began < 15, "it waited for the clock"
 """
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true"}
@@ -164,7 +166,7 @@ def test_without_proc_only_the_time_limit_applies(monkeypatch):
             pass
 
     monkeypatch.setattr(limits, "_address_space", unmounted)
-    assert try_apart(endless, seconds=1) == Tripped("time", "record 1", 1)
+    assert try_in_child_process(endless, seconds=1) == Tripped("time", "record 1", 1)
 
 
 def test_most_memory_held_excludes_the_parent_process():

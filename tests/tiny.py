@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.encoding.exchanges import exchange_at, joined
+from atomtune.data.encoding.exchanges import as_one_piece, exchange_at
 from atomtune.data.records import Piece, Record
 from tests.conftest import DIALOGUES
 
@@ -84,7 +84,7 @@ def tokenizer_of(
 def pieces(template: Template, record: Record, at: int = -1) -> tuple[Piece, Piece]:
     """The prompt, which is no target, and the answer after it: the turn at `at`."""
     exchange = exchange_at(template, record, at % len(record.turns))
-    return joined(exchange.prompt), exchange.answer
+    return as_one_piece(exchange.prompt), exchange.answer
 
 
 def _sentencepiece_like(more: list[str], corpus: list[str], vocab_size: int) -> Tokenizer:

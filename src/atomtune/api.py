@@ -76,7 +76,7 @@ class Inspection:
 class Evaluation:
     """Results of the base and the tuned models on the same records.
 
-    models        model → measure → (value, low, high), the value with its 95 % interval
+    models        model → metric → (value, low, high), the value with its 95 % interval
     against_base  the same for the difference from the base
     lm_eval       model → task and metric of lm-eval → value and standard_error
     sentences     what the figures say about each tuned model
@@ -226,12 +226,12 @@ def evaluate(adapter_path: Paths = (), *, verbose: bool = False, **settings: Any
     """
     console = Console(speaks=verbose)
     parsed = read("evaluate", {"adapter_path": adapter_path or None, **settings}, notice=console.notice)
-    from atomtune.evaluate.command import measure, refuse_unwritable, say, write_reports
+    from atomtune.evaluate.command import measure, refuse_unwritable, say_report, write_reports
 
     if parsed.output_dir:
         refuse_unwritable(Path(parsed.output_dir))
     report = measure(parsed, console)
-    say(report, console)
+    say_report(report, console)
     if parsed.output_dir:
         write_reports(report, Path(parsed.output_dir))
     values = report.to_json()

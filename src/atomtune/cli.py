@@ -27,6 +27,7 @@ from atomtune import __version__
 from atomtune.console import LastingStream, controls_shown
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed
 from atomtune.language import LANGUAGES, language_of, spoken, translated
+from atomtune.process import STOP_SIGNALS
 
 #: Seconds after which a signal that could not be handled is sent again.
 _AGAIN_SECONDS = 0.05
@@ -292,21 +293,15 @@ def _stop_on_signals() -> dict[int, Any]:
         raise KeyboardInterrupt(signal.Signals(number).name)
 
     handlers_before = {}
-    for number in _stopping_signals():
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             handlers_before[number] = signal.signal(number, stop)
     return handlers_before
 
 
-def _stopping_signals() -> Iterator[int]:
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has only the first two
-            yield getattr(signal, name)
-
-
 def _ignore_signals() -> None:
     """Ignore stop signals while Python unloads the libraries: the command is done and its exit code settled."""
-    for number in _stopping_signals():
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, requires
 from atomtune.errors import BadSettings
 
 
-def refuse_missing(modules: Sequence[str], *, extra: str, what: str, otherwise: str = "") -> None:
+def refuse_missing_packages(modules: Sequence[str], *, extra: str, what: str, otherwise: str = "") -> None:
     """Raise BadSettings if a module that `what` needs is not installed.
 
     extra      the list in pyproject.toml with its package

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from atomtune.process import STOP_SIGNALS
+
 try:
     import resource
 except ImportError:  # Windows
@@ -48,7 +50,7 @@ class Tripped:
         }[self.cause]
 
 
-def try_apart(
+def try_in_child_process(
     work: Callable[[Callable[[str], None]], object], *, seconds: int = SECONDS, each_place: bool = False
 ) -> Tripped | None:
     """Run `work` in a process with limits; None if it finished, even with an exception.
@@ -95,7 +97,7 @@ def _be_tried(work: Callable[[Callable[[str], None]], object], writer: int, seco
             _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + seconds)
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         _silence()
         # tokenizers' threads are not forked, and it would wait for them.

@@ -1,9 +1,14 @@
-"""Process: makes a child process end with this one, even if this one is killed."""
+"""Process: the signals that ask a process to stop, and a child process that ends with this one."""
 
 import ctypes
 import signal
 import sys
 
+#: A launcher sends TERM, a terminal INT or HUP, a cluster's scheduler USR1 before its time limit. Windows has only the
+#: first two of these.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
 _PR_SET_PDEATHSIG = 1
 #: Looked up before any fork, because that needs the loader's lock, which another thread may hold during a fork.
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None

@@ -25,7 +25,8 @@ from atomtune.batch.row import padded_tokens
 from atomtune.batch.targets import TargetPlaces
 from atomtune.choices import Layout
 from atomtune.console import Console, as_command
-from atomtune.data.cache import Rules, as_examples, concatenate, examples_of
+from atomtune.data.cache import EncodedData, Rules, as_examples, concatenate, examples_of
+from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.ledger import Ledger, about_broken, refuse_unusable
 from atomtune.data.reading.sources import distinct_names
@@ -95,15 +96,19 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        return all(m.holds for m in self.measures) and (self.in_float32 is None or self.in_float32.holds)
+        return all(measure.holds for measure in self.measures) and (self.in_float32 is None or self.in_float32.holds)
 
     def figures(self) -> dict[str, Any]:
         """Figures for run.json."""
+        measures: dict[str, dict[str, float]] = {}
+        for measure in self.measures:
+            figures = {"apart": measure.difference, "noise": measure.noise, "allowed": measure.allowed}
+            measures[measure.name] = figures
         return {
             "layout": self.layout,
             "dtype": dtype_name(self.dtype),
             "targets": self.targets,
-            "measures": {m.name: {"apart": m.apart, "noise": m.noise, "allowed": m.allowed} for m in self.measures},
+            "measures": measures,
             "holds": self.holds,
             **({} if self.in_float32 is None else {"in_float32": self.in_float32.figures()}),
         }
@@ -130,7 +135,7 @@ def verify(settings: VerifySettings) -> int:
         per_batch=settings.per_device_train_batch_size,
         console=console,
     ).compare(dtype)
-    say(compared, console)
+    say_comparison(compared, console)
     if ledger.broken and not settings.skip_bad:
         console.notice(about_broken(ledger))
         settings = replace(settings, skip_bad=True)
@@ -139,18 +144,16 @@ def verify(settings: VerifySettings) -> int:
 
 
 def _examples(settings: VerifySettings, console: Console) -> tuple[list[Example], int, Ledger]:
+    """The Examples of some records, the id for padding, and what became of all records.
+
+    Raises BadData, BadModel or BadSettings as a run would for records that cannot be used or computed.
+    """
     tokenizer = load_tokenizer(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     template = load_template(settings.template, tokenizer, **settings.template_options())
     shape = base_shape(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     if settings.max_seq_length is None:
         settings = replace(settings, max_seq_length=shape.longest)
-    rules = Rules(**settings.rules())
-    names = distinct_names(settings.dataset_paths)
-    parts = [
-        examples_of(source, template, rules, name=name)
-        for source, name in zip(settings.dataset_paths, names, strict=True)
-    ]
-    data = concatenate(parts)
+    data = _encoded(settings, template)
     refuse_unusable(data.ledger, settings.dataset_paths)
     rows = data.examples.select(sample_rows(len(data.examples), settings.records, seed=settings.seed))
     examples = [example for row in rows for example in as_examples(row)]
@@ -162,6 +165,15 @@ def _examples(settings: VerifySettings, console: Console) -> tuple[list[Example]
         ids = ((example.origin, example.ids) for example in examples)
         refuse_tokens_without_row(tokenizer, known, ids, path=str(settings.model_path), notice=console.notice)
     return examples, pad_id_of(tokenizer), data.ledger
+
+
+def _encoded(settings: VerifySettings, template: Template) -> EncodedData:
+    """All records of all files, from the cache if a run has encoded them."""
+    rules = Rules(**settings.rules())
+    parts: list[EncodedData] = []
+    for source, name in zip(settings.dataset_paths, distinct_names(settings.dataset_paths), strict=True):
+        parts.append(examples_of(source, template, rules, name=name))
+    return concatenate(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,14 +203,14 @@ class Check:
                 "in training, the 8-bit layers compute the columns of large values of a whole batch in more bits, so a "
                 "record's loss depends a little on its batch in any program. This effect is left out of the comparison."
             )
-        compared, ours, plain = self._in(dtype)
+        compared, ours, plain = self._compare_in(dtype)
         if compared.holds or dtype.itemsize != HALF:
             return compared
         self.console.say(
             "the difference is larger than that of two plain runs; all again in float32, which rounds little …"
         )
         try:
-            exact, _, plain_in_float32 = self._in(torch.float32)
+            exact, _, plain_in_float32 = self._compare_in(torch.float32)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -211,7 +223,7 @@ class Check:
         worst_weight = worst_gradient(ours.gradients, plain_in_float32.gradients)
         return replace(compared, measures=measures, worst_weight=worst_weight, in_float32=exact)
 
-    def _in(self, dtype: torch.dtype) -> tuple[Comparison, Result, Result]:
+    def _compare_in(self, dtype: torch.dtype) -> tuple[Comparison, Result, Result]:
         """The comparison in one dtype, what the fast path computed, and what a plain run did; without dropout."""
         examples, per_batch = self.examples, self.per_batch
         layout, ours, tokens_computed = self._fast(dtype)
@@ -395,7 +407,7 @@ def _gradients(model: CausalLM) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def say(compared: Comparison, console: Console) -> None:
+def say_comparison(compared: Comparison, console: Console) -> None:
     """Print the comparison as a table and a sentence. Raises CheckFailed if it does not hold."""
     dtype, exact = dtype_name(compared.dtype), compared.in_float32
     if exact is None:
@@ -429,7 +441,7 @@ def _say_measures(compared: Comparison, title: str, noise: str, console: Console
     for column in ("", translated("difference"), translated(noise), translated("allowed"), ""):
         table.add_column(column)
     for measure in compared.measures:
-        figures = (f"{value:.1e}" for value in (measure.apart, measure.noise, measure.allowed))
+        figures = (f"{value:.1e}" for value in (measure.difference, measure.noise, measure.allowed))
         verdict = translated("holds") if measure.holds else translated("DOES NOT HOLD")
         table.add_row(translated(measure.name), *figures, verdict)
     console.print(table)

@@ -94,7 +94,7 @@ def test_batch_counts_are_the_sums_over_its_examples(examples):
     batch = collated(examples)
     assert batch["targets"] == sum(sum(example.learn) for example in examples) == batch["learn"].sum().item()
     assert batch["tokens_padded"] == batch["input_ids"].numel()
-    assert batch["examples"] == len(examples) == len(batch["input_ids"])
+    assert batch["records"] == len(examples) == len(batch["input_ids"])
 
 
 def test_the_longest_comes_first_and_equals_keep_their_order():
@@ -107,10 +107,10 @@ def test_the_longest_comes_first_and_equals_keep_their_order():
 def test_a_token_that_is_learned_twice_counts_twice():
     # Two records may share an answer's token; counted once, it would have half its weight.
     row = Row((1, 5, 6), (-1, 0, 1), (3, 3, 3), (0, 2, 1), ("a:1", "a:2"))
-    batch = collate_chains([row], pad_id=PAD, examples=2, tokens_padded=6)
+    batch = collate_chains([row], pad_id=PAD, records=2, tokens_padded=6)
     assert batch["learn"].tolist() == [2, 1]
     assert batch["targets"] == 3
-    assert (batch["examples"], batch["tokens_padded"], batch["origins"]) == (2, 6, ["a:1", "a:2"])
+    assert (batch["records"], batch["tokens_padded"], batch["origins"]) == (2, 6, ["a:1", "a:2"])
 
 
 def test_examples_without_targets_make_a_batch_without_targets():
@@ -131,4 +131,4 @@ def test_every_tensor_is_int64():
 def test_collating_a_branching_row_as_a_chain_fails():
     fork = Row((1, 2, 3), (-1, 0, 0), (3, 2, 3), (0, 1, 1), ("a:1", "a:2"))
     with pytest.raises(AssertionError, match="branching"):
-        collate_chains([single(Example((1, 2), (0, 1), "a:3")), fork], pad_id=PAD, examples=3, tokens_padded=6)
+        collate_chains([single(Example((1, 2), (0, 1), "a:3")), fork], pad_id=PAD, records=3, tokens_padded=6)

@@ -6,7 +6,7 @@ from atomtune.certify.comparison import ALLOWED, _text_difference
 from atomtune.certify.prompts import CertPrompt
 from atomtune.certify.reference import Expected
 from atomtune.data.encoding.choose_template import load_template
-from atomtune.engines.engine import Reply
+from atomtune.engines.engine import EngineReply
 from atomtune.model.load import load_tokenizer
 
 
@@ -19,7 +19,7 @@ def difference(template, ours: str, ids: list[int], theirs: str):
     prompt = CertPrompt("Chinese", {"messages": []}, (1,), (), "prompt 1")
     choices = [{token: 0.0} for token in (*ids, 0)]  # no step has a tie: each token had no alternative
     expected = Expected(prompt, tuple(ids), [], [], tuple(ids), ours, False, choices)
-    return _text_difference(expected, Reply(theirs, False, 1), template, ALLOWED["bfloat16"])
+    return _text_difference(expected, EngineReply(theirs, False, 1), template, ALLOWED["bfloat16"])
 
 
 def test_a_character_split_at_the_token_limit_is_not_a_difference(template):

@@ -444,7 +444,7 @@ def test_the_time_limit_applies_to_each_answer_of_a_long_conversation(tmp_path, 
         work(said.append)
 
     monkeypatch.setattr(workers, "PATIENCE_SECONDS", 0.001)
-    monkeypatch.setattr(cache, "try_apart", tried)
+    monkeypatch.setattr(cache, "try_in_child_process", tried)
     turns = [{"role": role, "content": f"turn {n}"} for n, role in enumerate(["user", "assistant"] * 150)]
     data = write_jsonl(tmp_path / "train.jsonl", [{"messages": turns}])
     template = load_template("auto", tokenizer_of("bytes", CHATML))

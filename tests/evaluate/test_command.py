@@ -18,9 +18,9 @@ from atomtune.console import Console
 from atomtune.evaluate import evaluation
 from atomtune.evaluate import models as models_of_evaluate
 from atomtune.evaluate.account import Account
-from atomtune.evaluate.command import say
+from atomtune.evaluate.command import say_report
 from atomtune.evaluate.intervals import Figure
-from atomtune.evaluate.measures import MEASURES, NATS, PROBE
+from atomtune.evaluate.metrics import METRICS, NATS, PROBE
 from atomtune.evaluate.report import Report
 from atomtune.language import spoken
 from tests.conftest import DIALOGUES, write_jsonl
@@ -141,8 +141,8 @@ def test_the_html_report_loads_nothing_and_escapes_the_records_text(by_heart, tm
 
 def test_the_markdown_report_has_every_figure_and_the_records(report):
     text = (report / "report.md").read_text(encoding="utf-8")
-    used = [measure for measure in MEASURES if measure.name in report_in(report)["models"]["out"]]
-    assert NATS in used and all(measure.title in text for measure in used)
+    used = [metric for metric in METRICS if metric.name in report_in(report)["models"]["out"]]
+    assert NATS in used and all(metric.title in text for metric in used)
     assert "Better: " in text and "same.jsonl:" in text
 
 
@@ -497,7 +497,7 @@ def test_a_long_table_title_is_wrapped_and_not_truncated(tmp_path, capsys, monke
     """Chinese has no spaces. Regression: with three models the probe's title was cut to “…”, and lost its meaning."""
     monkeypatch.setenv("COLUMNS", "80")
     with spoken("zh"):
-        say(report_of("base", "out", "checkpoint-360"), Console())
+        say_report(report_of("base", "out", "checkpoint-360"), Console())
     assert "…" not in capsys.readouterr().out
 
 
@@ -508,7 +508,7 @@ def test_a_figure_stays_on_one_line_on_narrow_terminals(names, language, capsys,
     for columns in range(40, 80):
         monkeypatch.setenv("COLUMNS", str(columns))
         with spoken(language):
-            say(report_of(*names), Console())
+            say_report(report_of(*names), Console())
         lines = capsys.readouterr().out.splitlines()
         assert sum(line.count("1.50 (1.00–2.00)") for line in lines) == 2 * len(names)
         assert all(cell_len(line) <= columns for line in lines)
@@ -518,7 +518,7 @@ def test_a_figure_stays_on_one_line_on_narrow_terminals(names, language, capsys,
 def test_a_terminal_of_80_columns_gets_a_table(capsys, monkeypatch):
     for columns, is_table in ((40, False), (80, True), (200, True)):
         monkeypatch.setenv("COLUMNS", str(columns))
-        say(report_of("base", "out", "checkpoint-360"), Console())
+        say_report(report_of("base", "out", "checkpoint-360"), Console())
         assert ("┃" in capsys.readouterr().out) is is_table
 
 

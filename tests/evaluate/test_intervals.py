@@ -9,8 +9,8 @@ from pytest import approx
 
 from atomtune.evaluate.intervals import Bootstrap, share, share_difference
 from atomtune.evaluate.likelihood import TargetScores
-from atomtune.evaluate.measures import (
-    MEASURES,
+from atomtune.evaluate.metrics import (
+    METRICS,
     NATS,
     AnswerResult,
     RecordResult,
@@ -159,7 +159,7 @@ def records(count: int, *, right: bool) -> list[RecordResult]:
 def test_a_perfect_share_of_few_records_has_no_interval_of_100_to_100():
     draws = Bootstrap(5, seed=0)
     figures = figures_of(records(5, right=True), draws)
-    shares = {measure.name for measure in MEASURES if measure.shares_answers}
+    shares = {metric.name for metric in METRICS if metric.shares_answers}
     assert shares == {"exact_match", "stop_rate", "think_rate", "call_parse_rate", "call_known_rate"}
     for name in shares:
         assert figures[name].as_list() == approx([1, 0.5655, 1], abs=1e-4)
@@ -169,7 +169,7 @@ def test_a_perfect_share_of_few_records_has_no_interval_of_100_to_100():
 
 def test_a_share_difference_is_unclear_on_two_records_and_clear_on_eight():
     """If two records change from wrong to right, all resamples say better; but two coins can do that by chance."""
-    exact = next(measure for measure in MEASURES if measure.name == "exact_match")
+    exact = next(metric for metric in METRICS if metric.name == "exact_match")
     verdicts = {}
     for count in (2, 8):
         draws = Bootstrap(count, seed=0)

@@ -3,7 +3,7 @@
 from atomtune.cli import main
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.records import Record, Turn
-from atomtune.inspect.modes import modes_of
+from atomtune.inspect.modes import examples_by_mode
 from tests.conftest import write_jsonl
 from tests.tiny import CHATML, tokenizer_of
 
@@ -12,7 +12,7 @@ RECORD = Record((Turn("user", "9*8?"), Turn("assistant", "72")), "a:1", variable
 
 def test_each_thinking_mode_has_its_own_prompt_and_answer():
     tokenizer = tokenizer_of("bytes", CHATML)
-    thinking, plain = modes_of(load_template("qwen3", tokenizer), RECORD)
+    thinking, plain = examples_by_mode(load_template("qwen3", tokenizer), RECORD)
     for example, learned, asked in (
         (thinking, "<think>\n\n</think>\n\n72<|im_end|>", "assistant\n"),
         (plain, "72<|im_end|>", "assistant\n<think>\n\n</think>\n\n"),
@@ -23,7 +23,7 @@ def test_each_thinking_mode_has_its_own_prompt_and_answer():
 
 
 def test_a_template_without_thinking_has_no_modes():
-    assert modes_of(load_template("chatml", tokenizer_of("bytes", CHATML)), RECORD) == ()
+    assert examples_by_mode(load_template("chatml", tokenizer_of("bytes", CHATML)), RECORD) == ()
 
 
 def test_inspect_shows_both_modes(models, tmp_path, capsys):

@@ -233,14 +233,14 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(family, layou
 @pytest.mark.parametrize("layout", ["packed", "tree"])
 def test_the_dense_gpu_mask_gives_the_same_loss_and_gradients(monkeypatch, family, layout):
     if family not in BESIDE_A_MASK:
-        monkeypatch.setattr(row_attention, "way_of", lambda *_, **__: "mask")
+        monkeypatch.setattr(row_attention, "method_of", lambda *_, **__: "mask")
         assert_equal(family, layout, at_once(copy.deepcopy(adapted(family)), layout))
 
 
 @every_family
 @pytest.mark.parametrize("layout", ["packed", "tree"])
 def test_gpu_attention_by_spans_gives_the_same_loss_and_gradients(monkeypatch, family, layout):
-    monkeypatch.setattr(row_attention, "way_of", lambda *_, **__: "spans")
+    monkeypatch.setattr(row_attention, "method_of", lambda *_, **__: "spans")
     monkeypatch.setattr(layout_support, "cut_of", lambda model: "spans")
     assert_equal(family, layout, at_once(copy.deepcopy(adapted(family)), layout))
 
@@ -373,7 +373,7 @@ def test_memory_that_runs_out_in_the_trial_of_padded_rows_is_no_fault_of_the_mod
     def full(*_arguments: Any, **_keywords: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(layout_trial, "_scores", full)
+    monkeypatch.setattr(layout_trial, "_log_probabilities", full)
     with pytest.raises(torch.OutOfMemoryError):
         layout_support.collator_for(build("llama"), "padded", pad_id=0, as_examples=lambda row: ())
 
@@ -429,7 +429,7 @@ def test_stateful_layers_use_the_padded_layout_with_sharded_weights(family):
     plain = innermost(model).config._attn_implementation
     assert "FSDP and DeepSpeed" in why_padded(model, sharded=True)
     assert innermost(model).config._attn_implementation == plain
-    assert layout_support.way_of_mixers(model) is None
+    assert layout_support.mixer_method_of(model) is None
     assert why_padded(model) is None
 
 

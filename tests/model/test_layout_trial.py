@@ -77,7 +77,7 @@ def test_a_planted_fault_is_refused(monkeypatch, family, fault, dtype):
 def test_in_16_bits_a_tree_may_deviate_only_as_far_as_verify_allows(apart, is_right):
     # 5 times the noise is what a RecurrentGemma in bfloat16 had whose branches continued from their siblings.
     noise = torch.tensor([0.01], dtype=torch.float64)
-    plain, rows, without = (layout_trial._Side(scores, {}) for scores in (0 * noise, apart * noise, 100 * noise))
+    plain, rows, without = (layout_trial._Result(scores, {}) for scores in (0 * noise, apart * noise, 100 * noise))
     limits = layout_trial._limits(hybrid("lfm2").bfloat16())
     reason = layout_trial._verdict(plain, rows, without, noise=(0.01, 0.01), dtype=torch.bfloat16, limits=limits)
     assert (reason is None) == is_right
@@ -86,9 +86,9 @@ def test_in_16_bits_a_tree_may_deviate_only_as_far_as_verify_allows(apart, is_ri
 def test_a_gradient_that_is_lost_in_rows_is_refused():
     # The other weights' gradients are right, and so are all log-probabilities.
     scores, gradient = torch.zeros(4, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    plain, rows = (layout_trial._Side(scores, {"a": gradient, "b": lost}) for lost in (gradient, None))
-    halved = layout_trial._Side(scores, {"a": gradient, "b": 0.5 * gradient})
-    without, limits = layout_trial._Side(scores + 1, {}), layout_trial._limits(hybrid("lfm2"))
+    plain, rows = (layout_trial._Result(scores, {"a": gradient, "b": lost}) for lost in (gradient, None))
+    halved = layout_trial._Result(scores, {"a": gradient, "b": 0.5 * gradient})
+    without, limits = layout_trial._Result(scores + 1, {}), layout_trial._limits(hybrid("lfm2"))
     for side, words in ((plain, "None"), (rows, "differ from its records' by inf"), (halved, "by 3.5e-01")):
         # However large the noise of gradients is.
         reason = layout_trial._verdict(plain, side, without, noise=(0.0, 1.0), dtype=torch.float64, limits=limits)

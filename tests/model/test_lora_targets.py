@@ -10,7 +10,7 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from atomtune.errors import BadModel, BadSettings
-from atomtune.limits import try_apart
+from atomtune.limits import try_in_child_process
 from atomtune.model import lora_targets
 from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.lora_targets import all_linear, match_targets, refuse_endless_patterns
@@ -191,7 +191,7 @@ def test_a_target_name_shared_with_a_router_selects_only_other_layers():
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern", "layers_pattern"])
 def test_an_adapter_regex_that_never_finishes_is_refused_naming_the_file(models, key, monkeypatch):
-    monkeypatch.setattr(lora_targets, "try_apart", partial(try_apart, seconds=1))
+    monkeypatch.setattr(lora_targets, "try_in_child_process", partial(try_in_child_process, seconds=1))
     base = AutoModelForCausalLM.from_pretrained(models("llama"))
     regex = r"((\w|\w\w|\.)+)+!"
     config = LoraConfig(target_modules=["q_proj"])

@@ -13,7 +13,7 @@ from atomtune.data.records import Example
 from atomtune.errors import BadSettings
 from atomtune.evaluate.likelihood import score_targets
 from atomtune.model.greedy_batch import generate_answers
-from atomtune.model.rotary import apart, refuse_mixed, rotary_limit
+from atomtune.model.rotary import refuse_mixed, rotary_limit, split_at_limit
 from tests.tiny import SIZE
 
 LIMIT = 40
@@ -44,9 +44,9 @@ def test_the_limit_is_the_one_of_the_config():
 
 
 def test_records_below_and_above_the_limit_are_grouped_separately():
-    assert apart([3, 41, 40, 90], LIMIT) == [[0, 2], [1, 3]]
-    assert apart([41], LIMIT) == [[0]]
-    assert apart([3, 41], None) == [[0, 1]]
+    assert split_at_limit([3, 41, 40, 90], LIMIT) == [[0, 2], [1, 3]]
+    assert split_at_limit([41], LIMIT) == [[0]]
+    assert split_at_limit([3, 41], None) == [[0, 1]]
 
 
 def test_a_record_batched_with_a_longer_one_is_scored_as_alone(model):

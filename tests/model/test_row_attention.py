@@ -147,7 +147,7 @@ def test_softcap_sinks_and_any_value_width_match_dense_attention(monkeypatch, ki
     monkeypatch.setattr(block_attention, "MOST_KEPT", 1_000 if "kept" in way else 0)
     cut = "spans" if way == "spans" else "blocks"
     if cut == "spans":
-        monkeypatch.setattr(row_attention, "way_of", lambda *_, **__: "spans")
+        monkeypatch.setattr(row_attention, "method_of", lambda *_, **__: "spans")
     for seed, row in enumerate(some_rows(12)):
         plan = plan_attention(row, windows=(None, window), width=padded_length(len(row)), cut=cut)
         one = asked(len(plan.until), seed=seed)
@@ -203,7 +203,7 @@ def test_per_token_sinks_and_position_bias_are_refused_only_with_a_plan():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_spans_keep_the_dtype_and_the_accuracy(monkeypatch, kind, dtype):
-    monkeypatch.setattr(row_attention, "way_of", lambda *_, **__: "spans")
+    monkeypatch.setattr(row_attention, "method_of", lambda *_, **__: "spans")
     row = some_rows(6)[5]
     plan = plan_attention(row, width=padded_length(len(row)), cut="spans")
     one = asked(len(plan.until))
@@ -373,7 +373,7 @@ def test_on_a_gpu_kernels_are_chosen_by_row_and_dtype_and_generation(  # noqa: P
     examples = [Example((1, 2, 3, k), (0,) * 4, "train.jsonl:1") for k in range(9)]
     plan = plan_attention(graft(examples, least_saved=1) if layout == "tree" else pack(examples), cut="spans")
     heads, rules = OnAGpu(tokens, dtype), ScoreRules(1.0, more.get("softcap"))
-    chosen = row_attention.way_of(
+    chosen = row_attention.method_of(
         plan, heads, heads, None, rules, sinks=more.get("sinks", False), dropout=more.get("dropout", False)
     )
     assert chosen == way
@@ -397,10 +397,10 @@ def test_moving_a_plan_to_another_device_moves_every_tensor(window, cut):
     row = some_rows(6)[3]  # a tree
     here = plan_attention(row, windows=(None, 5), width=padded_length(len(row)), cut=cut)
     there = here.to(torch.device("meta"))
-    there.bias(window, torch.bfloat16)  # made on the device
+    there.dense_bias(window, torch.bfloat16)  # made on the device
     if cut == "blocks":
         there.places(window, 4, 2)
-        there.hidden(window, torch.bfloat16)
+        there.block_biases(window, torch.bfloat16)
     found = tensors_in(there)
     assert len(found) > len(tensors_in(here)) >= 8
     assert all(tensor.is_meta for tensor in found)

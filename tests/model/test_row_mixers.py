@@ -19,7 +19,7 @@ from atomtune.model.fused_lora import Group, GroupedLora, compute_together
 from atomtune.model.loss import body_of, innermost
 from atomtune.model.mixers import find_mixers
 from atomtune.model.row_attention import ROWS, register
-from atomtune.model.row_mixers import install, uninstall, way_in_use
+from atomtune.model.row_mixers import install, method_in_use, uninstall
 from atomtune.verify import Result, in_batches, one_at_a_time
 from benchmarks import workloads
 from tests.hybrids import HYBRIDS, WORDS, hybrid
@@ -201,5 +201,5 @@ def test_a_call_without_a_row_matches_the_original_model(family):
         assert torch.allclose(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-5)
     mixers, _ = find_mixers(innermost(adapted(family)))
     uninstall(body_of(model), [m for m in model.modules() if type(m) in {type(mixer) for mixer in mixers}])
-    assert way_in_use(body_of(model)) is None
+    assert method_in_use(body_of(model)) is None
     assert not any("forward" in vars(module) for module in model.modules())

@@ -19,7 +19,7 @@ from atomtune.batch.collate import Batch, Collator
 from atomtune.data.records import Example
 from atomtune.model import step_graphs
 from atomtune.model.fused_lora import compute_together
-from atomtune.model.layout_support import way_of_mixers, why_padded, windows_of
+from atomtune.model.layout_support import mixer_method_of, why_padded, windows_of
 from atomtune.model.loss import target_nats
 from atomtune.model.step_graphs import SEEN_BEFORE, GpuRecorder, StepGraphs
 from tests.batch.test_attention_plan import rows
@@ -67,7 +67,7 @@ def batches(model: Any, layout: str, *, count: int) -> list[Batch]:
         as_examples=lambda row: (Example(**row),),
         windows=windows_of(model),
         cut="spans",
-        mixers=way_of_mixers(model),
+        mixers=mixer_method_of(model),
     )
     draw = Random(3)
     beginning = tuple(draw.randrange(3, WORDS) for _ in range(24))
@@ -229,7 +229,7 @@ def test_a_batch_that_comes_again_is_recorded_once():
 def test_rows_of_layers_that_carry_a_state_are_never_recorded():
     # Which state a branch starts from is in no tensor: another tree of the same sizes would be computed by the first.
     model = hybrid("lfm2").train()
-    assert why_padded(model) is None and way_of_mixers(model) == "fork"
+    assert why_padded(model) is None and mixer_method_of(model) == "fork"
     assert recordings_of(model) == 0
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from atomtune import load
 from atomtune.cli import main
 from atomtune.console import Console, program
-from atomtune.serve.chat import Talk, side_by_side
+from atomtune.serve.chat import TerminalChat, side_by_side
 from atomtune.settings.fields import ChatSettings
 from tests.conftest import DIALOGUES, write_jsonl
 
@@ -194,7 +194,7 @@ def test_the_oldest_exchange_is_forgotten_where_the_positions_run_out(trained):
 
 def test_a_question_that_cannot_be_sent_neither_ends_a_chat_nor_loses_its_conversation(trained, capsys, monkeypatch):
     """A mistyped byte ended the chat, and a question longer than the model made it forget all that came before."""
-    talk = Talk(load(trained, dtype="float32"), ChatSettings(adapter_path=str(trained)), Console(stderr=True))
+    talk = TerminalChat(load(trained, dtype="float32"), ChatSettings(adapter_path=str(trained)), Console(stderr=True))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     talk.answer("晚安")
     before = talk.conversation.messages

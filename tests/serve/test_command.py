@@ -22,7 +22,7 @@ from atomtune.engines.server_process import free_port
 from atomtune.errors import BadSettings
 from atomtune.model.adapter_folder import short_names
 from atomtune.model.generate import prompt_ids
-from atomtune.serve.command import plan_of
+from atomtune.serve.command import service_of
 from atomtune.settings.fields import ServeSettings
 from tests.adapters import base_apart
 from tests.engines.test_server_process import gone
@@ -231,7 +231,7 @@ def test_a_base_that_is_never_verified_is_reported(by_heart, tmp_path, has_weigh
     """Certifying loads and compares a base; without it, one that the engine first downloads passed silently."""
     there = base_apart(by_heart, tmp_path / "base", has_weights=has_weights)
     console = Console()
-    plan_of(ServeSettings(adapter_path=[str(by_heart)], model_path=str(there), no_certify=not is_certified), console)
+    service_of(ServeSettings(adapter_path=[str(by_heart)], model_path=str(there), no_certify=not is_certified), console)
     told = [notice for notice in console.notices if "was not checked" in notice]
     assert bool(told) is not (has_weights or is_certified)
 

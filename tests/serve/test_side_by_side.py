@@ -8,7 +8,7 @@ import pytest
 
 from atomtune import load
 from atomtune.errors import BadSettings
-from atomtune.serve.side_by_side import Asking, Exchange, answers_of_sides, conversation_of, modes_of
+from atomtune.serve.side_by_side import Asking, ShownExchange, answers_of_sides, conversation_of, models_by_mode
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,9 @@ def tuned(by_heart):
     return load(by_heart, dtype="float32")
 
 
-def last(tuned, question: str, *, before: Sequence[Exchange] = (), stop=lambda: False, **settings) -> Exchange:
+def last(
+    tuned, question: str, *, before: Sequence[ShownExchange] = (), stop=lambda: False, **settings
+) -> ShownExchange:
     *_, exchange = answers_of_sides(tuned, before, question, Asking(**settings), stop=stop)
     return exchange
 
@@ -66,10 +68,10 @@ def test_a_question_longer_than_the_model_has_positions_for_is_refused(tuned):
 
 
 def test_a_template_with_thinking_modes_is_rendered_in_both(tuned):
-    assert modes_of(tuned) == {}
+    assert models_by_mode(tuned) == {}
     source = tuned.template.source + "{% if enable_thinking is defined and not enable_thinking %}!{% endif %}"
     switched = tuned.with_template(replace(tuned.template, name="switched.jinja", source=source))
-    modes = modes_of(switched)
+    modes = models_by_mode(switched)
     prompts = {thinks: mode.template.render(mode.messages_of("晚安")) for thinks, mode in modes.items()}
     assert prompts[False] == prompts[True] + "!"
     assert all(mode.model is tuned.model for mode in modes.values())

@@ -17,7 +17,7 @@ from atomtune.train.defaults import (
     MOST_EPOCHS,
     SMALLEST_STEP,
     WANTED_STEPS,
-    Size,
+    DataSize,
     derive,
     largest_batch,
     learning_rate,
@@ -31,7 +31,7 @@ def derived(tmp_path, *flags: str, records: int | None = 200, held_out: int = 20
     settings = read_train(
         ["--model_path", "m", "--dataset_path", "d.jsonl", "--output_dir", str(tmp_path), "--use_cpu", "true", *flags]
     )
-    size = Size(records=records, held_out=held_out, eval_size=held_out, longest=longest)
+    size = DataSize(records=records, held_out=held_out, eval_size=held_out, longest_tokens=longest)
     return derive(settings, trainer_arguments(settings), size, SHAPE).values
 
 
@@ -153,9 +153,9 @@ def test_the_best_is_not_kept_where_the_library_cannot_keep_it(tmp_path, flags):
     assert derived(tmp_path, *flags)["load_best_model_at_end"] is False
 
 
-def held_out(*flags: str, records: int = 40, began_with: dict | None = None) -> float:
+def held_out(*flags: str, records: int = 40, derived_before: dict | None = None) -> float:
     settings = read_train(["--model_path", "m", "--dataset_path", "d.jsonl", *flags])
-    return records_to_hold_out(settings, records, began_with=began_with or {})
+    return records_to_hold_out(settings, records, derived_before=derived_before or {})
 
 
 @pytest.mark.parametrize("size", ["0.01", "40", "41"])
@@ -167,8 +167,8 @@ def test_a_size_that_holds_out_no_record_or_all_of_them_is_refused(size):
 def test_a_resumed_run_holds_out_as_many_records_as_it_began_with():
     assert (held_out("--eval_size", "39"), held_out("--eval_size", "0")) == (39, 0)
     assert (held_out(records=500), held_out(records=40)) == (50, 0)
-    assert held_out(records=500, began_with={"eval_size": 7}) == 7
-    assert held_out("--eval_size", "9", records=500, began_with={"eval_size": 7}) == 9
+    assert held_out(records=500, derived_before={"eval_size": 7}) == 7
+    assert held_out("--eval_size", "9", records=500, derived_before={"eval_size": 7}) == 9
 
 
 def test_a_delayed_evaluation_is_not_made_at_the_start(tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from atomtune.train import model as train_model
 from atomtune.train.model import step_graphs
-from tests.model.test_few_walks import Model
+from tests.model.test_listed_modules import Model
 
 
 def run_on_a_gpu(**changed: Any) -> Any:

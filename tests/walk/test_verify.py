@@ -152,18 +152,18 @@ def test_distances_in_16_bits_are_measured_from_float32(monkeypatch):
         verify.Result(loss, torch.full((8,), -loss).double(), {"a": torch.full((3,), loss).double()})
         for loss in (2.0, 2.125, 2.25)
     )
-    failed = Measure("loss", apart=9.0, noise=1.0, least=0.0)
+    failed = Measure("loss", difference=9.0, noise=1.0, least=0.0)
 
     def computed(check, dtype):
-        measures = (failed,) if dtype is torch.bfloat16 else (replace(failed, apart=0.0),)
+        measures = (failed,) if dtype is torch.bfloat16 else (replace(failed, difference=0.0),)
         compared = verify.Comparison("tree", dtype, measures, "", targets=8, tokens_padded=1, tokens_computed=1)
         return (compared, ours, plain) if dtype is torch.bfloat16 else (compared, exact, exact)
 
-    monkeypatch.setattr(verify.Check, "_in", computed)
+    monkeypatch.setattr(verify.Check, "_compare_in", computed)
     names = ("examples", "model", "lora", "wanted", "kernels", "device", "pad_id", "per_batch")
     unused = dict.fromkeys(names) | {"model": SimpleNamespace(quantize=None)}
     compared = verify.Check(**unused, console=Console()).compare(torch.bfloat16)
-    assert [(measure.apart, measure.noise) for measure in compared.measures[1:3]] == [(0.25, 0.125)] * 2
+    assert [(measure.difference, measure.noise) for measure in compared.measures[1:3]] == [(0.25, 0.125)] * 2
     assert compared.holds and compared.in_float32 is not None
 
 

@@ -40,30 +40,45 @@ def held_out(groups: Numbers, files: Numbers, quotas: Sequence[int], *, is_asked
     quotas  [F]  rows to hold out of each file; of one with quota 0, none is held out
     """
     file_of = files.tolist()
+    # The rows of each group, and how many of them each file has.
     counted = [(rows, Counter(file_of[row] for row in rows)) for rows in _members(groups)]
     random.Random(seed).shuffle(counted)
-    fitting = [(rows, counts) for rows, counts in counted if all(quotas[file] >= counts[file] for file in counts)]
-    lengths = numpy.bincount(files, minlength=len(quotas)).tolist()
-    others: Counter[int] = Counter()  # file → its rows in groups that can be held out
-    for _, counts in fitting:
-        others.update(counts)
-    room = list(quotas)
-    for file, quota in enumerate(quotas):
-        if others[file] < lengths[file]:
-            room[file] = min(quota, others[file] // 2) if is_asked_for else quota * others[file] // lengths[file]
+    fitting = [(rows, counts) for rows, counts in counted if _fits(counts, quotas)]
+    room = _room(files, quotas, [counts for _, counts in fitting], is_asked_for=is_asked_for)
     wanted = sum(room) if fitting else sum(quotas)
     rows_held_out: list[int] = []
     for rows, counts in fitting:
-        if all(room[file] >= counts[file] for file in counts):
+        if _fits(counts, room):
             rows_held_out += rows
             room = [left - counts[file] for file, left in enumerate(room)]
     if not rows_held_out:
-        rows_held_out = min(
-            (rows for rows, counts in counted if all(quotas[file] for file in counts)), key=len, default=[]
-        )
-    apart = set(rows_held_out)
-    rows_to_learn = [row for row in range(len(groups)) if row not in apart]
-    return Split(rows_to_learn, sorted(rows_held_out), wanted)
+        allowed = [rows for rows, counts in counted if all(quotas[file] for file in counts)]
+        rows_held_out = min(allowed, key=len, default=[])
+    are_held_out = set(rows_held_out)
+    learned = [row for row in range(len(groups)) if row not in are_held_out]
+    return Split(learned, sorted(rows_held_out), wanted)
+
+
+def _fits(counts: Counter[int], room: Sequence[int]) -> bool:
+    """Whether there is room for all rows of a group: file → their number."""
+    return all(room[file] >= count for file, count in counts.items())
+
+
+def _room(files: Numbers, quotas: Sequence[int], fitting: Sequence[Counter[int]], *, is_asked_for: bool) -> list[int]:
+    """[F] The quotas, smaller for files with rows in groups that cannot be held out.
+
+    fitting  the counts of the groups that can
+    """
+    lengths = numpy.bincount(files, minlength=len(quotas)).tolist()
+    can_be_held_out: Counter[int] = Counter()  # file → number of rows
+    for counts in fitting:
+        can_be_held_out.update(counts)
+    room = list(quotas)
+    for file, quota in enumerate(quotas):
+        rows = can_be_held_out[file]
+        if rows < lengths[file]:
+            room[file] = min(quota, rows // 2) if is_asked_for else quota * rows // lengths[file]
+    return room
 
 
 def _members(groups: Numbers) -> list[list[int]]:

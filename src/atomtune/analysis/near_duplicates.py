@@ -67,10 +67,10 @@ def near_groups(texts: Iterable[str], *, threshold: float = 0.8) -> Numbers:
         for band in range(BANDS):
             for left, right in _proposed(keys[band]):
                 # Most pairs of later bands are in one group already and need not be measured again.
-                apart = groups[left] != groups[right]
-                left_apart, right_apart = left[apart], right[apart]
-                near = shingles.near(left_apart, right_apart, threshold)
-                groups = _united(groups, left_apart[near], right_apart[near])
+                is_new = groups[left] != groups[right]
+                new_left, new_right = left[is_new], right[is_new]
+                near = shingles.near(new_left, new_right, threshold)
+                groups = _united(groups, new_left[near], new_right[near])
     return groups
 
 
@@ -97,11 +97,11 @@ def _united(groups: Numbers, left: Numbers, right: Numbers) -> Numbers:
     groups = groups.copy()
     while True:
         left_firsts, right_firsts = groups[left], groups[right]
-        apart = left_firsts != right_firsts
-        if not apart.any():
+        differ = left_firsts != right_firsts
+        if not differ.any():
             return groups
-        earlier = numpy.minimum(left_firsts, right_firsts)[apart]
-        later = numpy.maximum(left_firsts, right_firsts)[apart]
+        earlier = numpy.minimum(left_firsts, right_firsts)[differ]
+        later = numpy.maximum(left_firsts, right_firsts)[differ]
         # If a group is to join several, any one of them will do: the rest is merged in the next round.
         groups[later] = earlier
         groups = _named_by_firsts(groups)

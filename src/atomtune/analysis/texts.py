@@ -154,15 +154,15 @@ def sampled_rows(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def texts_of_rows(
-    stored: Sequence["datasets.Dataset"], records_of: Callable[[Sequence["datasets.Dataset"]], Iterable[Record]]
+    stored: Sequence["datasets.Dataset"], reread: Callable[[Sequence["datasets.Dataset"]], Iterable[Record]]
 ) -> Texts:
     """The statistics of the stored rows of some sources, whose records are read again.
 
-    records_of  reads the records of some rows of each source
+    reread  stored rows of each source → their records
     """
     rows = sampled_rows([len(examples) for examples in stored])
     sampled = [examples.select(own) for examples, own in zip(stored, rows, strict=True)]
-    return read_texts(records_of(stored), records_of(sampled))
+    return read_texts(reread(stored), reread(sampled))
 
 
 def read_texts(records: Iterable[Record], sample: Iterable[Record]) -> Texts:

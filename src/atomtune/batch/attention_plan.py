@@ -12,7 +12,7 @@ import torch
 
 from atomtune.batch.blocks import QUERY_STEP, Blocks, Places, cut_into_blocks
 from atomtune.batch.row import Row, segments
-from atomtune.batch.segment_plan import PathPlan, SegmentPlan, Way, plan_paths, plan_segments
+from atomtune.batch.segment_plan import MixerMethod, PathPlan, SegmentPlan, plan_paths, plan_segments
 from atomtune.batch.spans import Spans, cut_into_spans
 
 #: How a row is cut: into dense blocks (CPU), or into spans for a kernel with variable-length sequences (GPU).
@@ -33,8 +33,8 @@ class AttentionPlan:
     position: torch.Tensor
     mixers: SegmentPlan | PathPlan | None = None  # for layers that carry a state from token to token
     _dense: dict[int | None, torch.Tensor] = field(default_factory=dict)
-    _bias: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
-    _hidden: dict[tuple[int | None, torch.dtype], tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    _dense_bias: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
+    _block_biases: dict[tuple[int | None, torch.dtype], tuple[torch.Tensor, ...]] = field(default_factory=dict)
     _places: dict[tuple[int | None, int, int], Places] = field(default_factory=dict)
 
     @property
@@ -84,12 +84,12 @@ class AttentionPlan:
             self._places[window, heads, key_heads] = places
         return self._places[window, heads, key_heads]
 
-    def hidden(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def block_biases(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """Of each block, [C, 1, n, m - seen_by_all] to add to the scores; computed once for all layers."""
-        if (window, dtype) not in self._hidden:
-            seen = [block.seen for block in self.blocks[window].each]
-            self._hidden[window, dtype] = tuple(_added(one, dtype)[:, None] for one in seen)
-        return self._hidden[window, dtype]
+        if (window, dtype) not in self._block_biases:
+            blocks = self.blocks[window].each
+            self._block_biases[window, dtype] = tuple(_bias_of(block.seen, dtype)[:, None] for block in blocks)
+        return self._block_biases[window, dtype]
 
     def visible(self, window: int | None) -> torch.Tensor:
         """[1, 1, T, T] bool, whether query (row) sees key (column); computed once for all layers."""
@@ -97,14 +97,15 @@ class AttentionPlan:
             self._dense[window] = visible(self.until, self.position, window=window)[None, None]
         return self._dense[window]
 
-    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    def dense_bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """[1, 1, T, T] to add to the scores: 0 where a query sees a key, else -inf; computed once for all layers."""
-        if (window, dtype) not in self._bias:
-            self._bias[window, dtype] = _added(visible(self.until, self.position, window=window), dtype)[None, None]
-        return self._bias[window, dtype]
+        if (window, dtype) not in self._dense_bias:
+            seen = visible(self.until, self.position, window=window)
+            self._dense_bias[window, dtype] = _bias_of(seen, dtype)[None, None]
+        return self._dense_bias[window, dtype]
 
 
-def _added(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _bias_of(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """0 where `seen`, else -inf."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
@@ -140,7 +141,7 @@ def plan_attention(
     windows: Iterable[int | None] = (None,),
     width: int | None = None,
     cut: Cut = "blocks",
-    mixers: Way | None = None,
+    mixers: MixerMethod | None = None,
 ) -> AttentionPlan:
     """Plan the attention of a row, for each kind of layer in the model.
 

@@ -242,24 +242,29 @@ class _Slots:
         self._blocks: list[Block] = []
 
     def add_block(self, chunks: Sequence[_Chunk]) -> None:
-        """Add a block of these chunks."""
+        """Add a block of these chunks.
+
+        query slots of a chunk   its tokens, then padding: the last token again
+        key slots of a chunk     the path above it, what all queries have in their window first; its tokens; padding: -1
+        """
         queries, keys = max(chunk.queries for chunk in chunks), max(chunk.keys for chunk in chunks)
         first_query, first_key = sum(map(len, self._queries)), sum(map(len, self._keys))
-        paths = [self._path(chunk) for chunk in chunks]
-        in_queries: list[torch.Tensor] = []
-        in_keys: list[torch.Tensor] = []
-        for number, (chunk, path) in enumerate(zip(chunks, paths, strict=True)):
+        query_tokens: list[torch.Tensor] = []
+        key_tokens: list[torch.Tensor] = []
+        seen_by_all = keys
+        for number, chunk in enumerate(chunks):
+            in_all_windows, in_some_windows = self._path(chunk)
+            seen_by_all = min(seen_by_all, _seen_by_all(self.row.until, chunk, in_all_windows))
             own, first = self._tokens[chunk.start : chunk.end], first_query + number * queries
             self._slot_of[chunk.start : chunk.end] = torch.arange(first, first + len(own))
-            in_queries += [own, own[-1:].expand(queries - len(own))]
-            in_keys += [self._tokens[start:end] for part in path for start, end in part]
-            in_keys += [own, own.new_full((keys - chunk.above - len(own),), -1)]
-        self._queries.append(torch.cat(in_queries))
-        self._keys.append(torch.cat(in_keys))
-        until = self.row.until
-        seen_by_all = min(_seen_by_all(until, chunk, path[0]) for chunk, path in zip(chunks, paths, strict=True))
-        query, key = self._queries[-1].view(len(chunks), queries, 1), self._keys[-1].view(len(chunks), 1, keys)
-        seen = self._seen(query, key[..., seen_by_all:])
+            query_tokens += [own, own[-1:].expand(queries - len(own))]
+            key_tokens += [self._tokens[start:end] for start, end in (*in_all_windows, *in_some_windows)]
+            key_tokens += [own, own.new_full((keys - chunk.above - len(own),), -1)]
+        self._queries.append(torch.cat(query_tokens))  # [C * n]
+        self._keys.append(torch.cat(key_tokens))  # [C * m]
+        query = self._queries[-1].view(len(chunks), queries, 1)  # [C, n, 1]
+        key = self._keys[-1].view(len(chunks), 1, keys)  # [C, 1, m]
+        seen = self._seen(query, key[..., seen_by_all:])  # [C, n, m - seen_by_all]
         self._blocks.append(Block(len(chunks), queries, keys, first_query, first_key, seen_by_all, seen))
 
     def _path(self, chunk: _Chunk) -> tuple[list[Stretch], list[Stretch]]:
@@ -268,9 +273,10 @@ class _Slots:
         if self.window is None:
             return path, []
         deepest = max(self.positions[chunk.start : chunk.end])
-        out_of_sight = deepest - self.window + 1 - (self.positions[chunk.start] - chunk.above)
-        left, right = split_at(path, out_of_sight)
-        return right, left
+        first_position = self.positions[chunk.start] - chunk.above  # of the path that is needed
+        first_in_all_windows = deepest - self.window + 1
+        in_some_windows, in_all_windows = split_at(path, first_in_all_windows - first_position)
+        return in_all_windows, in_some_windows
 
     def _seen(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Whether tokens see keys, of which -1 is padding: the law of row.py."""

@@ -14,7 +14,7 @@ import torch
 from atomtune.batch.attention_plan import AttentionPlan, Cut, padded_length, plan_attention
 from atomtune.batch.pack import pack
 from atomtune.batch.row import Row, padded_tokens, single
-from atomtune.batch.segment_plan import Way
+from atomtune.batch.segment_plan import MixerMethod
 from atomtune.batch.tree import graft
 from atomtune.choices import Layout
 from atomtune.data.records import Example
@@ -40,7 +40,7 @@ class Batch(_Targets):
     Not tensors, so reading them needs no synchronization with the device:
     targets         sum(learn)
     tokens_padded   number of tokens that the padded layout would compute for these examples
-    examples        number of records
+    records         how many records these examples are of
     origins         of the examples
     """
 
@@ -49,11 +49,11 @@ class Batch(_Targets):
     position_ids: torch.Tensor | None
     plan: AttentionPlan | None
     tokens_padded: int
-    examples: int
+    records: int
     origins: list[str]
 
 
-def collate_chains(rows: Sequence[Row], *, pad_id: int, examples: int, tokens_padded: int) -> Batch:
+def collate_chains(rows: Sequence[Row], *, pad_id: int, records: int, tokens_padded: int) -> Batch:
     """A padded batch of chains, one per row.
 
     Longest first, as in the tutorial, so that the allocator gets the largest request first.
@@ -73,7 +73,7 @@ def collate_chains(rows: Sequence[Row], *, pad_id: int, examples: int, tokens_pa
         plan=None,
         **_targets(rows),
         tokens_padded=tokens_padded,
-        examples=examples,
+        records=records,
         origins=[origin for row in rows for origin in row.origins],
     )
 
@@ -82,10 +82,10 @@ def collate_row(
     row: Row,
     *,
     windows: Sequence[int | None],
-    examples: int,
+    records: int,
     tokens_padded: int,
     cut: Cut = "blocks",
-    mixers: Way | None = None,
+    mixers: MixerMethod | None = None,
 ) -> Batch:
     """A batch of one row with all examples, and the plan of its attention."""
     width = padded_length(len(row))
@@ -100,7 +100,7 @@ def collate_row(
         plan=plan,
         **_targets([row]),
         tokens_padded=tokens_padded,
-        examples=examples,
+        records=records,
         origins=list(row.origins),
     )
 
@@ -138,7 +138,7 @@ class Collator:
     as_examples: Callable[[Mapping[str, Any]], Sequence[Example]]
     windows: Sequence[int | None] = (None,)
     cut: Cut = "blocks"
-    mixers: Way | None = None
+    mixers: MixerMethod | None = None
 
     def __call__(self, stored: Sequence[Mapping[str, Any]]) -> Batch:
         examples = [example for row in stored for example in self.as_examples(row)]
@@ -149,7 +149,7 @@ class Collator:
 
         records  number of records that they belong to; default: one each
         """
-        counts = {"examples": records or len(examples), "tokens_padded": padded_tokens(examples)}
+        counts = {"records": records or len(examples), "tokens_padded": padded_tokens(examples)}
         if self.layout == "padded":
             return collate_chains([single(example) for example in examples], pad_id=self.pad_id, **counts)
         row = graft(examples) if self.layout == "tree" else pack(examples)

@@ -82,6 +82,9 @@ def batches_of(
     as_examples: Callable[[Mapping[str, Any]], Sequence[Example]],
 ) -> list[list[Example]]:
     """The examples of stored rows, grouped into batches of `per_batch` rows."""
-    records = [as_examples(row) for row in rows]
-    starts = range(0, len(records), per_batch)
-    return [[example for record in records[i : i + per_batch] for example in record] for i in starts]
+    batches: list[list[Example]] = []
+    for number, row in enumerate(rows):
+        if number % per_batch == 0:
+            batches.append([])
+        batches[-1] += as_examples(row)
+    return batches

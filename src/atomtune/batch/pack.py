@@ -11,7 +11,6 @@ No torch here.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 from atomtune.batch.row import Row, single
 from atomtune.data.records import Example
@@ -19,13 +18,14 @@ from atomtune.data.records import Example
 
 def pack(examples: Sequence[Example]) -> Row:
     """All examples in one row, each as a chain of its own."""
-    chains = [single(example) for example in examples]
-    begins = list(accumulate(map(len, chains), initial=0))[:-1]
-    placed = list(zip(chains, begins, strict=True))
-    return Row(
-        ids=tuple(token for chain in chains for token in chain.ids),
-        parent=tuple(parent + begin if parent >= 0 else -1 for chain, begin in placed for parent in chain.parent),
-        until=tuple(until + begin for chain, begin in placed for until in chain.until),
-        learn=tuple(times for chain in chains for times in chain.learn),
-        origins=tuple(origin for chain in chains for origin in chain.origins),
-    )
+    ids: list[int] = []
+    parents: list[int] = []
+    untils: list[int] = []
+    learn: list[int] = []
+    for example in examples:
+        chain, start = single(example), len(ids)
+        ids += chain.ids
+        parents += [parent + start if parent >= 0 else -1 for parent in chain.parent]
+        untils += [until + start for until in chain.until]
+        learn += chain.learn
+    return Row(tuple(ids), tuple(parents), tuple(untils), tuple(learn), tuple(example.origin for example in examples))

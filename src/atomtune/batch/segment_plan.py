@@ -1,9 +1,9 @@
 """Segment plans: how layers that carry a state from token to token compute a row with branches.
 
-There are two ways (`Way`). fork: the row is cut into segments at its branches. A segment starts from the final state of
-its parent segment, so the state is forked at a branch; a root starts without a state. Segments that can run together
-form a batch. Padding is at the end of a segment, where it changes no result, and never in a segment from which others
-start.
+There are two methods (`MixerMethod`). fork: the row is cut into segments at its branches. A segment starts from the
+final state of its parent segment, so the state is forked at a branch; a root starts without a state. Segments that can
+run together form a batch. Padding is at the end of a segment, where it changes no result, and never in a segment from
+which others start.
 
     tokens    p p p p a a a b b          segments   0: p p p p    1: a a a, of 0    2: b b, of 0
     batch 0   p p p p                    starts empty, ends in state s
@@ -25,7 +25,7 @@ from atomtune.batch.paths import path_to
 from atomtune.batch.row import Row, Segment, segments
 
 #: How layers that carry a state compute a row: by a SegmentPlan or by a PathPlan.
-Way = Literal["fork", "paths"]
+MixerMethod = Literal["fork", "paths"]
 #: Leaves share a batch if the longest has at most 1.5 times as many tokens as the shortest, or at most 16 more.
 _LONGER = 1.5
 _LONGER_TOKENS = 16

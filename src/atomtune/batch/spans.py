@@ -16,7 +16,7 @@ from atomtune.batch.row import Segment
 
 #: `rounded` pads the number of keys to a multiple of this, so that there are few shapes. Small trees gather some 16
 #: times as many.
-_KEYS_FILLED = 512
+_KEY_STEP = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +48,23 @@ class Spans:
     def rounded(self, tokens: int) -> "Spans":
         """The same attention padded to one of few shapes.
 
-        Empty spans without queries are appended; the last of them takes the keys that pad `keys`.
+        Spans without queries are appended. All but the last have no keys either; the last has those that pad `keys`.
         tokens  T
         """
-        more = _power_of_two(len(self.query_starts) + 1) - len(self.query_starts)
-        keys = tokens if self.keys is None else len(self.keys)
-        filled = tokens if self.keys is None else -(-keys // _KEYS_FILLED) * _KEYS_FILLED
-        key_starts = functional.pad(functional.pad(self.key_starts, (0, more - 1), value=keys), (0, 1), value=filled)
+        appended = _power_of_two(len(self.query_starts) + 1) - len(self.query_starts)
+        keys, count, padded_count = self.keys, tokens, tokens
+        if keys is not None:
+            count = len(keys)  # K
+            padded_count = -(-count // _KEY_STEP) * _KEY_STEP
+            keys = functional.pad(keys, (0, padded_count - count))
+        # The drawing above:   query_starts   0 2 4 5 | 5 5 5 5      key_starts   0 2 6 9 | 9 9 9 512
+        key_starts = functional.pad(self.key_starts, (0, appended - 1), value=count)
         return Spans(
-            functional.pad(self.query_starts, (0, more), value=tokens),
-            key_starts,
-            None if self.keys is None else functional.pad(self.keys, (0, filled - keys)),
-            _power_of_two(self.longest_queries),
-            _power_of_two(max(self.longest_keys, filled - keys)),
+            query_starts=functional.pad(self.query_starts, (0, appended), value=tokens),
+            key_starts=functional.pad(key_starts, (0, 1), value=padded_count),
+            keys=keys,
+            longest_queries=_power_of_two(self.longest_queries),
+            longest_keys=_power_of_two(max(self.longest_keys, padded_count - count)),
         )
 
 

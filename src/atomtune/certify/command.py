@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from atomtune.certify.comparison import Outcome, coarser, compare
+from atomtune.certify.comparison import EngineOutcome, coarser, compare
 from atomtune.certify.prompts import OUR_OWN, CertPrompt, choose_prompts
 from atomtune.certify.reference import Expected, expect
 from atomtune.choices import EngineName
@@ -35,9 +35,10 @@ from atomtune.model.adapter import load_trained
 from atomtune.model.adapter_folder import CERTIFICATE, CONFIG, AdapterMetadata, base_of
 from atomtune.model.base_as_trained import adapter_and_base, base_spec
 from atomtune.model.base_shape import positions_of
+from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import is_at_hand, refuse_other_base
 from atomtune.model.generate import stop_ids
-from atomtune.model.load import dtype_name, load_base, load_dequantized, quiet_libraries, stored_dtype
+from atomtune.model.load import BaseSpec, dtype_name, load_base, load_dequantized, quiet_libraries, stored_dtype
 from atomtune.model.memory import free_memory
 from atomtune.settings.fields import CertifySettings, base_of_adapter
 from atomtune.settings.spelled import base_words
@@ -136,13 +137,7 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     Raises BadSettings if adapter_path is a complete model, because there is no adapter to certify it against.
     """
     adapter = Path(settings.adapter_path)
-    if (adapter / "config.json").is_file() and not (adapter / ADAPTER_CONFIG).is_file():
-        raise BadSettings(
-            [
-                f"--adapter_path {adapter} is a whole model, not the adapter that it is certified against. Pass the "
-                "run's output folder, and this one with --served."
-            ]
-        )
+    _refuse_whole_model(adapter)
     template, metadata, base_path = adapter_and_base(
         adapter,
         **base_of_adapter(settings),
@@ -159,19 +154,8 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     spec = base_spec([metadata], **on_device, dtype=settings.dtype, notice=console.notice)
     dtype = spec.dtype
     console.say(f"{len(prompts)} prompts ({_kinds(prompts)}), answered by {adapter} in {dtype_name(dtype)} …")
-    merged = _merged(settings, metadata)
-    merged_in = merged.quantize if merged else None
-    if metadata.quantize and metadata.quantize not in (merged_in, settings.quantize):
-        console.notice(
-            f"the adapter was trained on the base in {metadata.quantize}, but is certified on its weights as they are "
-            "stored, which is what engines load: not quite the model that was trained. `atomtune merge` writes the "
-            "weights used in training."
-        )
     was_at_hand = is_at_hand(base_path)
-    if merged and merged_in:
-        base = load_dequantized(replace(spec, quantize=merged_in), trained_in=merged.dtype)
-    else:
-        base = load_base(spec)
+    base = _base_as_served(spec, settings, metadata, console)
     if not was_at_hand:
         refuse_other_base(base_path, metadata.base, anyway=settings.other_base, notice=console.notice)
     model = load_trained(base, adapter).eval()
@@ -182,6 +166,35 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     del model, base
     free_memory()
     return TrainedSide(template, expected, stops, dtype_name(dtype), settings.max_new_tokens, context)
+
+
+def _refuse_whole_model(adapter: Path) -> None:
+    """Raise BadSettings if the folder holds a complete model instead of an adapter."""
+    if (adapter / "config.json").is_file() and not (adapter / ADAPTER_CONFIG).is_file():
+        raise BadSettings(
+            [
+                f"--adapter_path {adapter} is a whole model, not the adapter that it is certified against. Pass the "
+                "run's output folder, and this one with --served."
+            ]
+        )
+
+
+def _base_as_served(spec: BaseSpec, settings: CertifySettings, metadata: AdapterMetadata, console: Console) -> CausalLM:
+    """The base with the weights that the engine has: those of a merge, quantized and dequantized, or the stored ones.
+
+    Gives a notice if these are not the weights that the adapter was trained on.
+    """
+    merged = _merged(settings, metadata)
+    merged_in = merged.quantize if merged else None
+    if metadata.quantize and metadata.quantize not in (merged_in, settings.quantize):
+        console.notice(
+            f"the adapter was trained on the base in {metadata.quantize}, but is certified on its weights as they are "
+            "stored, which is what engines load: not quite the model that was trained. `atomtune merge` writes the "
+            "weights used in training."
+        )
+    if merged and merged_in:
+        return load_dequantized(replace(spec, quantize=merged_in), trained_in=merged.dtype)
+    return load_base(spec)
 
 
 def _of_today(template: Template, console: Console) -> Template:
@@ -245,7 +258,7 @@ def _records_in(source: str, name: str, run: RunRecords, template: Template, rul
 
 def certify_served(
     side: TrainedSide, served: Path, engine: EngineName, settings: CertifySettings, console: Console
-) -> Outcome:
+) -> EngineOutcome:
     """Start an engine on what is served, compare it with our side, and end it."""
     console.say(f"starting {engine} on {served} …")
     dtype = coarser(side.dtype, _stored(served, settings) or side.dtype)
@@ -265,7 +278,7 @@ def _stored(served: Path, settings: CertifySettings) -> str | None:
 
 def certify_together(
     sides: Mapping[Path, TrainedSide], names: Sequence[str], base: str, settings: CertifySettings, console: Console
-) -> list[Outcome]:
+) -> list[EngineOutcome]:
     """Start one vLLM with all these adapters, as `serve` does, and compare each of them by its name.
 
     sides  adapter folder → results of our side; the adapters share base, template and stop tokens
@@ -281,7 +294,7 @@ def certify_together(
         trust_remote_code=settings.trust_remote_code,
         adapters=[ServedAdapter(name, folder.resolve()) for name, folder in zip(names, sides, strict=True)],
     )
-    outcomes: list[Outcome] = []
+    outcomes: list[EngineOutcome] = []
     with running:
         for name, side in zip(names, sides.values(), strict=True):
             running.ask(name)
@@ -306,7 +319,7 @@ def start(engine: EngineName, served: Path, side: TrainedSide, settings: Certify
     return kind(folder, dtype=side.dtype, trust_remote_code=settings.trust_remote_code)
 
 
-def one_line(outcome: Outcome) -> str:
+def one_line(outcome: EngineOutcome) -> str:
     """The certificate as one line."""
     n = outcome.prompts
     verdict = "serves the tuned model" if not outcome.problems() else "DOES NOT serve the tuned model"
@@ -319,7 +332,7 @@ def one_line(outcome: Outcome) -> str:
     )
 
 
-def write_certificate(outcomes: Sequence[Outcome], served: Path) -> Path:
+def write_certificate(outcomes: Sequence[EngineOutcome], served: Path) -> Path:
     """Write certificate.json into what is served, or beside a GGUF; entries of other engines are kept."""
     file = _certificate_of(served)
     entries = [outcome.to_json() for outcome in outcomes]
@@ -341,7 +354,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
-def refuse_failed(outcomes: Sequence[tuple[Path, Outcome]]) -> None:
+def refuse_failed(outcomes: Sequence[tuple[Path, EngineOutcome]]) -> None:
     """Raise CheckFailed if any outcome has problems, listing them with the first difference side by side."""
     failed = [(served, outcome) for served, outcome in outcomes if outcome.problems()]
     if not failed:

@@ -8,7 +8,7 @@ from atomtune.certify.prompts import CertPrompt
 from atomtune.certify.reference import Expected
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.tokenizer import Tokenizer
-from atomtune.engines.engine import Engine, Reply
+from atomtune.engines.engine import Engine, EngineReply
 from atomtune.shared_prefix import shared_length
 
 
@@ -51,7 +51,7 @@ class Difference:
 
 
 @dataclass
-class Outcome:
+class EngineOutcome:
     """The results of one engine with all prompts."""
 
     engine: str
@@ -127,13 +127,13 @@ def coarser(*dtypes: str) -> str:
 
 def compare(
     engine: Engine, expected: Sequence[Expected], template: Template, *, dtype: str, max_new_tokens: int
-) -> Outcome:
+) -> EngineOutcome:
     """Send every prompt to a running engine and compare its answers with ours.
 
     dtype  of our side, or of the stored weights; the coarsest dtype of all decides what is allowed
     """
     of_both = coarser(engine.dtype, dtype)
-    outcome = Outcome(engine.name, engine.version, of_both, ALLOWED.get(of_both, FEW_BITS))
+    outcome = EngineOutcome(engine.name, engine.version, of_both, ALLOWED.get(of_both, FEW_BITS))
     for ours in expected:
         prompt = ours.prompt
         outcome.prompts += 1
@@ -164,7 +164,7 @@ def compare(
     return outcome
 
 
-def _enter_scores(outcome: Outcome, ours: Expected, scores: Sequence[float]) -> None:
+def _enter_scores(outcome: EngineOutcome, ours: Expected, scores: Sequence[float]) -> None:
     from_tuned = _distances(scores, ours.tuned)
     from_base = _distances(scores, ours.base)
     outcome.from_tuned += from_tuned
@@ -178,7 +178,7 @@ def _distances(scores: Sequence[float], others: Sequence[float]) -> list[float]:
     return [abs(score - other) for score, other in zip(scores, others, strict=True)]
 
 
-def _ids_difference(prompt: CertPrompt, ids: Sequence[int], reply: Reply, tokenizer: Tokenizer) -> Difference:
+def _ids_difference(prompt: CertPrompt, ids: Sequence[int], reply: EngineReply, tokenizer: Tokenizer) -> Difference:
     """The first different id, with some tokens around it."""
     expected = prompt.prompt_ids
     if list(expected) == list(ids):
@@ -203,7 +203,7 @@ def _same(text: str, other: str) -> bool:
     return text.rstrip(_BROKEN).strip() == other.rstrip(_BROKEN).strip()
 
 
-def _text_difference(ours: Expected, reply: Reply, template: Template, allowed: Allowed) -> Difference | None:
+def _text_difference(ours: Expected, reply: EngineReply, template: Template, allowed: Allowed) -> Difference | None:
     """The first token at which the engine's greedy answer differs from ours by more than a tie; None if none does.
 
     The engine returns text, and the same text may have other tokens, so the fork is searched in the text.

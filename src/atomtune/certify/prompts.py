@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from atomtune.data.encoding.chat_template import CannotExpress, Message, Template
-from atomtune.data.encoding.exchanges import exchanges_of, joined
+from atomtune.data.encoding.exchanges import as_one_piece, exchanges_of
 from atomtune.data.records import Record
 from atomtune.engines.engine import Request
 from atomtune.errors import BadData
@@ -87,7 +87,7 @@ def _of_record(record: Record, template: Template, *, max_tokens: int) -> list[C
         exchange = exchanges_of(template, record)[-1]
     except CannotExpress:
         return []
-    prompt, answer = joined(exchange.prompt), exchange.answer
+    prompt, answer = as_one_piece(exchange.prompt), exchange.answer
     if prompt.breaks or answer.breaks:
         return []
     prompt_ids, answer_ids = template.tokens.ids_of([prompt, answer])

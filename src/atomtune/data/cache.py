@@ -52,7 +52,7 @@ from atomtune.data.records import Example, Record, Refusal
 from atomtune.data.workers import in_order, workers_here
 from atomtune.disk import sha256_of, sync, text_of
 from atomtune.errors import BadData, BadSettings
-from atomtune.limits import try_apart
+from atomtune.limits import try_in_child_process
 
 FEATURES = datasets.Features(
     {
@@ -102,7 +102,7 @@ class EncodedData:
 
 
 @dataclass(frozen=True)
-class Part:
+class EncodedPart:
     """A batch of rows as a worker returns it."""
 
     table: pyarrow.Table
@@ -153,7 +153,7 @@ def examples_of(
     return EncodedData(datasets.Dataset.from_file(str(entry / EXAMPLES)), ledger, data_hash, notes)
 
 
-def _refusing_change(parts: Iterable[Part], source: Path | str, stamp: object) -> Iterator[Part]:
+def _refusing_change(parts: Iterable[EncodedPart], source: Path | str, stamp: object) -> Iterator[EncodedPart]:
     """Yield the parts, then raise BadData if the source changed since its stamp was taken.
 
     Otherwise the examples would be stored under the hash of other bytes, and later be used for those.
@@ -223,17 +223,17 @@ def encoded(
     *,
     name: str | None = None,
     advance: Callable[[int], None] = lambda n_bytes: None,
-) -> Iterator[Part]:
+) -> Iterator[EncodedPart]:
     """Encode a source: yield its records as finished rows, part by part, and add each part's counts to `ledger`.
 
     Raises BadData with the record's origin if encoding it takes too long or too much memory.
     """
 
-    def encode(work: tuple[Schema, Chunk]) -> Part:
+    def encode(work: tuple[Schema, Chunk]) -> EncodedPart:
         schema, chunk = work
         encoder = Encoder(template, schema, rules.max_tokens, rules.overlength, rules.learn)
         batch = encoder(parse_chunk(chunk))
-        return Part(as_table(batch.records), batch.ledger, batch.instructions)
+        return EncodedPart(as_table(batch.records), batch.ledger, batch.instructions)
 
     def examine(work: tuple[Schema, Chunk]) -> None:
         """Encode the records of a chunk one by one under limits. Raises BadData at the one that exceeds them."""
@@ -247,7 +247,7 @@ def encoded(
                 Encoder(template, schema, rules.max_tokens, rules.overlength, rules.learn, at_answer=at_answer)([raw])
 
         seconds = _RECORD_SECONDS + len(str(chunk)) // _CHARACTERS_A_SECOND
-        if tripped := try_apart(each_record, seconds=seconds, each_place=True):
+        if tripped := try_in_child_process(each_record, seconds=seconds, each_place=True):
             raise BadData(
                 f"{tripped.at}: encoding this record {tripped.words}.\nThe chat template, or a pattern in the model's "
                 "tokenizer.json, does not finish on its text. Remove the record, or use the template and the tokenizer "
@@ -338,7 +338,7 @@ def records_of(
         raise _changed(source)
 
 
-def _write_entry(entry: Path, name: str, ledger: Ledger, parts: Iterable[Part]) -> Path:
+def _write_entry(entry: Path, name: str, ledger: Ledger, parts: Iterable[EncodedPart]) -> Path:
     """Write the entry to a temporary folder next to its place, sync it and rename it, so it is never seen half-written.
 
     Returns the entry's path. Raises BadData if there are no records.

@@ -20,9 +20,8 @@ class Turn:
     input: str = ""
     learn: int = 1  # roles assistant and text: how many times the loss counts its tokens; 0: context only
     reasoning: str = ""  # the assistant's reasoning before its text
-    calls: tuple[
-        Mapping[str, Any], ...
-    ] = ()  # the assistant's tool calls: {"id": …, "name": …, "arguments": {…}}; "id" is optional
+    # The assistant's tool calls: {"id": …, "name": …, "arguments": {…}}; "id" is optional.
+    calls: tuple[Mapping[str, Any], ...] = ()
     name: str = ""  # role tool: the name of the tool that answers
     call_id: str = ""  # role tool: the id of the call that is answered, if the record has one
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from atomtune.errors import RunFailed
 from atomtune.limits import limit_memory
+from atomtune.process import STOP_SIGNALS
 
 Part = TypeVar("Part")
 Made = TypeVar("Made")
@@ -117,7 +118,7 @@ def _begin(work: Callable[[Any], Any]) -> None:
     # The tokenizer's own threads do not survive a fork, and there is already one process per core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     limit_memory(MORE_BYTES)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

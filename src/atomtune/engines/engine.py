@@ -60,7 +60,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Reply:
+class EngineReply:
     """The answer to a chat request."""
 
     text: str
@@ -87,7 +87,7 @@ class Engine(Protocol):
         """Of each answer token, given the prompt and the answer tokens before it."""
         ...
 
-    def chat(self, request: Request, *, max_tokens: int) -> Reply:
+    def chat(self, request: Request, *, max_tokens: int) -> EngineReply:
         """The greedy answer from the OpenAI-compatible endpoint."""
         ...
 
@@ -112,7 +112,7 @@ def post(url: str, body: Mapping[str, Any]) -> Any:
         raise RunFailed(f"The engine does not answer at {url}: {error}") from None
 
 
-def chat_reply(url: str, model: str, request: Request, *, max_tokens: int, **more: Any) -> Reply:
+def chat_reply(url: str, model: str, request: Request, *, max_tokens: int, **more: Any) -> EngineReply:
     """A greedy answer from any OpenAI-compatible endpoint.
 
     more  further keys of the request's body, for this engine only
@@ -120,7 +120,7 @@ def chat_reply(url: str, model: str, request: Request, *, max_tokens: int, **mor
     greedy = {"model": model, "max_tokens": max_tokens, "temperature": 0, "stream": False, **more}
     answer = post(f"{url}/v1/chat/completions", {**request.body(), **greedy})
     choice = answer["choices"][0]
-    return Reply(
+    return EngineReply(
         text=choice["message"].get("content") or "",
         stopped=choice["finish_reason"] != "length",
         prompt_tokens=int(answer["usage"]["prompt_tokens"]),

@@ -7,10 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from atomtune.engines.engine import Reply, Request, chat_reply, post
+from atomtune.engines.engine import EngineReply, Request, chat_reply, post
 from atomtune.engines.server_process import ServerProcess, free_port
 from atomtune.errors import BadModel
-from atomtune.extras import refuse_missing
+from atomtune.extras import refuse_missing_packages
 
 #: Added to a token's logit to force it. The log-probability in the answer is the one before this is added.
 _FORCED = 1e4
@@ -32,7 +32,7 @@ def command(file: Path, *, host: str, port: int, context: int, variables: Mappin
 
 def refuse_without_packages() -> None:
     """Raise BadSettings if xllamacpp is not installed."""
-    refuse_missing(["xllamacpp"], extra="gguf", what="llama.cpp")
+    refuse_missing_packages(["xllamacpp"], extra="gguf", what="llama.cpp")
 
 
 def weights_format(file: Path) -> str:
@@ -114,7 +114,7 @@ class LlamaCpp:
         entry: dict[str, Any] = next(entry for entry in sampled["top_logprobs"] if entry["id"] == token)
         return entry
 
-    def chat(self, request: Request, *, max_tokens: int) -> Reply:
+    def chat(self, request: Request, *, max_tokens: int) -> EngineReply:
         self.server.refuse_ended()
         # Return the text as the model writes it. Otherwise the server would remove thoughts and calls from it, and with
         # tools its grammar would restrict the text to calls.

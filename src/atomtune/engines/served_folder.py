@@ -71,7 +71,7 @@ class ServedFolder:
         config = own.get(ADAPTER_CONFIG)
         if config is None:
             return own
-        base = self.base or str(read_config(config).get("base_model_name_or_path"))
+        base = self.base or str(read_config_file(config).get("base_model_name_or_path"))
         try:
             config_of_base = Path(str(cached_file(base, MODEL_CONFIG)))
         except OSError as error:
@@ -96,7 +96,7 @@ def _is_tokenizer_file(file: Path) -> bool:
     return any(map(file.match, TOKENIZER_FILES))
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_config_file(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises BadModel if it cannot be read."""
     try:
         return read_json_object(file)
@@ -106,7 +106,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def _write_value(file: Path, name: str, value: Any) -> None:
     """Set one value in a JSON file. A link is replaced by a copy first, since the original is not ours to change."""
-    values = read_config(file) if file.is_file() else {}
+    values = read_config_file(file) if file.is_file() else {}
     file.unlink(missing_ok=True)
     file.write_text(json.dumps({**values, name: value}), encoding="utf-8")
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from atomtune.engines.engine import OF_ANOTHER_BASE, Reply, Request, UnknownTokens
+from atomtune.engines.engine import OF_ANOTHER_BASE, EngineReply, Request, UnknownTokens
 from atomtune.engines.served_folder import ServedFolder
 from atomtune.errors import BadModel
 
@@ -72,11 +72,11 @@ class TransformersInProcess:
         return scores.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist()
 
     @torch.no_grad()
-    def chat(self, request: Request, *, max_tokens: int) -> Reply:
+    def chat(self, request: Request, *, max_tokens: int) -> EngineReply:
         prompt = self.prompt_ids(request)
         ids = torch.tensor([prompt], device=self.model.device)
         written = self.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
         )[0, len(prompt) :]
         text = self.tokenizer.decode(written, skip_special_tokens=True)
-        return Reply(text, stopped=len(written) < max_tokens, prompt_tokens=len(prompt))
+        return EngineReply(text, stopped=len(written) < max_tokens, prompt_tokens=len(prompt))

@@ -13,10 +13,10 @@ from typing import Any
 
 import transformers
 
-from atomtune.engines.engine import Reply, Request, chat_reply
+from atomtune.engines.engine import EngineReply, Request, chat_reply
 from atomtune.engines.server_process import ServerProcess, free_port
 from atomtune.engines.transformers_in_process import TransformersInProcess
-from atomtune.extras import refuse_missing
+from atomtune.extras import refuse_missing_packages
 
 
 def command(
@@ -42,7 +42,7 @@ def command(
 
 def refuse_without_packages() -> None:
     """Raise BadSettings if the packages that it needs are not installed."""
-    refuse_missing(["fastapi", "uvicorn", "openai"], extra="serve", what="transformers serve")
+    refuse_missing_packages(["fastapi", "uvicorn", "openai"], extra="serve", what="transformers serve")
 
 
 class TransformersServe(TransformersInProcess):
@@ -72,7 +72,7 @@ class TransformersServe(TransformersInProcess):
     def __exit__(self, *exc: Any) -> None:
         self._started.__exit__(*exc)
 
-    def chat(self, request: Request, *, max_tokens: int) -> Reply:
+    def chat(self, request: Request, *, max_tokens: int) -> EngineReply:
         self.server.refuse_ended()
         reply = chat_reply(self.url, self.folder.name, request, max_tokens=max_tokens)
         text = reply.text

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from atomtune.choices import BASE
-from atomtune.engines.engine import Reply, Request, chat_reply, post
-from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder, read_config
+from atomtune.engines.engine import EngineReply, Request, chat_reply, post
+from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder, read_config_file
 from atomtune.engines.server_process import ServerProcess, free_port
 from atomtune.errors import BadModel, BadSettings
 
@@ -33,13 +33,13 @@ class ServedAdapter:
 
     def refuse_dora(self) -> None:
         """Raise BadSettings if this is a DoRA adapter, which vLLM serves only as part of a merged model."""
-        if read_config(self.folder / ADAPTER_CONFIG).get("use_dora"):
+        if read_config_file(self.folder / ADAPTER_CONFIG).get("use_dora"):
             raise BadSettings([f"{self.folder}: vLLM serves no DoRA adapters (use_dora). Merge it first."])
 
     def rank(self) -> int:
         """The largest rank of the adapter's layers. Raises BadModel if its config has no valid ranks."""
         file = self.folder / ADAPTER_CONFIG
-        config = read_config(file)
+        config = read_config_file(file)
         try:
             return max(int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values()), 0)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
@@ -175,7 +175,7 @@ class VllmServe:
         entries = of_tokens[len(prompt) :]  # for each token, the most likely one and always its own
         return [float(entry[str(token)]["logprob"]) for entry, token in zip(entries, answer, strict=True)]
 
-    def chat(self, request: Request, *, max_tokens: int) -> Reply:
+    def chat(self, request: Request, *, max_tokens: int) -> EngineReply:
         self.server.refuse_ended()
         return chat_reply(self.url, self.model, request, max_tokens=max_tokens, **request.calls_as_text())
 

@@ -2,8 +2,9 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ from atomtune.data.ledger import Ledger, listed_refusals, refuse_unusable
 from atomtune.disk import read_json_object, sha256_of, why_unwritable, write_json, write_text
 from atomtune.errors import BadData, BadSettings, RunFailed, Stopped
 from atomtune.evaluate.account import Account, account_of
-from atomtune.evaluate.evaluation import Evaluation, Plan, evaluate_records
+from atomtune.evaluate.evaluation import Evaluation, EvaluationOptions, evaluate_records
 from atomtune.evaluate.html_page import page
 from atomtune.evaluate.models import Candidates, Models, candidates_of, load_models
 from atomtune.evaluate.probe import probe_prompts, probe_scores
 from atomtune.evaluate.questions import EvalRecord, Key, read_records
-from atomtune.evaluate.report import Report, make_report, markdown, score_text, used_measures, with_interval
+from atomtune.evaluate.report import Report, make_report, markdown, metric_text, score_text, used_metrics
 from atomtune.evaluate.run_folder import RunRecords, refuse_changed_files, run_file, run_records
-from atomtune.extras import refuse_missing
+from atomtune.extras import refuse_missing_packages
 from atomtune.language import message, translated
 from atomtune.model.adapter_folder import CONFIG, adapter_file, refuse_empty_folder
 from atomtune.model.base_shape import refuse_too_few_positions
@@ -56,12 +57,12 @@ def evaluate(settings: EvaluateSettings) -> int:
     """Run `atomtune evaluate`. Raises Stopped (exit code 75) after Ctrl-C, with the report of what was done."""
     console = Console()
     folder = output_folder(settings)
-    _refuse_missing(settings)  # before the folder: the reports go into the adapter's
+    _refuse_nothing_named(settings)  # before the folder: the reports go into the adapter's
     refuse_unwritable(folder)
     report = measure(settings, console)
     if settings.output_dir is None:
         folder = beside_others(folder, report)
-    say(report, console)
+    say_report(report, console)
     write_reports(report, folder)
     console.say(f"\nreport.html, report.md and report.json are in {folder}.")
     if report.stopped_early:
@@ -113,7 +114,7 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
 
     Raises BadSettings if no records are named or held out, Stopped if Ctrl-C comes before the first batch is done.
     """
-    _refuse_missing(settings)
+    _refuse_nothing_named(settings)
     _refuse_missing_packages(settings)
     quiet_libraries()
     to_read = _what_to_read(settings)
@@ -122,9 +123,8 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
     read = _read(settings, candidates, to_read)
     _say_what_was_read(read, settings.adapter_path, console)
     made_from = _made_from(settings, candidates, read)
-    models = load_models(
-        settings, candidates, console
-    )  # last: a wrong file is found at once, a large base takes minutes
+    # Loaded last: a wrong file is found at once, and a large base takes minutes.
+    models = load_models(settings, candidates, console)
     _say_what_is_evaluated(models, read.by_template, to_read.sources, console)
     collator = _collator(models)
     done = _evaluated(settings, models, read.by_template, collator, console)
@@ -159,9 +159,11 @@ def _made_from(settings: EvaluateSettings, candidates: Candidates, read: "ReadRe
 def _refuse_missing_packages(settings: EvaluateSettings) -> None:
     """Raise BadSettings if a package is not installed, before anything is loaded."""
     if not settings.no_generate:
-        refuse_missing(["sacrebleu"], extra="evaluate", what="Comparing generated answers", otherwise="--no_generate")
+        refuse_missing_packages(
+            ["sacrebleu"], extra="evaluate", what="Comparing generated answers", otherwise="--no_generate"
+        )
     if settings.lm_eval_tasks:
-        refuse_missing(["lm_eval"], extra="lm-eval", what="--lm_eval_tasks")
+        refuse_missing_packages(["lm_eval"], extra="lm-eval", what="--lm_eval_tasks")
 
 
 def _lm_eval(settings: EvaluateSettings) -> Callable[..., None]:
@@ -189,11 +191,16 @@ def _evaluated(
     console: Console,
 ) -> Evaluation:
     """Every model's results for the records. Raises Stopped if no record was done before Ctrl-C."""
-    plan = Plan(settings.per_device_eval_batch_size, settings.max_new_tokens, not settings.no_generate, settings.seed)
-    done = evaluate_records(models, records_by_template, collator, plan, console)
+    options = EvaluationOptions(
+        batch_size=settings.per_device_eval_batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        generate=not settings.no_generate,
+        seed=settings.seed,
+    )
+    done = evaluate_records(models, records_by_template, collator, options, console)
     if not done.records:
         raise Stopped("stopped before the first records were done; nothing is written.")
-    if plan.generate:
+    if options.generate:
         _say_unread_calls(done, console.notice)
     return done
 
@@ -223,7 +230,7 @@ def _add_probe_and_tasks(
         done.stopped_early = True
 
 
-def _refuse_missing(settings: EvaluateSettings) -> None:
+def _refuse_nothing_named(settings: EvaluateSettings) -> None:
     """Raise BadSettings if no model or no records are named, BadModel if an adapter is missing."""
     missing: list[str] = []
     if not settings.adapter_path and not settings.model_path:
@@ -295,38 +302,60 @@ def _read(settings: EvaluateSettings, candidates: Candidates, to_read: ToRead) -
 
     Raises BadSettings if one of them is longer than the base has positions for.
     """
-    max_tokens = candidates.max_seq_length
-    reading = replace(to_read.reading, max_seq_length=max_tokens, overlength="shorten", skip_overlength=False)
-    rules = Rules(**reading.rules())
-    templates: dict[str, Template] = {subject.template.key: subject.template for subject in candidates.subjects}
-    read: dict[str, dict[Key, EvalRecord]] = {}
-    ledgers: dict[str, Ledger] = {}
-    notes: dict[str, None] = {}  # each once, although every template reads the same sources
-    for template_key, template in templates.items():
-        read[template_key], data = read_records(to_read.sources, template, rules, to_read.wanted)
-        if to_read.wanted is not None:
-            refuse_changed_files(Path(settings.adapter_path[0]), data.data_hash)
-        refuse_unusable(data.ledger, to_read.sources)
-        models = [subject.name for subject in candidates.subjects if subject.template.key == template_key]
-        ledgers[", ".join(models)] = data.ledger
-        notes |= dict.fromkeys(data.notes)
-    first, *others = read.values()
+    read = _read_with_each_template(settings, candidates, to_read)
+    first, *others = read.records.values()
     common = [key for key in first if all(key in records for records in others)]
     account = account_of(
-        ledgers,
+        read.ledgers,
         [origin for _, origin in common],
         wanted=to_read.wanted,
-        max_tokens=max_tokens,
+        max_tokens=candidates.max_seq_length,
         sources=to_read.sources,
     )
     _refuse_none(account, to_read.sources)
     keys = _chosen(common, settings)
-    by_template = {template_key: [records[key] for key in keys] for template_key, records in read.items()}
-    evaluated = [record for records in by_template.values() for record in records]
-    longest = max(len(example.ids) for record in evaluated for example in record.examples)
+    by_template = {template_key: [records[key] for key in keys] for template_key, records in read.records.items()}
+    longest = 0
+    for records in by_template.values():
+        for example in chain.from_iterable(record.examples for record in records):
+            longest = max(longest, len(example.ids))
     config = read_config(candidates.base_path, trust_remote_code=settings.trust_remote_code)
     refuse_too_few_positions(config, longest)
-    return ReadRecords(by_template, account, data.data_hash, tuple(notes))
+    return ReadRecords(by_template, account, read.data_hash, tuple(read.notes))
+
+
+@dataclass
+class _ReadWithTemplates:
+    """The records of the same sources as each template writes them.
+
+    records   the key of a template → the records that it can write
+    ledgers   names of the models with one template → what became of the records with it
+    notes     about the sources; each once, although every template reads the same ones
+    """
+
+    records: dict[str, dict[Key, EvalRecord]] = field(default_factory=dict)
+    ledgers: dict[str, Ledger] = field(default_factory=dict)
+    notes: dict[str, None] = field(default_factory=dict)
+    data_hash: str = ""
+
+
+def _read_with_each_template(settings: EvaluateSettings, candidates: Candidates, to_read: ToRead) -> _ReadWithTemplates:
+    """Read the sources once per template. Raises BadData if they have changed since the run, or if none can be used."""
+    max_tokens = candidates.max_seq_length
+    reading = replace(to_read.reading, max_seq_length=max_tokens, overlength="shorten", skip_overlength=False)
+    rules = Rules(**reading.rules())
+    templates: dict[str, Template] = {subject.template.key: subject.template for subject in candidates.subjects}
+    read = _ReadWithTemplates()
+    for template_key, template in templates.items():
+        read.records[template_key], data = read_records(to_read.sources, template, rules, to_read.wanted)
+        if to_read.wanted is not None:
+            refuse_changed_files(Path(settings.adapter_path[0]), data.data_hash)
+        refuse_unusable(data.ledger, to_read.sources)
+        models = [subject.name for subject in candidates.subjects if subject.template.key == template_key]
+        read.ledgers[", ".join(models)] = data.ledger
+        read.notes |= dict.fromkeys(data.notes)
+        read.data_hash = data.data_hash
+    return read
 
 
 def _refuse_none(account: Account, sources: Sequence[str]) -> None:
@@ -404,7 +433,7 @@ def _collator(models: Models) -> Collator:
     return collator_for(models.model, layout, pad_id=pad_id_of(tokenizer), as_examples=as_examples)
 
 
-def say(report: Report, console: Console) -> None:
+def say_report(report: Report, console: Console) -> None:
     """The figures, and what they say."""
     title = f"{report.records:,} records; the 95 % interval in brackets"
     if report.records == 1:
@@ -425,9 +454,8 @@ def say(report: Report, console: Console) -> None:
 def _rows(report: Report) -> list[tuple[str, list[str]]]:
     """What was measured, in the language that is spoken, and the figure of each model; a dash where it has none."""
     rows: list[tuple[str, list[str]]] = []
-    for kind in used_measures(report):
-        figures = [own.get(kind.name) for own in report.models.values()]
-        rows.append((translated(kind.title), [with_interval(kind, figure) if figure else "–" for figure in figures]))
+    for metric in used_metrics(report):
+        rows.append((translated(metric.title), [metric_text(report, model, metric) for model in report.models]))
     for name in report.lm_eval_names:
         heading = translated(f"lm-eval {name} (± standard error)")
         rows.append((heading, [score_text(report, model, name) for model in report.models]))

@@ -11,7 +11,7 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.reply import read_reply
 from atomtune.evaluate.answers import chrf, exactly_equal, thinks
 from atomtune.evaluate.likelihood import TargetScores, score_targets
-from atomtune.evaluate.measures import AnswerResult, RecordResult, Score
+from atomtune.evaluate.metrics import AnswerResult, RecordResult, Score
 from atomtune.evaluate.models import Models, Subject
 from atomtune.evaluate.questions import EvalRecord, Question, answer_text
 from atomtune.evaluate.tool_calls import ToolCalls, calls_of
@@ -34,31 +34,39 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How the records are evaluated."""
+class EvaluationOptions:
+    """How the records are evaluated.
+
+    generate  whether the models also answer; if not, only likelihoods are computed
+    seed      for the order of the batches
+    """
 
     batch_size: int
     max_new_tokens: int
     generate: bool
-    seed: int = 0
+    seed: int
 
 
 def evaluate_records(
-    models: Models, records_by_template: dict[str, list[EvalRecord]], collator: Collator, plan: Plan, console: Console
+    models: Models,
+    records_by_template: dict[str, list[EvalRecord]],
+    collator: Collator,
+    options: EvaluationOptions,
+    console: Console,
 ) -> Evaluation:
     """Evaluate every model on the records; Ctrl-C ends it and keeps the batches that all models have done.
 
     records_by_template  the key of each template → the records as it writes them, in the same order
     """
     first = records_by_template[models.subjects[0].template.key]
-    batches = _batches(first, plan)
+    batches = _batches(first, options)
     done = Evaluation([], {subject.name: [] for subject in models.subjects})
     clock = _Clock(console, shares=len(models.subjects) * len(first) / len(batches[0]), stops=len(batches) > 1)
     with progress_bar(console) as progress:
         task = progress.add_task(translated(f"{len(models.subjects)} models"), total=len(first))
         for rows in batches:
             try:
-                batch = _batch_of_all_models(models, records_by_template, rows, collator, plan, tell=clock.tell)
+                batch = _batch_of_all_models(models, records_by_template, rows, collator, options, tell=clock.tell)
             except KeyboardInterrupt:
                 done.stopped_early = True
                 break
@@ -97,7 +105,7 @@ def _batch_of_all_models(
     records_by_template: dict[str, list[EvalRecord]],
     rows: Sequence[int],
     collator: Collator,
-    plan: Plan,
+    options: EvaluationOptions,
     *,
     tell: Callable[[], None],
 ) -> dict[str, list[RecordResult]]:
@@ -109,25 +117,25 @@ def _batch_of_all_models(
     for subject in models.subjects:
         written = records_by_template[subject.template.key]
         records = [written[row] for row in rows]
-        batch[subject.name] = _batch_results(models, subject, records, collator, plan)
+        batch[subject.name] = _batch_results(models, subject, records, collator, options)
         tell()
     return batch
 
 
-def _batches(records: Sequence[EvalRecord], plan: Plan) -> list[list[int]]:
+def _batches(records: Sequence[EvalRecord], options: EvaluationOptions) -> list[list[int]]:
     """Rows in batches of similar length. The longest come first, so that too little memory shows at once.
 
     The other batches are shuffled, so that after Ctrl-C the finished ones are a fair sample of all records.
     """
     longest = [max(len(example.ids) for example in record.examples) for record in records]
     order = sorted(range(len(records)), key=lambda row: -longest[row])
-    first, *others = (order[start : start + plan.batch_size] for start in range(0, len(order), plan.batch_size))
-    random.Random(plan.seed).shuffle(others)
+    first, *others = (order[start : start + options.batch_size] for start in range(0, len(order), options.batch_size))
+    random.Random(options.seed).shuffle(others)
     return [first, *others]
 
 
 def _batch_results(
-    models: Models, subject: Subject, records: Sequence[EvalRecord], collator: Collator, plan: Plan
+    models: Models, subject: Subject, records: Sequence[EvalRecord], collator: Collator, options: EvaluationOptions
 ) -> list[RecordResult]:
     """One model's results for some records."""
     examples = [record.examples for record in records]
@@ -135,30 +143,32 @@ def _batch_results(
     generated: list[Generated] = []
     with models.answering_as(subject) as model:
         scores = score_targets(model, examples, collator)
-        if plan.generate:
-            generated = _answers_to(model, questions, subject.template, plan)
+        if options.generate:
+            generated = _answers_to(model, questions, subject.template, options)
     # The answers are in the order of the questions: first those of the first record.
     answers = iter(generated)
     results: list[RecordResult] = []
     for record, score in zip(records, scores, strict=True):
         record_answers: list[AnswerResult] = []
-        if plan.generate:
+        if options.generate:
             for question in record.questions:
                 record_answers.append(_compared(next(answers), question, record.tools, subject.template))
         results.append(RecordResult(score, tuple(record_answers)))
     return results
 
 
-def _answers_to(model: CausalLM, questions: Sequence[Question], template: Template, plan: Plan) -> list[Generated]:
+def _answers_to(
+    model: CausalLM, questions: Sequence[Question], template: Template, options: EvaluationOptions
+) -> list[Generated]:
     generated: list[Generated] = []
-    for start in range(0, len(questions), plan.batch_size):
-        batch = questions[start : start + plan.batch_size]
+    for start in range(0, len(questions), options.batch_size):
+        batch = questions[start : start + options.batch_size]
         generated += generate_answers(
             model,
             [question.prompt_ids for question in batch],
             stop_ids=stop_ids(model, template),
             pad_id=pad_id_of(template.tokenizer),
-            max_new_tokens=plan.max_new_tokens,
+            max_new_tokens=options.max_new_tokens,
         )
     return generated
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from atomtune.evaluate.intervals import Figure
-from atomtune.evaluate.measures import Measure, judged
-from atomtune.evaluate.report import Report, interval, score_text, shown, used_measures
+from atomtune.evaluate.metrics import Metric, judged
+from atomtune.evaluate.report import Report, interval, score_text, shown, used_metrics
 from atomtune.pages import rendered
 
 #: Width of a drawing of intervals, in its own units.
@@ -29,21 +29,21 @@ class Cell:
 
 def page(report: Report) -> str:
     """The report as HTML."""
-    measures = used_measures(report)
+    metrics = used_metrics(report)
     return rendered(
         "evaluate",
         "page.html.jinja",
         report=report,
         names=list(report.models),
-        rows=[(measure, list(zip(report.models, cells_of(report, measure), strict=True))) for measure in measures],
+        rows=[(metric, list(zip(report.models, cells_of(report, metric), strict=True))) for metric in metrics],
         score_text=score_text,
         width=WIDTH,
     )
 
 
-def cells_of(report: Report, measure: Measure) -> list[Cell | None]:
-    """A measure of every model, drawn on one scale; None for a model without this figure."""
-    figures = [own.get(measure.name) for own in report.models.values()]
+def cells_of(report: Report, metric: Metric) -> list[Cell | None]:
+    """A metric of every model, drawn on one scale; None for a model without this figure."""
+    figures = [own.get(metric.name) for own in report.models.values()]
     ends = [_ends(figure) for figure in figures if figure is not None]
     low = min(left for left, _ in ends)
     high = max(right for _, right in ends)
@@ -54,7 +54,7 @@ def cells_of(report: Report, measure: Measure) -> list[Cell | None]:
 
     cells: list[Cell | None] = []
     for name, figure in zip(report.models, figures, strict=True):
-        cells.append(None if figure is None else _cell(measure, figure, report.changes.get(name, {}), place))
+        cells.append(None if figure is None else _cell(metric, figure, report.changes.get(name, {}), place))
     return cells
 
 
@@ -63,14 +63,14 @@ def _ends(figure: Figure) -> tuple[float, float]:
     return (figure.low, figure.high) if figure.has_interval else (figure.value, figure.value)
 
 
-def _cell(measure: Measure, figure: Figure, changes: dict[str, Figure], place: Callable[[float], float]) -> Cell:
-    change = changes.get(measure.name)
+def _cell(metric: Metric, figure: Figure, changes: dict[str, Figure], place: Callable[[float], float]) -> Cell:
+    change = changes.get(metric.name)
     left, right = _ends(figure)
     return Cell(
-        text=shown(measure, figure.value),
-        interval=interval(measure, figure),
+        text=shown(metric, figure.value),
+        interval=interval(metric, figure),
         left=place(left),
         right=place(right),
         at=place(figure.value),
-        verdict="" if change is None else judged(measure, change),
+        verdict="" if change is None else judged(metric, change),
     )

@@ -14,7 +14,7 @@ from atomtune.batch.targets import TargetPlaces
 from atomtune.data.records import Example
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.loss import Head, model_inputs
-from atomtune.model.rotary import apart, rotary_limit
+from atomtune.model.rotary import rotary_limit, split_at_limit
 from atomtune.model.surprise import exact
 
 #: How many logits are in memory at once: 128 MB in float32.
@@ -38,7 +38,7 @@ def score_targets(model: CausalLM, records: Sequence[Sequence[Example]], collato
     """
     lengths = [max((len(example.ids) for example in record), default=0) for record in records]
     scores: dict[int, TargetScores] = {}
-    for places in apart(lengths, rotary_limit(model.config)):
+    for places in split_at_limit(lengths, rotary_limit(model.config)):
         together = [records[place] for place in places]
         scores |= zip(places, _score_together(model, together, collator), strict=True)
     return [scores[place] for place in range(len(records))]

@@ -20,7 +20,7 @@ from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Message
 from atomtune.data.records import Piece, Turn
 from atomtune.errors import BadData, BadSettings
-from atomtune.evaluate.measures import Score
+from atomtune.evaluate.metrics import Score
 from atomtune.evaluate.models import Models, Subject
 
 #: Resamples for the standard error of a metric without a formula, for example a median or BLEU; lm-eval takes 100,000.

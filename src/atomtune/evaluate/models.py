@@ -60,7 +60,7 @@ class Candidates:
 
     base_path: str
     folders: tuple[Path, ...]  # of the adapters
-    cards: tuple[AdapterMetadata, ...]  # of the adapters
+    metadata: tuple[AdapterMetadata, ...]  # of the adapters
     subjects: tuple[Subject, ...]
     max_seq_length: int
 
@@ -83,14 +83,14 @@ def candidates_of(settings: EvaluateSettings, console: Console) -> Candidates:
     for folder in folders:
         refuse_damaged(folder)
     base_path = _common_base(settings, folders)
-    templates, cards = zip(*trained, strict=True)
+    templates, metadata = zip(*trained, strict=True)
     # PEFT allows no dots in a name, and calls the first adapter "default".
     adapters = ["default", *(f"adapter_{i}" for i in range(1, len(folders)))]
-    instructions = [card.instruction or "" for card in cards]
+    instructions = [each.instruction or "" for each in metadata]
     own = zip(short_names(folders), adapters, templates, instructions, strict=True)
     subjects = (Subject(BASE, None, templates[0], instructions[0]), *(Subject(*values) for values in own))
-    longest = settings.max_seq_length or max(_lengths(settings, cards, base_path))
-    return Candidates(base_path, tuple(folders), cards, subjects, longest)
+    longest = settings.max_seq_length or max(_lengths(settings, metadata, base_path))
+    return Candidates(base_path, tuple(folders), metadata, subjects, longest)
 
 
 def _base_alone(settings: EvaluateSettings) -> Candidates:
@@ -104,10 +104,10 @@ def _base_alone(settings: EvaluateSettings) -> Candidates:
     return Candidates(settings.model_path, (), (), (Subject(BASE, None, template),), longest)
 
 
-def _lengths(settings: EvaluateSettings, cards: Sequence[AdapterMetadata], base_path: str) -> Iterator[int]:
+def _lengths(settings: EvaluateSettings, metadata: Sequence[AdapterMetadata], base_path: str) -> Iterator[int]:
     """The longest example of each adapter's training; LONGEST where another tool trained it and did not say."""
-    for card in cards:
-        yield card.max_seq_length or _longest(settings, base_path)
+    for each in metadata:
+        yield each.max_seq_length or _longest(settings, base_path)
 
 
 def _longest(settings: EvaluateSettings, base_path: str) -> int:
@@ -121,18 +121,18 @@ def load_models(settings: EvaluateSettings, candidates: Candidates, console: Con
     if candidates.folders:
         quantize = quantize_as_trained(
             candidates.base_path,
-            [card.quantize for card in candidates.cards],
+            [each.quantize for each in candidates.metadata],
             requested=settings.quantize,
             stored=settings.stored_base,
             trust_remote_code=settings.trust_remote_code,
             notice=console.notice,
         )
     base = {**settings.base(), "path": candidates.base_path, "quantize": quantize}
-    spec = base_spec(candidates.cards, **base, dtype=settings.dtype, notice=console.notice)
+    spec = base_spec(candidates.metadata, **base, dtype=settings.dtype, notice=console.notice)
     console.say(f"loading {spec.path} in {dtype_name(spec.dtype)} on {spec.device} …")
     model: Any = load_base(spec)
-    for card in candidates.cards:
-        refuse_other_base(candidates.base_path, card.base, anyway=settings.other_base, notice=console.notice)
+    for each in candidates.metadata:
+        refuse_other_base(candidates.base_path, each.base, anyway=settings.other_base, notice=console.notice)
     guard_embedding(model, candidates.subjects[0].template.tokenizer, path=candidates.base_path)
     adapters = [subject.adapter for subject in candidates.subjects if subject.adapter is not None]
     for number, (folder, adapter) in enumerate(zip(candidates.folders, adapters, strict=True)):

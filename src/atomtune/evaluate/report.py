@@ -9,11 +9,11 @@ from atomtune import __version__
 from atomtune.evaluate.account import Account
 from atomtune.evaluate.evaluation import Evaluation
 from atomtune.evaluate.intervals import Bootstrap, Figure
-from atomtune.evaluate.measures import (
-    ALL_MEASURES,
+from atomtune.evaluate.metrics import (
+    ALL_METRICS,
     NATS,
     PROBE,
-    Measure,
+    Metric,
     Score,
     change_per_record,
     differences,
@@ -61,7 +61,7 @@ class Report:
     records: int
     answers: int
     models: dict[str, dict[str, Figure]]
-    changes: dict[str, dict[str, Figure]]  # model → measure → difference from the base
+    changes: dict[str, dict[str, Figure]]  # model → metric → difference from the base
     most_changed: list[MostChanged]
     max_new_tokens: int
     stopped_early: bool
@@ -187,14 +187,14 @@ def _sentence(
 ) -> str:
     base = next(iter(models))
     words: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
-    for measure in ALL_MEASURES:
-        if measure.name not in _TELLING or measure.name not in changes:
+    for metric in ALL_METRICS:
+        if metric.name not in _TELLING or metric.name not in changes:
             continue
-        verdict = judged(measure, changes[measure.name])
-        before, after = models[base][measure.name], models[name][measure.name]
+        verdict = judged(metric, changes[metric.name])
+        before, after = models[base][metric.name], models[name][metric.name]
         if verdict in words:
-            change = f"{shown(measure, before.value)} → {shown(measure, after.value)}"
-            words[verdict].append(f"{worded(measure.title)} {change}")
+            change = f"{shown(metric, before.value)} → {shown(metric, after.value)}"
+            words[verdict].append(f"{worded(metric.title)} {change}")
     colon, comma, stop = worded(message(": ")), worded(message(", ")), worded(message("."))
     parts = [f"{worded(title)}{colon}{comma.join(words[key])}{stop}" for key, title in _TITLES if words[key]]
     gap = " " if stop == "." else ""  # Chinese has no space after a full stop
@@ -208,25 +208,33 @@ _TITLES = (
 )
 
 
-def shown(measure: Measure, value: float) -> str:
-    """A value in the measure's own unit."""
-    if measure.shares_answers or measure.name == "token_accuracy":
+def shown(metric: Metric, value: float) -> str:
+    """A value in the metric's own unit."""
+    if metric.shares_answers or metric.name == "token_accuracy":
         return f"{100 * value:.1f} %"
-    return f"{value:.1f}" if measure.name == "chrf" else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+    if metric.name == "chrf":
+        return f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
 
 
-def with_interval(measure: Measure, figure: Figure) -> str:
-    """A value with its interval and one unit: `10.0 % (4.0–18.0)`; for a single record, the value alone."""
+def metric_text(report: Report, model: str, metric: Metric) -> str:
+    """A model's value with its interval and one unit: `10.0 % (4.0–18.0)`; a dash if the model has no such figure.
+
+    For a single record, the value alone.
+    """
+    figure = report.models[model].get(metric.name)
+    if figure is None:
+        return "–"
     if not figure.has_interval:
-        return shown(measure, figure.value)
-    return f"{shown(measure, figure.value)} ({interval(measure, figure)})"
+        return shown(metric, figure.value)
+    return f"{shown(metric, figure.value)} ({interval(metric, figure)})"
 
 
-def interval(measure: Measure, figure: Figure) -> str:
+def interval(metric: Metric, figure: Figure) -> str:
     """The interval alone, in figures that are the same in every language; "" for a single record."""
     if not figure.has_interval:
         return ""
-    low, high = (shown(measure, bound).removesuffix(" %") for bound in (figure.low, figure.high))
+    low, high = (shown(metric, bound).removesuffix(" %") for bound in (figure.low, figure.high))
     return f"{low}–{high}"
 
 
@@ -238,9 +246,9 @@ def score_text(report: Report, model: str, name: str) -> str:
     return f"{score.value:.3f}" + (f" ± {score.standard_error:.3f}" if score.standard_error is not None else "")
 
 
-def used_measures(report: Report) -> list[Measure]:
-    """The measures that at least one model has."""
-    return [measure for measure in ALL_MEASURES if any(measure.name in own for own in report.models.values())]
+def used_metrics(report: Report) -> list[Metric]:
+    """The metrics that at least one model has."""
+    return [metric for metric in ALL_METRICS if any(metric.name in own for own in report.models.values())]
 
 
 def markdown(report: Report) -> str:
@@ -258,12 +266,9 @@ def markdown(report: Report) -> str:
         f"| | {' | '.join(names)} |",
         f"|---|{'---|' * len(names)}",
     ]
-    for measure in used_measures(report):
-        cells = [
-            with_interval(measure, report.models[name][measure.name]) if measure.name in report.models[name] else "–"
-            for name in names
-        ]
-        lines.append(f"| {measure.title} | {' | '.join(cells)} |")
+    for metric in used_metrics(report):
+        cells = [metric_text(report, model, metric) for model in names]
+        lines.append(f"| {metric.title} | {' | '.join(cells)} |")
     for name in report.lm_eval_names:
         cells = [score_text(report, model, name) for model in names]
         lines.append(f"| lm-eval {name} (± standard error) | {' | '.join(cells)} |")

@@ -10,7 +10,7 @@ not, so a merged folder has them unrounded.
 import json
 import shutil
 import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,12 +35,11 @@ def carry_over(base: Path, out: Path, *, loaded: Collection[str], prefix: str) -
     """
     for file in base.glob(_PROCESSORS):
         shutil.copyfile(file, out / file.name)
-    written = {name for file in weight_files(out) for name, _ in _tensors(file, names_only=True)}
+    written = [name for file in weight_files(out) for name in _names(file)]
     known = {name.removeprefix(f"{prefix}.") for name in (*written, *loaded)}
     carried: dict[str, torch.Tensor] = {}
     for file in weight_files(base):
-        stored = [name for name, _ in _tensors(file, names_only=True)]
-        also_loaded = {name for name in stored if name.removeprefix(f"{prefix}.") in known}
+        also_loaded = {name for name in _names(file) if name.removeprefix(f"{prefix}.") in known}
         for name, tensor in _tensors(file, leaving_out=also_loaded):
             if not name.endswith(OLD_BUFFERS):
                 carried[name] = tensor
@@ -57,24 +56,28 @@ def keep_unrounded(base: Path, out: Path, *, prefix: str) -> tuple[str, ...]:
     prefix  as in `carry_over`
     """
     file_of = _wider_than_most(base, prefix=prefix)
-    kept: list[str] = []
-    for shard in weight_files(out) if file_of else []:
+    if not file_of:
+        return ()
+    restored: list[str] = []
+    for shard in weight_files(out):
         tensors = dict(_tensors(shard))
-        bare_names = {name: name.removeprefix(f"{prefix}.") for name in tensors}
-        files = {file_of[bare] for bare in bare_names.values() if bare in file_of}
-        stored = {name.removeprefix(f"{prefix}."): tensor for file in files for name, tensor in _tensors(file)}
-        unrounded = {name: stored[bare] for name, bare in bare_names.items() if bare in file_of and bare in stored}
-        rounded = [name for name, tensor in unrounded.items() if _is_rounded(tensors[name], tensor)]
-        if rounded:
+        # Names may or may not have the prefix, in the base's files and in the merged ones: compared are those without.
+        wide = {name: bare for name in tensors if (bare := name.removeprefix(f"{prefix}.")) in file_of}
+        stored = _by_bare_name({file_of[bare] for bare in wide.values()}, set(wide.values()), prefix=prefix)
+        unrounded: dict[str, torch.Tensor] = {}  # name in the shard → the base's tensor
+        for name, bare in wide.items():
+            if _is_rounded(tensors[name], stored[bare]):
+                unrounded[name] = stored[bare]
+        if unrounded:
             beside = shard.with_suffix(".new")  # `tensors` may still be memory-mapped from `shard`
-            save_file(tensors | {name: unrounded[name] for name in rounded}, beside, metadata={"format": "pt"})
+            save_file(tensors | unrounded, beside, metadata={"format": "pt"})
             beside.replace(shard)
-            kept += rounded
-    if kept:
+            restored += list(unrounded)
+    if restored:
         if (out / INDEX).is_file():
             _write_index(out, weight_files(out))
         open_to_umask(out)
-    return tuple(sorted(kept))
+    return tuple(sorted(restored))
 
 
 def _wider_than_most(base: Path, *, prefix: str) -> dict[str, Path]:
@@ -101,37 +104,52 @@ def changed(base: Path, out: Path, names: Collection[str], *, prefix: str) -> li
     """
     bare_names = {name: name.removeprefix(f"{prefix}.") for name in names}
     wanted = set(bare_names.values())
-    ours, theirs = (
-        {
-            bare: tensor
-            for file in weight_files(folder)
-            for name, tensor in _tensors(file)
-            if (bare := name.removeprefix(f"{prefix}.")) in wanted
-        }
-        for folder in (out, base)
-    )
-    return sorted(
-        name
-        for name, bare in bare_names.items()
-        if bare not in ours or bare not in theirs or not same_bits(ours[bare], theirs[bare])
-    )
+    ours = _by_bare_name(weight_files(out), wanted, prefix=prefix)
+    theirs = _by_bare_name(weight_files(base), wanted, prefix=prefix)
+    differing: list[str] = []
+    for name, bare in bare_names.items():
+        if bare not in ours or bare not in theirs or not same_bits(ours[bare], theirs[bare]):
+            differing.append(name)
+    return sorted(differing)
 
 
-def _tensors(
-    file: Path, *, leaving_out: Collection[str] = (), names_only: bool = False
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of each weight in a file. A pickled file is read as tensors only; no code in it runs."""
-    empty = torch.empty(0)
+def _by_bare_name(files: Iterable[Path], wanted: Collection[str], *, prefix: str) -> dict[str, torch.Tensor]:
+    """The wanted tensors of these files, by their names without the prefix."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        for name, tensor in _tensors(file):
+            if (bare := name.removeprefix(f"{prefix}.")) in wanted:
+                tensors[bare] = tensor
+    return tensors
+
+
+def _names(file: Path) -> list[str]:
+    """The names of the weights in a file, which is read only as far as needed for them."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as weights:
+            return list(weights.keys())
+    return list(_pickled(file))
+
+
+def _tensors(file: Path, *, leaving_out: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of each weight in a file."""
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  # not a dict
                 if name not in leaving_out:
-                    yield name, empty if names_only else weights.get_tensor(name)
+                    yield name, weights.get_tensor(name)
         return
-    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    for name, tensor in tensors.items():
+    for name, tensor in _pickled(file).items():
         if name not in leaving_out:
             yield name, tensor.contiguous()
+
+
+def _pickled(file: Path) -> Mapping[str, torch.Tensor]:
+    """A pickled file, read as tensors only; no code in it runs."""
+    tensors: Mapping[str, torch.Tensor] = torch.load(
+        file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+    )
+    return tensors
 
 
 def _add_shard(out: Path, tensors: dict[str, torch.Tensor]) -> None:

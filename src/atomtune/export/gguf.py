@@ -10,7 +10,7 @@ from transformers.utils import cached_file
 
 from atomtune.disk import read_json_object, write_json
 from atomtune.errors import BadModel, RunFailed
-from atomtune.extras import refuse_missing
+from atomtune.extras import refuse_missing_packages
 from atomtune.model.load import read_config
 from atomtune.process import end_with_parent
 
@@ -22,7 +22,7 @@ _SPACE = "▁"
 
 def refuse_without_converter() -> None:
     """Raise BadSettings if a package that the conversion needs is not installed."""
-    refuse_missing(["convert_hf_to_gguf", "gguf", "xllamacpp"], extra="gguf", what="export --to gguf")
+    refuse_missing_packages(["convert_hf_to_gguf", "gguf", "xllamacpp"], extra="gguf", what="export --to gguf")
 
 
 def refuse_unknown_architecture(model_path: str, *, trust_remote_code: bool) -> None:

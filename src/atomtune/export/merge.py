@@ -264,12 +264,12 @@ def _say_checked(
         )
     if weights.whole:
         console.say(f"{weights.whole:,} tensors are stored in full in the adapter, in place of the base's.")
-    divergence = measures[0]
+    answers = measures[0]  # divergence of the next token, mean
     console.say(
         f"Checked: {weights.adapted:,} adapted matrices are base + adapter, rounded once to {dtype_name(dtype)}, and "
         f"{weights.same - weights.whole:,} other tensors are the base's.\n"
-        f"Answers to {len(PROBES)} prompts differ from the adapter's by {divergence.apart:.1e} nats per token (KL); "
-        f"two plain runs differ by {divergence.noise:.1e}."
+        f"Answers to {len(PROBES)} prompts differ from the adapter's by {answers.difference:.1e} nats per token (KL); "
+        f"two plain runs differ by {answers.noise:.1e}."
     )
 
 

@@ -64,7 +64,7 @@ def refuse_other_answers(measures: Sequence[Measure]) -> None:
     failed = []
     for measure in measures:
         if not measure.holds:
-            apart, noise, allowed = f"{measure.apart:.1e}", f"{measure.noise:.1e}", f"{measure.allowed:.1e}"
-            failed.append(f"  {measure.name}: {apart} (two plain runs: {noise}, allowed: {allowed})")
+            difference, noise, allowed = f"{measure.difference:.1e}", f"{measure.noise:.1e}", f"{measure.allowed:.1e}"
+            failed.append(f"  {measure.name}: {difference} (two plain runs: {noise}, allowed: {allowed})")
     if failed:
         raise CheckFailed("The merged model does not answer like the adapter:\n" + "\n".join([*failed, NOT_KEPT]))

@@ -14,7 +14,7 @@ from atomtune.data.records import Record
 from atomtune.errors import BadSettings
 from atomtune.inspect.allowances import allowances, require
 from atomtune.inspect.html_page import write_page
-from atomtune.inspect.modes import modes_of
+from atomtune.inspect.modes import examples_by_mode
 from atomtune.inspect.report import Report, build_report
 from atomtune.inspect.terminal import say_report
 from atomtune.inspect.tokens import TokenDecoder, show
@@ -81,7 +81,7 @@ def _say_samples(report: Report, settings: InspectSettings, console: Console, de
     template = report.template
     chosen = sample_rows(len(report.stored), settings.samples, seed=settings.seed)
     show(console, [example for row in chosen for example in report.examples(row)], decoder)
-    modes = modes_of(template, _record_of(report, settings, chosen[0])) if THINKING in template.source else ()
+    modes = examples_by_mode(template, _record_of(report, settings, chosen[0])) if THINKING in template.source else ()
     if modes:
         console.say(
             f"\nThe template has two modes. The last answer of {report.origin(chosen[0])} in each, as "

@@ -78,7 +78,7 @@ def page(report: Report, decoder: TokenDecoder, *, seed: int) -> str:
     ledger = report.ledger
     rows = chosen_rows(report, seed=seed)
     refused = ledger.records_refused[:MOST_REFUSED]
-    data = records_of(report, rows, decoder)
+    data = page_data(report, rows, decoder)
     data["refused"] = [(refusal.origin, refusal.reason, in_chinese(refusal.reason)) for refusal in refused]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["singular"] = singular
@@ -136,7 +136,7 @@ def chosen_rows(report: Report, *, seed: int) -> list[int]:
     return chosen
 
 
-def records_of(report: Report, rows: Sequence[int], decoder: TokenDecoder) -> dict[str, Any]:
+def page_data(report: Report, rows: Sequence[int], decoder: TokenDecoder) -> dict[str, Any]:
     """The chosen records and the problems of each, in the form that page.js reads."""
     pieces: dict[int, tuple[str, bool]] = {}  # token id → (text, whether it is a control token)
     records: list[dict[str, Any]] = []

@@ -101,7 +101,7 @@ def build_report(settings: InspectSettings, template: Template, console: Console
     data = concatenate(parts)
     ledger, stored = data.ledger, data.examples
 
-    texts = texts_of_rows([part.examples for part in parts], partial(_records_of, sources))
+    texts = texts_of_rows([part.examples for part in parts], partial(_reread, sources))
     assert len(texts.near) == len(stored), "the texts and the tokens of a record stand at the same place"
     stop_ids = template.tokenizer.convert_tokens_to_ids(list(template.stops))
     tokens = read_tokens(_tables(stored), stops=stop_ids, unknown=template.unknown_id)
@@ -128,7 +128,8 @@ def build_report(settings: InspectSettings, template: Template, console: Console
     )
 
 
-def _records_of(sources: Sequence[_Source], stored: Sequence[datasets.Dataset]) -> Iterator[Record]:
+def _reread(sources: Sequence[_Source], stored: Sequence[datasets.Dataset]) -> Iterator[Record]:
+    """The records of each source's rows, read again for their texts."""
     for source, examples in zip(sources, stored, strict=True):
         yield from source.records(examples)
 

@@ -1,10 +1,10 @@
 """Agreement: whether two computations of one model differ by more than rounding does.
 
 For single values rounding can be large: in bfloat16, two of transformers' own attention functions differ by 2 nats at
-some position and some of 49,000 words. The maximum therefore says nothing about faults. Means and high quantiles are
+some position and some of 49,000 tokens. The maximum therefore says nothing about faults. Means and high quantiles are
 compared instead, with the same figures of two plain runs of this model: its noise. Measurements with planted faults of
 several sizes: docs/log.md.
-Letters: N positions, V words.
+Letters: N positions, V vocabulary size.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class Measure:
     """One figure of a comparison: the difference of two computations, and that of two plain runs (the noise)."""
 
     name: str
-    apart: float
+    difference: float
     noise: float
     least: float  # a smaller difference counts as rounding, even if the noise is smaller still
     times: float = TIMES_NOISE
@@ -50,7 +50,7 @@ class Measure:
 
     @property
     def holds(self) -> bool:
-        return self.apart <= self.allowed  # False for NaN
+        return self.difference <= self.allowed  # False for NaN
 
 
 def log_probability_measures(
@@ -60,12 +60,12 @@ def log_probability_measures(
 
     ours, plain, again  [N]  the computation to judge, a plain run and a second plain run
     """
-    apart, noise = (ours - plain).abs(), (again - plain).abs()
-    # A float32 softmax rounds large log-probabilities more coarsely: by 1e-6 for a word with probability 1e-5.
+    difference, noise = (ours - plain).abs(), (again - plain).abs()
+    # A float32 softmax rounds large log-probabilities more coarsely: by 1e-6 for a token with probability 1e-5.
     least = LEAST_ULPS * (unit(dtype) + unit(torch.float32) * _mean(plain.abs()))
     return [
-        Measure("log-probability, mean", _mean(apart), _mean(noise), least),
-        Measure("log-probability, 99th percentile", _high(apart), _high(noise), 2 * least),
+        Measure("log-probability, mean", _mean(difference), _mean(noise), least),
+        Measure("log-probability, 99th percentile", _high(difference), _high(noise), 2 * least),
     ]
 
 
@@ -76,15 +76,17 @@ def distribution_measures(
 
     ours, plain, again  [N, V]  log-probabilities, as in log_probability_measures
     """
-    apart, noise = divergence(plain, ours), divergence(plain, again)  # [N]
+    difference, noise = divergence(plain, ours), divergence(plain, again)  # [N]
     # A divergence is of second order: if log-probabilities differ by d, it is about d * d / 2. Their rounding grows
-    # with their size, as above. Likely words weigh more, so the mean surprise is taken as that size.
+    # with their size, as above. Likely tokens weigh more, so the mean surprise is taken as that size.
     surprise = _mean(-(plain.exp() * plain).sum(-1))
     least = (LEAST_ULPS * (unit(dtype) + unit(torch.float32) * surprise)) ** 2
     times = TIMES_NOISE**2
     return [
-        Measure("divergence of the next token (KL), mean", _mean(apart), _mean(noise), least, times),
-        Measure("divergence of the next token (KL), 99th percentile", _high(apart), _high(noise), 4 * least, times),
+        Measure("divergence of the next token (KL), mean", _mean(difference), _mean(noise), least, times),
+        Measure(
+            "divergence of the next token (KL), 99th percentile", _high(difference), _high(noise), 4 * least, times
+        ),
         Measure("share of different top tokens", other_top(plain, ours) / len(plain), _likely_share(plain, again), 0.0),
     ]
 
@@ -142,13 +144,13 @@ def relative_difference(
     ours: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor], names: Sequence[str] | None = None
 ) -> float:
     """|ours - plain| / |plain| over the named weights (default: all); infinite if NaN, or if only plain is zero."""
-    apart = size = 0.0
+    difference = size = 0.0
     for name in names or plain:
-        apart += (ours[name] - plain[name]).square().sum().item()
+        difference += (ours[name] - plain[name]).square().sum().item()
         size += plain[name].square().sum().item()
     if not size:
-        return 0.0 if apart == 0 else float("inf")
-    ratio = (apart / size) ** 0.5
+        return 0.0 if difference == 0 else float("inf")
+    ratio = (difference / size) ** 0.5
     return float("inf") if math.isnan(ratio) else ratio
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from atomtune.choices import Dtype, Quantize
 from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadSettings
-from atomtune.extras import refuse_missing
+from atomtune.extras import refuse_missing_packages
 from atomtune.model.adapter import refuse_damaged
 from atomtune.model.adapter_folder import AdapterMetadata, base_of, template_of
 from atomtune.model.fingerprint import refuse_other_base
@@ -91,7 +91,7 @@ def quantize_as_trained(
         )
         return None
     (kind,) = quantized
-    refuse_missing(
+    refuse_missing_packages(
         ["bitsandbytes"], extra="qlora", what=f"The base in {kind}, as in training,", otherwise="--stored_base"
     )
     notice(f"the base is held in {kind}, as it was in training; --stored_base uses its weights as they are stored.")

@@ -25,7 +25,7 @@ MOST_KEPT = 8
 class BlockAttention(torch.autograd.Function):
     """q [H, T, D], k [H', T, D], v [H', T, D'], sinks [H] or None → [H, T, D'].
 
-    hidden  of each block, [C, 1, n, m - seen_by_all]: 0 where a query sees a key, else -inf
+    biases  of each block, [C, 1, n, m - seen_by_all]: 0 where a query sees a key, else -inf
     The output at padding after the row is zero, and padding adds to no gradient.
     """
 
@@ -38,7 +38,7 @@ class BlockAttention(torch.autograd.Function):
         sinks: torch.Tensor | None,
         blocks: tuple[Block, ...],
         places: Places,
-        hidden: tuple[torch.Tensor, ...],
+        biases: tuple[torch.Tensor, ...],
         rules: ScoreRules,
     ) -> torch.Tensor:
         heads, tokens, _ = q.shape
@@ -47,15 +47,15 @@ class BlockAttention(torch.autograd.Function):
         kept: list[torch.Tensor] = []  # P of each block
         rows = _QKV(*map(_rows, (q, k, v)))
         out = v.new_empty(len(places.queries), v.shape[-1])  # [H * S, D']
-        for block, mask in zip(blocks, hidden, strict=True):
+        for block, bias in zip(blocks, biases, strict=True):
             view = _BlockView(block, heads)
-            own = view.gathered(rows, places, rules)
-            weights, _ = view.weights(own, mask, rules, sinks)
+            gathered = view.gather(rows, places, rules)
+            weights, _ = view.weights(gathered, bias, rules, sinks)
             if keeps:
                 kept.append(weights)
-            torch.bmm(weights, own.v, out=view.queries(out))
+            torch.bmm(weights, gathered.v, out=view.queries(out))
         ctx.save_for_backward(q, k, v, sinks, *kept)
-        ctx.blocks, ctx.places, ctx.hidden, ctx.rules = blocks, places, hidden, rules
+        ctx.blocks, ctx.places, ctx.biases, ctx.rules = blocks, places, biases, rules
         return _by_token(out, places, heads, tokens)
 
     @staticmethod
@@ -64,22 +64,24 @@ class BlockAttention(torch.autograd.Function):
         q, k, v, sinks, *kept = ctx.saved_tensors
         places, rules = ctx.places, ctx.rules
         heads, tokens, _ = q.shape
-        rows, grad_rows = _QKV(*map(_rows, (q, k, v))), _rows(grad_out)
+        rows = _QKV(*map(_rows, (q, k, v)))
+        grad_out_rows = _rows(grad_out)  # [T * H, D']
+        grads = _QKV.empty_slots(q, k, v, places)
         grad_sinks = torch.zeros_like(sinks) if ctx.needs_input_grad[3] else None
-        slots = (places.queries, places.keys, places.keys)
-        into = _QKV(*(x.new_empty(len(at), x.shape[-1]) for x, at in zip((q, k, v), slots, strict=True)))
-        weights_of_blocks = iter(kept)
-        for block, mask in zip(ctx.blocks, ctx.hidden, strict=True):
+        kept_weights = iter(kept)
+        for block, bias in zip(ctx.blocks, ctx.biases, strict=True):
             view = _BlockView(block, heads)
-            own = view.gathered(rows, places, rules)
-            weights, slope = next(weights_of_blocks, None), None
+            gathered = view.gather(rows, places, rules)
+            weights, slope = next(kept_weights, None), None  # without a soft cap, where weights are kept
             if weights is None:
-                weights, slope = view.weights(own, mask, rules, sinks)
+                weights, slope = view.weights(gathered, bias, rules, sinks)
             # A padded query repeats some token; its gradient must not be added to that token's.
-            grad = view.queries(places.holds) * view.queries_of(grad_rows, places)
-            view.backward(own, grad, weights, slope, into=into, into_sinks=grad_sinks)
-        grad_q = _by_token(into.q, places, heads, tokens).mul_(rules.scaling)
-        grad_k, grad_v = (_summed_by_token(x, places, len(k)) for x in (into.k, into.v))
+            grad = view.queries(places.holds) * view.queries_of(grad_out_rows, places)  # dO [C * H, n, D']
+            view.backward(gathered, grad, weights, slope, into=grads, into_sinks=grad_sinks)
+        # The queries were multiplied with the scaling when they were gathered, the keys never.
+        grad_q = _by_token(grads.q, places, heads, tokens).mul_(rules.scaling)
+        grad_k = _summed_by_token(grads.k, places, len(k))
+        grad_v = _summed_by_token(grads.v, places, len(v))
         return grad_q, grad_k, grad_v, grad_sinks, None, None, None, None
 
 
@@ -90,6 +92,15 @@ class _QKV:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+
+    @classmethod
+    def empty_slots(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: Places) -> "_QKV":
+        """[H * S, D], [H * K, D] and [H * K, D'], to be written: the gradients of all slots."""
+        return cls(
+            q.new_empty(len(places.queries), q.shape[-1]),
+            k.new_empty(len(places.keys), k.shape[-1]),
+            v.new_empty(len(places.keys), v.shape[-1]),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +136,7 @@ class _BlockView:
         first, size = self.block.first_key, self.block.count * self.block.keys
         return slice(self.heads * first, self.heads * (first + size))
 
-    def gathered(self, rows: _QKV, places: Places, rules: ScoreRules) -> _QKV:
+    def gather(self, rows: _QKV, places: Places, rules: ScoreRules) -> _QKV:
         """The block's scaled queries [C * H, n, D], keys [C * H, m, D] and values [C * H, m, D'].
 
         They are gathered just before they are used, so that they are still in the cache.
@@ -134,21 +145,21 @@ class _BlockView:
         return _QKV(scaled, self.keys_of(rows.k, places), self.keys_of(rows.v, places))
 
     def weights(
-        self, own: _QKV, mask: torch.Tensor, rules: ScoreRules, sinks: torch.Tensor | None
+        self, gathered: _QKV, bias: torch.Tensor, rules: ScoreRules, sinks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The softmax weights [C * H, n, m] of gathered queries and keys, and the slope of the soft cap or None.
 
         The softmax is computed in float32 or float64.
         """
-        scores, slope = rules.capped(torch.bmm(own.q, own.k.mT))
-        scores.view(self.block.count, self.heads, *scores.shape[1:])[..., self.block.seen_by_all :].add_(mask)
+        scores, slope = rules.capped(torch.bmm(gathered.q, gathered.k.mT))
+        scores.view(self.block.count, self.heads, *scores.shape[1:])[..., self.block.seen_by_all :].add_(bias)
         if sinks is not None:
             sinks = sinks.repeat(self.block.count)[:, None, None]  # [C * H, 1, 1]
         return weights_beside_sinks(scores, sinks), slope
 
     def backward(
         self,
-        own: _QKV,
+        gathered: _QKV,
         grad_out: torch.Tensor,
         weights: torch.Tensor,
         slope: torch.Tensor | None,
@@ -156,15 +167,15 @@ class _BlockView:
         into: _QKV,
         into_sinks: torch.Tensor | None,
     ) -> None:
-        """Write the gradients of the block's own slots, and add to that of the sinks.
+        """Write the gradients of the block's slots into `into`, and add to that of the sinks.
 
-        own       as gathered
+        gathered  the block's queries, keys and values
         grad_out  [C * H, n, D'] gradient of each query's output
         weights   [C * H, n, m] P
         slope     of the scores' soft cap; None without a cap
         """
         torch.bmm(weights.mT, grad_out, out=self.keys(into.v))
-        grad_weights = torch.bmm(grad_out, own.v.mT)  # dP
+        grad_weights = torch.bmm(grad_out, gathered.v.mT)  # dP
         if into_sinks is not None:
             sink_share = 1 - weights.sum(-1)  # [C * H, n]
             per_query = sink_share * (weights * grad_weights).sum(-1)
@@ -173,8 +184,8 @@ class _BlockView:
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)  # dS
         if slope is not None:
             grad_scores *= slope
-        torch.bmm(grad_scores, own.k, out=self.queries(into.q))
-        torch.bmm(grad_scores.mT, own.q, out=self.keys(into.k))
+        torch.bmm(grad_scores, gathered.k, out=self.queries(into.q))
+        torch.bmm(grad_scores.mT, gathered.q, out=self.keys(into.k))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

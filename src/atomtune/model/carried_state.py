@@ -16,8 +16,11 @@ from atomtune.batch.segment_plan import SegmentBatch
 class States:
     """Convolution and recurrent states of a batch of sequences, with the methods of transformers' cache for one mixer.
 
-    Nothing is copied in place, so gradients flow through the states. The reported past has no
-    tokens: otherwise a mixer could take its decoding path, which computes a single token.
+    Nothing is changed in place, so gradients flow through the states. The reported past has no tokens: otherwise a
+    mixer could take its decoding path, which computes a single token.
+
+    conv, recurrent          the states with which the sequences start, by transformers' number of the state
+    new_conv, new_recurrent  those in which they end
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class States:
 
 @dataclass(frozen=True)
 class _Layers:
+    """The states as transformers 5.17 reads them: `cache.layers[layer].conv_states[number]`, for any layer."""
+
     states: States
     record_past = True
 
@@ -92,13 +97,12 @@ def states_before(batch: SegmentBatch, states: Sequence[States]) -> States:
     """The states with which a batch's sequences start: the last states of their parents; empty at the root."""
     if not batch.parents:
         return States()
-    first = states[batch.parents[0][0]]
-    return States(
-        conv={key: _picked([states[b].new_conv[key] for b, _ in batch.parents], batch) for key in first.new_conv},
-        recurrent={
-            key: _picked([states[b].new_recurrent[key] for b, _ in batch.parents], batch) for key in first.new_recurrent
-        },
-    )
+    parents = [states[number] for number, _ in batch.parents]  # [G] the states of each parent's whole batch
+    conv = {key: _picked([parent.new_conv[key] for parent in parents], batch) for key in parents[0].new_conv}
+    recurrent = {
+        key: _picked([parent.new_recurrent[key] for parent in parents], batch) for key in parents[0].new_recurrent
+    }
+    return States(conv, recurrent)
 
 
 def _picked(of_parents: Sequence[torch.Tensor], batch: SegmentBatch) -> torch.Tensor:

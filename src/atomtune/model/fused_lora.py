@@ -198,8 +198,9 @@ def cast_together(groups: Sequence[Group]) -> list[Cast]:
     dtype = layers[0].get_base_layer().weight.dtype
     downs, ups = zip(*map(_matrices, layers), strict=True)
     scales = [float(layer.scaling[layer.active_adapters[0]]) for layer in layers]
-    all_downs = torch.cat([down.flatten() for down in downs]).to(dtype)
-    all_ups = _scaled_together(ups, scales).to(dtype)
+    # Flat and concatenated, in the order of the layers: one cast for all A, one for all B.
+    all_downs = torch.cat([down.flatten() for down in downs]).to(dtype)  # [sum of r * I]
+    all_ups = _scaled_together(ups, scales).to(dtype)  # [sum of O * r]
     flat_ups = all_ups.split([up.numel() for up in ups])
     ups = tuple(flat.view_as(up) for flat, up in zip(flat_ups, ups, strict=True))
     casts: list[Cast] = []
@@ -264,24 +265,27 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        n = len(ctx.scales)
+        n = len(ctx.scales)  # layers of the group
         flat, keep, down, *of_layers = ctx.saved_tensors
+        # Per layer: scaled B [O, r], x A^T [T, r], W [O, I].
         ups, lows, bases = of_layers[:n], of_layers[n : 2 * n], of_layers[2 * n :]
         flat_grads = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]  # each [T, O]
-        # An output that nothing used has no gradient.
+        # An output that nothing used has no gradient. d(x A^T) = dY times the scaled B, each [T, r].
         grad_lows = [
             torch.zeros_like(low) if grad is None else grad @ up
             for grad, up, low in zip(flat_grads, ups, lows, strict=True)
         ]
         grad_low = torch.cat(grad_lows, 1)  # [T, R]
-        grad_down = (grad_low.T @ _dropped(flat, keep, ctx.p)).to(ctx.dtype)  # [R, I]
-        grad_downs = grad_down.split([low.shape[1] for low in lows])
+        grad_down = (grad_low.T @ _dropped(flat, keep, ctx.p)).to(ctx.dtype)  # dA of all layers, stacked [R, I]
+        grad_downs = grad_down.split([low.shape[1] for low in lows])  # each [r, I]
+        # dB = scale * dY^T (x A^T), each [O, r]
         grad_ups = [
             None if grad is None else (low.T @ grad).T.to(ctx.dtype) * scale  # twice as fast as grad.T @ low
             for grad, low, scale in zip(flat_grads, lows, ctx.scales, strict=True)
         ]
         grad_x: torch.Tensor | None = None
         if ctx.needs_input_grad[0]:
+            # dx = the sum of dY W over the layers + d(x A^T) A, masked like x
             grad_x = _input_gradient(flat_grads, bases)  # [T, I]
             if keep is None:
                 grad_x.addmm_(grad_low, down)

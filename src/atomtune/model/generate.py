@@ -120,9 +120,9 @@ def ready_to_answer(model: CausalLM, template: Template, *, notice: Callable[[st
     config = model.generation_config
     stops = stop_ids(model, template)
     embedding: Any = model.get_input_embeddings()
-    words = len(embedding.weight)
+    vocab_size = len(embedding.weight)
     dropped = [name for name in _FORCING if getattr(config, name, None)]
-    dropped += [name for name in _SUPPRESSING if _forbids(getattr(config, name, None), stops, words)]
+    dropped += [name for name in _SUPPRESSING if _forbids(getattr(config, name, None), stops, vocab_size)]
     if config.cache_implementation in _OTHER_CACHES:
         dropped.append("cache_implementation")
     for name in vars(GenerationConfig()).keys() - _USED:
@@ -146,11 +146,11 @@ def ready_to_answer(model: CausalLM, template: Template, *, notice: Callable[[st
     model.config.use_cache = True
 
 
-def _forbids(ids: list[Any] | None, stops: list[int], words: int) -> bool:
+def _forbids(ids: list[Any] | None, stops: list[int], vocab_size: int) -> bool:
     """Whether ids, or sequences of ids, forbid a stop token or contain an id that the model does not have."""
     for forbidden in ids or ():
         tokens = forbidden if isinstance(forbidden, list) else [forbidden]
-        if not all(0 <= token < words for token in tokens) or (len(tokens) == 1 and tokens[0] in stops):
+        if not all(0 <= token < vocab_size for token in tokens) or (len(tokens) == 1 and tokens[0] in stops):
             return True
     return False
 

@@ -74,7 +74,7 @@ def generate_answers(
         return [Generated((), stopped=False)]
     max_new_tokens = min(max_new_tokens, room)
     shared = _shared_by_all(prompts) if len(prompts) > 1 and _may_share(model) else 0
-    inputs = _filled_up(model, prompts, shared=shared, pad_id=pad_id)
+    inputs = _left_padded(model, prompts, shared=shared, pad_id=pad_id)
     if shared:
         inputs[_cache_name(model)] = _computed_once(model, prompts[0][:shared], rows=len(prompts))
     generated = _greedily(model, inputs, list(stop_ids), pad_id=pad_id, max_new_tokens=max_new_tokens, seconds=seconds)
@@ -90,7 +90,7 @@ def _must_ask_alone(model: CausalLM, prompts: Sequence[Sequence[int]], *, pad_id
     if limit is not None and width + max_new_tokens > limit:  # a long prompt would change the rotary factors of all
         return True
     differ = any(len(prompt) < width for prompt in prompts)
-    return differ and _counts_filling(model, pad_id)
+    return differ and _counts_padding(model, pad_id)
 
 
 def _positions(model: CausalLM) -> int:
@@ -98,15 +98,15 @@ def _positions(model: CausalLM) -> int:
     return positions_of(model.config) or sys.maxsize
 
 
-def _filled_up(model: CausalLM, prompts: Sequence[Sequence[int]], *, shared: int, pad_id: int) -> dict[str, Any]:
-    """Inputs of the model. Prompts are padded to the longest, after the `shared` tokens that all begin with."""
+def _left_padded(model: CausalLM, prompts: Sequence[Sequence[int]], *, shared: int, pad_id: int) -> dict[str, Any]:
+    """Inputs of the model: prompts padded on the left to the longest, behind the `shared` tokens of all."""
     width = max(len(prompt) for prompt in prompts)
     rows: list[list[int]] = []
     masks: list[list[int]] = []
     for prompt in prompts:
-        fill = width - len(prompt)
-        rows.append([*prompt[:shared], *[pad_id] * fill, *prompt[shared:]])
-        masks.append([1] * shared + [0] * fill + [1] * (len(prompt) - shared))
+        padding = width - len(prompt)
+        rows.append([*prompt[:shared], *[pad_id] * padding, *prompt[shared:]])
+        masks.append([1] * shared + [0] * padding + [1] * (len(prompt) - shared))
     return {
         "input_ids": torch.tensor(rows, device=model.device),  # [B, T]
         "attention_mask": torch.tensor(masks, device=model.device),
@@ -131,12 +131,12 @@ def _greedily(
         use_cache=True,
         max_time=seconds,
     )
-    with _own_settings_aside(model):
+    with _without_own_settings(model):
         return model.generate(**inputs, generation_config=plain)
 
 
 @contextlib.contextmanager
-def _own_settings_aside(model: CausalLM) -> Iterator[None]:
+def _without_own_settings(model: CausalLM) -> Iterator[None]:
     """Within this context the model has no generation settings; transformers would fill ours in from them."""
     inner = innermost(model)
     own = inner.generation_config
@@ -147,25 +147,25 @@ def _own_settings_aside(model: CausalLM) -> Iterator[None]:
         inner.generation_config = own
 
 
-def _counts_filling(model: CausalLM, pad_id: int) -> bool:
+def _counts_padding(model: CausalLM, pad_id: int) -> bool:
     """Whether left padding changes the predictions for a prompt by more than rounding."""
     inner = innermost(model)
     if inner not in _KNOWN:
-        words = inner.config.get_text_config().vocab_size
-        long, short = ([(7 * n + 5) % words for n in range(length)] for length in (24, 9))
+        vocab_size = inner.config.get_text_config().vocab_size
+        long, short = ([(7 * n + 5) % vocab_size for n in range(length)] for length in (24, 9))
         alone = _first_tokens(model, [short], pad_id)
         with another_plain_way(model):
             noise = (_first_tokens(model, [short], pad_id) - alone).abs().mean().item()
-        apart = (_first_tokens(model, [long, short], pad_id)[1:] - alone).abs().mean().item()
+        difference = (_first_tokens(model, [long, short], pad_id)[1:] - alone).abs().mean().item()
         rounding = 32 * unit(inner.get_input_embeddings().weight.dtype)
-        _KNOWN[inner] = not apart <= max(TIMES_NOISE * noise, rounding)
+        _KNOWN[inner] = not difference <= max(TIMES_NOISE * noise, rounding)  # True for NaN
     return _KNOWN[inner]
 
 
 def _first_tokens(model: CausalLM, prompts: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
     """[B, 3, V] log-probabilities of an answer's first three tokens, so that two of them continue from a cache."""
-    inputs = _filled_up(model, prompts, shared=0, pad_id=pad_id)
-    with _own_settings_aside(model):
+    inputs = _left_padded(model, prompts, shared=0, pad_id=pad_id)
+    with _without_own_settings(model):
         plain = GenerationConfig(
             do_sample=False,
             max_new_tokens=3,
@@ -175,7 +175,8 @@ def _first_tokens(model: CausalLM, prompts: Sequence[Sequence[int]], pad_id: int
             return_dict_in_generate=True,
         )
         generated: Any = model.generate(**inputs, generation_config=plain)
-    return torch.stack(generated.logits, 1).double().log_softmax(-1).clamp(min=-1e4)  # some models mask words with -inf
+    # Clamped, because some models mask tokens with -inf.
+    return torch.stack(generated.logits, 1).double().log_softmax(-1).clamp(min=-1e4)
 
 
 def _may_share(model: CausalLM) -> bool:

@@ -19,7 +19,7 @@ from atomtune.disk import LFS_POINTER, read_json_object
 from atomtune.errors import BadModel, listing
 from atomtune.language import message
 
-#: No such file is larger: the largest known index of weights has 15 MB, a tokenizer of 260,000 words 33 MB.
+#: No such file is larger: the largest known index of weights has 15 MB, a tokenizer of 260,000 tokens 33 MB.
 MOST_BYTES = 2**27
 #: The limit for smaller files, which are read more than once; the largest known, a tokenizer_config.json, has under 2
 #: MB.

@@ -12,7 +12,7 @@ from torch import nn
 
 from atomtune.batch.attention_plan import Cut
 from atomtune.batch.collate import Collator
-from atomtune.batch.segment_plan import Way
+from atomtune.batch.segment_plan import MixerMethod
 from atomtune.choices import Layout
 from atomtune.data.records import Example
 from atomtune.errors import BadModel
@@ -42,9 +42,9 @@ def windows_of(model: nn.Module) -> tuple[int | None, ...]:
     return (None, window) if window else (None,)
 
 
-def way_of_mixers(model: nn.Module) -> Way | None:
+def mixer_method_of(model: nn.Module) -> MixerMethod | None:
     """How this model's mixers compute rows; None if it has none. Call it after `why_padded`, which decides that."""
-    return row_mixers.way_in_use(body_of(model))
+    return row_mixers.method_in_use(body_of(model))
 
 
 def collator_for(
@@ -66,16 +66,16 @@ def collator_for(
         as_examples=as_examples,
         windows=windows_of(model) if layout != "padded" else (None,),
         cut=cut_of(model),
-        mixers=way_of_mixers(model),
+        mixers=mixer_method_of(model),
     )
 
 
 @dataclass(frozen=True)
-class _Way:
-    """One way in which a model may compute rows."""
+class _Candidate:
+    """One way in which a model may compute rows: how its attention and its mixers do it."""
 
     attention: str | None  # name of the attention function; None: the model uses none of the library's
-    mixers: Way | None  # how layers that carry a state do it; None: there are none
+    mixers: MixerMethod | None  # how layers that carry a state do it; None: there are none
 
 
 def why_padded_by_config(model: CausalLM) -> str | None:
@@ -114,20 +114,20 @@ def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
     reasons = []
     # Some configs name the window by another key, so windows used in the probe count too.
     has_window = any(windows_of(model)) or any(used_windows)
-    for way in _ways(mixers, bool(used_windows), has_window):
+    for candidate in _candidates(mixers, bool(used_windows), has_window):
         before = AttentionInUse.of(inner)
-        if not _take(inner, way, mixers):
-            _take_back(inner, before, mixers)
+        if not _switch_to(inner, candidate, mixers):
+            _switch_back(inner, before, mixers)
             continue
-        reason = layout_trial.difference(model, windows=windows_of(model), cut=cut_of(model), mixers=way.mixers)
+        reason = layout_trial.difference(model, windows=windows_of(model), cut=cut_of(model), mixers=candidate.mixers)
         if reason is None:
             return None
         reasons.append(reason)
-        _take_back(inner, before, mixers)
+        _switch_back(inner, before, mixers)
     return reasons[0] if reasons else "its attention cannot be replaced"
 
 
-def _ways(mixers: list[nn.Module], attends: bool, has_window: bool) -> Iterator[_Way]:
+def _candidates(mixers: list[nn.Module], attends: bool, has_window: bool) -> Iterator[_Candidate]:
     """The ways to try, the best one first.
 
     A model with a window gets no way other than rows: a window that its own code puts into the mask would be lost in
@@ -141,27 +141,28 @@ def _ways(mixers: list[nn.Module], attends: bool, has_window: bool) -> Iterator[
     for name in attention:
         if mixers:
             if all(map(takes_cache, mixers)):
-                yield _Way(name, "fork")
-            yield _Way(name, "paths")
+                yield _Candidate(name, "fork")
+            yield _Candidate(name, "paths")
         else:
-            yield _Way(name, None)
+            yield _Candidate(name, None)
 
 
-def _take(inner: Any, way: _Way, mixers: list[nn.Module]) -> bool:
-    """Switch the model to a way; False if its attention cannot be replaced."""
-    if way.attention is not None:
+def _switch_to(inner: Any, candidate: _Candidate, mixers: list[nn.Module]) -> bool:
+    """Let the model compute rows in this way; False if its attention cannot be replaced."""
+    if candidate.attention is not None:
         try:
-            inner.set_attn_implementation(way.attention)
+            inner.set_attn_implementation(candidate.attention)
         except (ValueError, AttributeError, ImportError, KeyError):
             return False
         # Transformers only warns, and leaves some models unchanged
-        if inner.config._attn_implementation != way.attention:
+        if inner.config._attn_implementation != candidate.attention:
             return False
-    if way.mixers is not None:
-        row_mixers.install(body_of(inner), mixers, way.mixers)
+    if candidate.mixers is not None:
+        row_mixers.install(body_of(inner), mixers, candidate.mixers)
     return True
 
 
-def _take_back(inner: Any, attention: AttentionInUse, mixers: list[nn.Module]) -> None:
+def _switch_back(inner: Any, attention: AttentionInUse, mixers: list[nn.Module]) -> None:
+    """Restore what `_switch_to` has changed."""
     row_mixers.uninstall(body_of(inner), mixers)
     attention.give_back()

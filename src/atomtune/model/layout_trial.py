@@ -11,7 +11,7 @@ tree with its branches cut off. The tree, with T = 154 and the number of tokens 
     record 3   trunk 72   17
     record 4   24
 
-Letters: N targets, T tokens of the row, V words.
+Letters: N targets, T tokens of the row, V vocabulary size.
 """
 
 import itertools
@@ -24,7 +24,7 @@ import torch
 from atomtune.batch.attention_plan import Cut
 from atomtune.batch.collate import collate_chains, collate_row
 from atomtune.batch.row import Row, single, untils
-from atomtune.batch.segment_plan import Way
+from atomtune.batch.segment_plan import MixerMethod
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
 from atomtune.errors import BadModel
@@ -46,22 +46,22 @@ from atomtune.model.modes import as_in_training, without_dropout
 class _Limits:
     """How much a correct tree may differ from its records.
 
-    times          at most this many times the noise
-    scores_ulps    differences of log-probabilities below this many units in the last place always pass
-    gradient_ulps  the same for gradients
+    times                 at most this many times the noise
+    log_probability_ulps  differences of log-probabilities below this many units in the last place always pass
+    gradient_ulps         the same for gradients
     """
 
     times: float
-    scores_ulps: float
+    log_probability_ulps: float
     gradient_ulps: float
 
 
 #: A forked state sums in another order than a whole sequence: up to 8 times the noise of attention was measured. Wrong
 #: trees differ 10,000 times as much and more.
-_IN_32_BITS = _Limits(times=20.0, scores_ulps=32.0, gradient_ulps=2_000.0)
+_IN_32_BITS = _Limits(times=20.0, log_probability_ulps=32.0, gradient_ulps=2_000.0)
 #: In 16 bits rounding is most of the noise: correct trees of 26 families were at 0.8 times the noise and below
 #: (gradients: 1.1). A RecurrentGemma whose branches continued from their siblings was at 5 (gradients: 7).
-_IN_16_BITS = _Limits(times=3.0, scores_ulps=1.0, gradient_ulps=2.0)
+_IN_16_BITS = _Limits(times=3.0, log_probability_ulps=1.0, gradient_ulps=2.0)
 #: In 16 bits the noise is as large as small faults. Therefore the tree must also differ at most this many times as much
 #: as the same tree with its branches cut off from what they share.
 _NEARER = 0.2
@@ -72,22 +72,22 @@ _OF_A_FORWARD = (RuntimeError, ValueError, TypeError, AttributeError, IndexError
 
 
 @dataclass(frozen=True)
-class _Side:
-    """The results of one way of computing."""
+class _Result:
+    """What one computation of the trial gives."""
 
-    scores: torch.Tensor  # [N] log-probabilities of the targets
+    log_probabilities: torch.Tensor  # [N] log-probabilities of the targets
     gradients: Mapping[str, torch.Tensor | None]
 
 
-def difference(model: CausalLM, *, windows: Sequence[int | None], cut: Cut, mixers: Way | None) -> str | None:
+def difference(model: CausalLM, *, windows: Sequence[int | None], cut: Cut, mixers: MixerMethod | None) -> str | None:
     """How a row of this model differs from its records computed alone, in words for a message; None if it does not."""
     examples = _examples(model)
     tree = graft(examples, least_saved=1)
-    settings: dict[str, Any] = {"windows": windows, "cut": cut, "mixers": mixers}
+    row_options: dict[str, Any] = {"windows": windows, "cut": cut, "mixers": mixers}
     try:
         with without_dropout(model), as_in_training(innermost(model)):
             alone = [_alone(model, example) for example in examples]
-            if not all(bool(torch.isfinite(side.scores).all()) for side in alone):
+            if not all(bool(torch.isfinite(result.log_probabilities).all()) for result in alone):
                 return "its own log-probabilities are not finite"
             plain = _as_one(alone, examples, tree)
             _refuse_without_gradient(plain)
@@ -96,8 +96,8 @@ def difference(model: CausalLM, *, windows: Sequence[int | None], cut: Cut, mixe
             # One record shows the noise as well as all four, and plain runs are the most expensive part of the trial.
             with another_plain_way(model):
                 again = _alone(model, examples[0])
-            rows = _as_row(model, tree, settings)
-            without = _as_row(model, tree, settings, computed_as=_cut_off(tree), learns=False)
+            rows = _as_row(model, tree, row_options)
+            without = _as_row(model, tree, row_options, computed_as=_cut_off(tree), learns=False)
     except NotImplementedError as error:
         return f"its attention does more than rows allow for ({error})"
     except _OF_A_FORWARD as error:
@@ -107,11 +107,11 @@ def difference(model: CausalLM, *, windows: Sequence[int | None], cut: Cut, mixe
 
 
 def _verdict(
-    plain: _Side, rows: _Side, without: _Side, *, noise: tuple[float, float], dtype: torch.dtype, limits: _Limits
+    plain: _Result, rows: _Result, without: _Result, *, noise: tuple[float, float], dtype: torch.dtype, limits: _Limits
 ) -> str | None:
     """The difference, or None. noise: (of log-probabilities in nats per target, of gradients, relative)."""
     apart, contrast = _apart(rows, plain), _apart(without, plain)
-    allowed = max(limits.times * noise[0], limits.scores_ulps * unit(dtype))
+    allowed = max(limits.times * noise[0], limits.log_probability_ulps * unit(dtype))
     if not (apart <= allowed and apart <= _NEARER * contrast):
         return (
             f"a trial tree differs from its records alone by {apart:.1e} nats per token (noise: {noise[0]:.1e}; with "
@@ -144,19 +144,22 @@ def changed_by(model: CausalLM, change: Callable[[], object]) -> str | None:
     # Kernels raise anything: no compiler, a shape or a dtype that they do not support.
     except Exception as error:  # noqa: BLE001
         return f"its forward or backward fails ({_first_line(error)})"
-    scores = [torch.cat([side.scores for side in sides]) for sides in (ours, plain, again)]
-    gradients = [
-        {name: gradient for name, gradient in sides[0].gradients.items() if gradient is not None}
-        for sides in (ours, plain, again)
+    log_probabilities = [
+        torch.cat([result.log_probabilities for result in results]) for results in (ours, plain, again)
     ]
-    measures = log_probability_measures(*scores, dtype=_dtype(model))
+    gradients = [
+        {name: gradient for name, gradient in results[0].gradients.items() if gradient is not None}
+        for results in (ours, plain, again)
+    ]
+    measures = log_probability_measures(*log_probabilities, dtype=_dtype(model))
     if gradients[1]:
         if any(gradient.keys() != gradients[1].keys() for gradient in gradients):
             return "other weights have a gradient"
         measures += gradient_measures(*gradients, dtype=_dtype(model))[:1]
     for measure in measures:
         if not measure.holds:
-            return f"{measure.name}: {measure.apart:.1e} apart, {measure.allowed:.1e} allowed by the model's own noise"
+            difference, allowed = f"{measure.difference:.1e}", f"{measure.allowed:.1e}"
+            return f"{measure.name}: {difference} apart, {allowed} allowed by the model's own noise"
     return None
 
 
@@ -168,7 +171,7 @@ def padding_difference(model: CausalLM, *, pad_id: int) -> str | None:
     """
     examples = _examples(model)
     long, short = examples[0], examples[-1]
-    batch: Any = collate_chains([single(long), single(short)], pad_id=pad_id, examples=2, tokens_padded=0)
+    batch: Any = collate_chains([single(long), single(short)], pad_id=pad_id, records=2, tokens_padded=0)
     for name in ("input_ids", "attention_mask"):
         batch[name] = batch[name].to(_device(model))
     targets = _learned(short.learn)
@@ -178,16 +181,16 @@ def padding_difference(model: CausalLM, *, pad_id: int) -> str | None:
             alone = _alone(model, short)
             with another_plain_way(model):
                 again = _alone(model, short)
-            scores = _scores(model, model_inputs(model, batch), predicted_from, ids, row=1)
+            log_probabilities = _log_probabilities(model, model_inputs(model, batch), predicted_from, ids, row=1)
     except _OF_A_FORWARD as error:
         if is_out_of_memory(error):
             raise
         raise BadModel(
             f"This model cannot compute padded rows: {_first_line(error)}.\nPass --model_path with another model."
         ) from error
-    apart, noise = _apart(_Side(scores.double().cpu(), {}), alone), _apart(again, alone)
+    apart, noise = _apart(_Result(log_probabilities.double().cpu(), {}), alone), _apart(again, alone)
     # With the tolerance of float32 in every dtype, because a model that is refused here cannot be trained at all.
-    if apart <= max(_IN_32_BITS.times * noise, _IN_32_BITS.scores_ulps * unit(_dtype(model))):
+    if apart <= max(_IN_32_BITS.times * noise, _IN_32_BITS.log_probability_ulps * unit(_dtype(model))):
         return None
     return f"a padded record differs from the same record alone by {apart:.1e} nats per token (noise: {noise:.1e})"
 
@@ -200,11 +203,11 @@ def _examples(model: CausalLM) -> list[Example]:
     """Three records that share 72 tokens, two of which share 20 more, and one that shares nothing."""
     # Ids that do not repeat soon; the lowest ids are left out, because they are control tokens.
     numbers = itertools.count()
-    words = innermost(model).config.get_text_config().vocab_size
-    lowest, words = min(8, words // 2), min(words, 30_000)
+    vocab_size = innermost(model).config.get_text_config().vocab_size
+    lowest, end = min(8, vocab_size // 2), min(vocab_size, 30_000)
 
     def text(tokens: int) -> tuple[int, ...]:
-        return tuple(lowest + (next(numbers) * 7_919 + 13) % (words - lowest) for _ in range(tokens))
+        return tuple(lowest + (next(numbers) * 7_919 + 13) % (end - lowest) for _ in range(tokens))
 
     trunk, branch = text(72), text(20)
     records = [(trunk, branch, text(8)), (trunk, branch, text(13)), (trunk, text(17)), (text(24),)]
@@ -214,7 +217,8 @@ def _examples(model: CausalLM) -> list[Example]:
 def _example(parts: Sequence[tuple[int, ...]], origin: str) -> Example:
     """A record whose targets are the first two tokens of each part and every fourth token.
 
-    Not every token is a target: with 262,000 words, the output matrix at all positions would cost more than the layers.
+    Not every token is a target: with a vocabulary of 262,000, the output matrix at all positions would cost more than
+    the layers.
     """
     ids = tuple(token for part in parts for token in part)
     learn = [int(place < 2 or place % 4 == 3) for part in parts for place in range(len(part))]
@@ -226,41 +230,39 @@ def _learned(learn: Sequence[int]) -> list[int]:
     return [place for place, times in enumerate(learn) if times]
 
 
-def _alone(model: CausalLM, example: Example) -> _Side:
+def _alone(model: CausalLM, example: Example) -> _Result:
     """A record computed alone, as any program would do it."""
-    targets = _learned(example.learn)
-    ids = torch.tensor([example.ids], device=_device(model))  # [1, T]
-    scores = _scores(model, {"input_ids": ids}, [i - 1 for i in targets], [example.ids[i] for i in targets])
-    return _Side(scores.detach().double().cpu(), _gradients(model, -scores.sum()))
+    log_probabilities = _of_sequence(model, example.ids, _learned(example.learn))
+    return _Result(log_probabilities.detach().double().cpu(), _gradients(model, -log_probabilities.sum()))
 
 
-def _as_one(alone: Sequence[_Side], examples: Sequence[Example], tree: Row) -> _Side:
+def _as_one(alone: Sequence[_Result], examples: Sequence[Example], tree: Row) -> _Result:
     """The results of the records as one: each target of the tree with its score, and the sum of the gradients."""
     by_path: dict[tuple[int, ...], torch.Tensor] = {}
-    for side, example in zip(alone, examples, strict=True):
+    for result, example in zip(alone, examples, strict=True):
         paths = [example.ids[: i + 1] for i in _learned(example.learn)]
-        by_path.update(zip(paths, side.scores, strict=True))
+        by_path.update(zip(paths, result.log_probabilities, strict=True))
     gradients: dict[str, torch.Tensor | None] = {}
     for name in alone[0].gradients:
-        of_records = [gradient for side in alone if (gradient := side.gradients[name]) is not None]
+        of_records = [gradient for result in alone if (gradient := result.gradients[name]) is not None]
         gradients[name] = torch.stack(of_records).sum(0) if of_records else None
-    return _Side(torch.stack([by_path[path] for path in _paths(tree)]), gradients)
+    return _Result(torch.stack([by_path[path] for path in _paths(tree)]), gradients)
 
 
 def _as_row(
-    model: CausalLM, tree: Row, settings: Mapping[str, Any], *, computed_as: Row | None = None, learns: bool = True
-) -> _Side:
+    model: CausalLM, tree: Row, row_options: Mapping[str, Any], *, computed_as: Row | None = None, learns: bool = True
+) -> _Result:
     """The tree in one call; `computed_as` replaces its parents by others, with the tree's positions and targets."""
-    batch: Any = collate_row(computed_as or tree, examples=1, tokens_padded=len(tree), **settings)
+    batch: Any = collate_row(computed_as or tree, records=1, tokens_padded=len(tree), **row_options)
     batch["position_ids"][0, : len(tree)] = torch.tensor(tree.positions())
     for name in ("input_ids", "position_ids"):
         batch[name] = batch[name].to(_device(model))
     targets = _learned(tree.learn)
-    predicted_from = [tree.parent[i] for i in targets]
-    scores = _scores(model, model_inputs(model, batch), predicted_from, [tree.ids[i] for i in targets])
-    times = torch.tensor([tree.learn[i] for i in targets], device=scores.device)  # [N]
-    gradients = _gradients(model, -(scores * times).sum()) if learns else {}
-    return _Side(scores.detach().double().cpu(), gradients)
+    predicted_from, ids = [tree.parent[i] for i in targets], [tree.ids[i] for i in targets]
+    log_probabilities = _log_probabilities(model, model_inputs(model, batch), predicted_from, ids)
+    times = torch.tensor([tree.learn[i] for i in targets], device=log_probabilities.device)  # [N]
+    gradients = _gradients(model, -(log_probabilities * times).sum()) if learns else {}
+    return _Result(log_probabilities.detach().double().cpu(), gradients)
 
 
 def _paths(row: Row) -> list[tuple[int, ...]]:
@@ -277,17 +279,16 @@ def _cut_off(tree: Row) -> Row:
     return Row(tree.ids, parents, untils(parents), tree.learn, tree.origins)
 
 
-def _looks_ahead(model: CausalLM, example: Example, whole: _Side) -> bool:
+def _looks_ahead(model: CausalLM, example: Example, whole: _Result) -> bool:
     """Whether the first half of a record has other log-probabilities alone than together with the second half."""
     half = len(example.ids) // 2
     targets = _learned(example.learn[:half])
-    ids = torch.tensor([example.ids[:half]], device=_device(model))  # [1, T / 2]
-    beginning = _scores(model, {"input_ids": ids}, [i - 1 for i in targets], [example.ids[i] for i in targets])
-    apart = (beginning.detach().double().cpu() - whole.scores[: len(targets)]).abs().mean().item()
-    return not apart <= max(0.05, _IN_32_BITS.scores_ulps * unit(_dtype(model)))
+    beginning = _of_sequence(model, example.ids[:half], targets)
+    apart = (beginning.detach().double().cpu() - whole.log_probabilities[: len(targets)]).abs().mean().item()
+    return not apart <= max(0.05, _IN_32_BITS.log_probability_ulps * unit(_dtype(model)))
 
 
-def _refuse_without_gradient(plain: _Side) -> None:
+def _refuse_without_gradient(plain: _Result) -> None:
     """Raise BadModel if an adapter layer never gets a gradient, because it would stay untrained without an error."""
     layers = {name: name.partition(".lora_")[0] for name in plain.gradients}
     reached = {layers[name] for name, gradient in plain.gradients.items() if gradient is not None}
@@ -300,7 +301,13 @@ def _refuse_without_gradient(plain: _Side) -> None:
         )
 
 
-def _scores(
+def _of_sequence(model: CausalLM, ids: Sequence[int], targets: Sequence[int]) -> torch.Tensor:
+    """[N] log-probabilities of a sequence's tokens at these positions, computed without any other sequence."""
+    inputs = {"input_ids": torch.tensor([ids], device=_device(model))}  # [1, T]
+    return _log_probabilities(model, inputs, [i - 1 for i in targets], [ids[i] for i in targets])
+
+
+def _log_probabilities(
     model: CausalLM, inputs: Mapping[str, Any], predicted_from: Sequence[int], targets: Sequence[int], *, row: int = 0
 ) -> torch.Tensor:
     """[N] log-probabilities of target ids at positions of one row, in float32 or float64."""
@@ -309,8 +316,8 @@ def _scores(
         logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[row]  # [N, V]
     else:
         logits = model(**inputs, use_cache=False).logits[row, predicted_from]
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    return scores.gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0]
+    log_probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return log_probabilities.gather(1, torch.tensor(targets, device=logits.device)[:, None])[:, 0]
 
 
 def _gradients(model: CausalLM, nats: torch.Tensor) -> dict[str, torch.Tensor | None]:
@@ -322,15 +329,15 @@ def _gradients(model: CausalLM, nats: torch.Tensor) -> dict[str, torch.Tensor | 
     return dict(zip(trained, gradients, strict=True))
 
 
-def _apart(side: _Side, plain: _Side) -> float:
+def _apart(result: _Result, plain: _Result) -> float:
     """Mean difference in nats per target."""
-    return (side.scores - plain.scores).abs().mean().item()
+    return (result.log_probabilities - plain.log_probabilities).abs().mean().item()
 
 
-def _gradient_difference(side: _Side, plain: _Side) -> float:
+def _gradient_difference(result: _Result, plain: _Result) -> float:
     """Relative L2 norm of the difference over all weights; infinite if a gradient is NaN or missing."""
     expected = {name: gradient.double() for name, gradient in plain.gradients.items() if gradient is not None}
-    gradients = {name: gradient.double() for name in expected if (gradient := side.gradients[name]) is not None}
+    gradients = {name: gradient.double() for name in expected if (gradient := result.gradients[name]) is not None}
     return relative_difference(gradients, expected) if len(gradients) == len(expected) else float("inf")
 
 

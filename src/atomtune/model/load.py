@@ -22,8 +22,8 @@ from atomtune.choices import Dtype, Quantize
 from atomtune.data.encoding.tokenizer_trial import MOST_GROWTH, growth_of
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import BadModel, BadSettings, listing
-from atomtune.extras import refuse_missing
-from atomtune.limits import try_apart
+from atomtune.extras import refuse_missing_packages
+from atomtune.limits import try_in_child_process
 from atomtune.model.auto_class import auto_class
 from atomtune.model.base_checks import check_base_folder, refuse_not_causal, refuse_other_kind
 from atomtune.model.causal_lm import CausalLM
@@ -179,7 +179,7 @@ def _refuse_what_ends_its_reader(file: Path) -> None:
 
     if not _PREFIX.search(file.read_bytes()):
         return
-    tripped = try_apart(lambda _say: Backend.from_file(str(file)))
+    tripped = try_in_child_process(lambda _say: Backend.from_file(str(file)))
     if tripped is not None and tripped.cause != "time":
         raise BadModel(
             f"{file}: reading it crashed the process that tried it, so its parts do not match.\nCopy "
@@ -370,7 +370,7 @@ def embedding_rows(path: str, *, trust_remote_code: bool = False) -> int | None:
 
 
 def _quantization(quantize: Quantize, dtype: torch.dtype) -> Any:
-    refuse_missing(["bitsandbytes"], extra="qlora", what=f"--quantize {quantize}")
+    refuse_missing_packages(["bitsandbytes"], extra="qlora", what=f"--quantize {quantize}")
     if quantize == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from atomtune.errors import BadModel, BadSettings
 from atomtune.language import message
-from atomtune.limits import try_apart
+from atomtune.limits import try_in_child_process
 from atomtune.model.adapter_keys import text_modules
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.experts import experts_of, numbers_of_experts
@@ -80,9 +80,9 @@ def all_linear(base: CausalLM) -> AllLinear:
             left_out[_tower(name, calls.called if calls else ())] = "not called for text"
         elif name in without_gradient:
             left_out[last] = "without a gradient of the loss"
-        elif not _peft_takes(base.config.model_type, last):
+        elif not _peft_adapts(base.config.model_type, last):
             left_out[last] = "not adapted by PEFT in this architecture"
-            if _peft_takes(base.config.model_type, last, as_tensor=True):
+            if _peft_adapts(base.config.model_type, last, as_tensor=True):
                 shared.append(name)
         else:
             adapted.append(name)
@@ -248,7 +248,7 @@ class _StandIn(nn.Module):
 
 
 @cache
-def _peft_takes(model_type: str, name: str, *, as_tensor: bool = False) -> bool:
+def _peft_adapts(model_type: str, name: str, *, as_tensor: bool = False) -> bool:
     """Whether PEFT adapts a layer of this name in this architecture.
 
     as_tensor  ask about adapting its weight as a tensor, through target_parameters
@@ -375,11 +375,16 @@ def refuse_endless_patterns(config: Any, base: CausalLM, file: Path) -> None:
             regex = re.compile(text)
         except (re.error, RecursionError, OverflowError) as error:
             raise BadModel(f"{file}: {text[:60]!r} is not a regex: {error}.") from None
-        if tripped := try_apart(lambda say, regex=regex: [regex.search(name) for name in names]):  # type: ignore[misc]
+        if tripped := try_in_child_process(partial(_search_all, regex, names)):
             raise BadModel(
                 f"{file}: the regex {text[:60]!r} {tripped.words} when matched with the names of this base's modules.\n"
                 'Name the modules instead: ["q_proj", "v_proj"].'
             )
+
+
+def _search_all(regex: re.Pattern[str], names: Sequence[str], _say: Callable[[str], None]) -> None:
+    for name in names:
+        regex.search(name)
 
 
 def shortest(base: CausalLM, modules: set[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 Only target positions are multiplied with the output matrix, in chunks, so that all logits of a batch never exist at
 once.
-Letters: B rows, T positions, D hidden width, N targets, V words.
+Letters: B rows, T positions, D hidden width, N targets, V vocabulary size.
 """
 
 import copy
@@ -24,14 +24,14 @@ from atomtune.model.surprise import exact, exact_dtype, surprise
 
 #: Logits that exist at once: 2^20 are 4 MiB in float32, and their gradient overwrites them.
 CHUNK_LOGITS = 2**20
-#: At least this many targets per chunk, because each chunk reads the whole output matrix (128 x 65,000 words are
-#: 32 MiB in float32).
+#: At least this many targets per chunk, because each chunk reads the whole output matrix (for a vocabulary of 65,000,
+#: their logits are 32 MiB in float32).
 LEAST_TARGETS = 128
 #: Bytes per logit: the logit in bfloat16 (2), its softmax in float32 (4), which its gradient overwrites, and that in
 #: bfloat16 (2; none in float32). A GPU also keeps the logit in float32 beside its softmax.
 BYTES_A_LOGIT, BYTES_A_LOGIT_ON_GPU = 8, 10
-#: On a GPU a chunk may take a sixteenth of the free memory, so that the output matrix (1 GB for 150,000 words) is read
-#: only once or twice.
+#: On a GPU a chunk may take a sixteenth of the free memory, so that the output matrix is read only once or twice: for a
+#: vocabulary of 150,000 it has 1 GB.
 FREE_FOR_LOGITS, MOST_LOGITS = 1 / 16, 2**27
 
 
@@ -154,7 +154,7 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     return {**inputs, "attention_mask": plan.until.new_zeros(1, 1, 1, 1), ROW_PLAN: plan}
 
 
-class _HandThrough(nn.Module):
+class _PassThrough(nn.Module):
     """A causal LM's body for a head alone: it returns the hidden states it is given."""
 
     def __init__(self, output: type[ModelOutput], body: nn.Module) -> None:
@@ -256,7 +256,7 @@ class Head:
             inner = _twin(getattr(outer, name))
             setattr(outer, name, inner)
             outer = inner
-        setattr(outer, last, _HandThrough(self.output_of_body, getattr(outer, last)))
+        setattr(outer, last, _PassThrough(self.output_of_body, getattr(outer, last)))
         return twin
 
     def logits(self, hidden: torch.Tensor, twin: Any = None) -> torch.Tensor:
@@ -276,7 +276,7 @@ class Head:
 
         target, learn  [N] token ids, and how often each is learned
         """
-        words = self.model.config.get_text_config().vocab_size
+        vocab_size = self.model.config.get_text_config().vocab_size
         # The head may have trained weights (LoRA on lm_head). An autograd.Function must be passed them to give
         # gradients.
         learned = [p for p in self.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
@@ -285,13 +285,13 @@ class Head:
         def nats_of(hidden: torch.Tensor, chunk: slice) -> torch.Tensor:
             return surprise(self.logits(hidden, twin), target[chunk], learn[chunk], label_smoothing)
 
-        return _Chunked.apply(nats_of, targets_at_once(words, hidden.device), hidden, *learned)
+        return _Chunked.apply(nats_of, targets_at_once(vocab_size, hidden.device), hidden, *learned)
 
 
-def targets_at_once(words: int, device: torch.device) -> int:
+def targets_at_once(vocab_size: int, device: torch.device) -> int:
     """How many targets have logits at the same time."""
     logits = CHUNK_LOGITS if device.type == "cpu" else _logits_that_fit(device)
-    return max(LEAST_TARGETS, logits // words)
+    return max(LEAST_TARGETS, logits // vocab_size)
 
 
 @cache

@@ -27,7 +27,8 @@ from atomtune.model.row_attention import attend, own_window
 CACHE_NAMES = {"cache", "cache_params", "past_key_values"}
 #: Names of forward's argument for the hidden states.
 INPUT_NAMES = ("hidden_states", "x", "input")
-_PROBE_TOKENS = 12
+#: Tokens of the probe. `_mixes` asks whether the outputs of the tokens from _LATER on depend on the token before them.
+_PROBE_TOKENS, _LATER = 12, 4
 _PROBE_ATTENTION = "atomtune_probe"
 
 
@@ -53,8 +54,8 @@ class _Call:
 def find_mixers(inner: nn.Module) -> tuple[list[nn.Module], set[int | None]]:
     """The mixers in the decoder's layers, and the sliding windows of the layers that use the library's attention.
 
-    Of nested mixers only the outermost is returned. A window of None sees all earlier tokens; the set is empty if no
-    layer uses the library's attention.
+    A module that mixes only through a mixer inside it, such as a decoder layer, is not returned. A window of None sees
+    all earlier tokens; the set is empty if no layer uses the library's attention.
     """
     with without_dropout(inner):
         return _find_mixers(inner)
@@ -63,15 +64,17 @@ def find_mixers(inner: nn.Module) -> tuple[list[nn.Module], set[int | None]]:
 def _find_mixers(inner: nn.Module) -> tuple[list[nn.Module], set[int | None]]:
     calls = _calls_in_a_probe(inner)
     mixers: list[nn.Module] = []
-    known: dict[tuple[Any, ...], bool] = {}  # layers with the same structure are probed once
+    known: dict[tuple[Any, ...], bool] = {}  # structure → what `mixes` returned for it
 
     def mixes(module: nn.Module) -> bool:
+        """`_mixes`, once for all modules of the same structure."""
         built = (calls[module].attends, *((name, type(part)) for name, part in module.named_modules()))
         if built not in known:
             known[built] = _mixes(module, calls[module])
         return known[built]
 
     def look_into(module: nn.Module) -> None:
+        """Add the mixers in this module, or the module itself if it mixes without attention and no child of it does."""
         call = calls.get(module)
         if call is not None:
             if not mixes(module):
@@ -147,9 +150,10 @@ def _mixes(module: nn.Module, call: _Call) -> bool:
     if not (isinstance(out, torch.Tensor) and out.dim() == 3 and out.shape[1] == hidden.shape[1] and out.requires_grad):
         return False
     # A random direction, because the plain sum of the outputs is constant after a norm, so its gradient is zero.
-    direction = torch.randn(out[:, 4:].shape, generator=torch.Generator().manual_seed(0)).to(out)
-    (gradient,) = torch.autograd.grad(out[:, 4:], hidden, direction, allow_unused=True)
-    return gradient is not None and bool(gradient[:, 3].any())
+    later = out[:, _LATER:]  # [1, T - 4, D]
+    direction = torch.randn(later.shape, generator=torch.Generator().manual_seed(0)).to(out)
+    (gradient,) = torch.autograd.grad(later, hidden, direction, allow_unused=True)  # [1, T, D]
+    return gradient is not None and bool(gradient[:, _LATER - 1].any())
 
 
 def _input_of(call: _Call) -> tuple[int | str | None, torch.Tensor | None]:

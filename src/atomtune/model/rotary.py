@@ -43,7 +43,7 @@ def refuse_mixed(
     )
 
 
-def apart(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
+def split_at_limit(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
     """Indices of the records that may be computed together: those up to the limit, and those above."""
     if limit is None:
         return [list(range(len(lengths)))]

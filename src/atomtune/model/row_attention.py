@@ -33,7 +33,7 @@ _NOT_IN_A_PLAN = {
 }
 
 #: How one layer's attention is computed.
-Way = Literal["blocks", "spans", "mask"]
+AttentionMethod = Literal["blocks", "spans", "mask"]
 
 
 def attend(
@@ -69,11 +69,11 @@ def attend(
     if sinks is not None and sinks.dim() > 1:
         raise NotImplementedError("sinks of each token")
     query, key, value = _autocast(query, key, value)
-    way = way_of(plan, query, value, sliding_window, rules, sinks=sinks is not None, dropout=dropout > 0)
-    if way == "spans":
+    method = method_of(plan, query, value, sliding_window, rules, sinks=sinks is not None, dropout=dropout > 0)
+    if method == "spans":
         out = _by_spans(query, key, value, sinks, plan.spans[sliding_window], sliding_window, rules)
-    elif way == "mask":
-        out = _by_mask(query, key, value, plan.bias(sliding_window, query.dtype), sinks, rules, dropout)
+    elif method == "mask":
+        out = _by_mask(query, key, value, plan.dense_bias(sliding_window, query.dtype), sinks, rules, dropout)
     else:
         out = _by_blocks(query, key, value, sinks, plan, sliding_window, rules)
     return out, None
@@ -106,7 +106,7 @@ def own_window(layer: torch.nn.Module) -> int | None:
     return window
 
 
-def way_of(
+def method_of(
     plan: AttentionPlan,
     query: torch.Tensor,
     value: torch.Tensor,
@@ -115,7 +115,7 @@ def way_of(
     *,
     sinks: bool,
     dropout: bool,
-) -> Way:
+) -> AttentionMethod:
     """How a layer's attention is computed: blocks on a CPU; on a GPU the flash kernel, or one call with a mask."""
     if dropout:
         return "mask"  # only this way supports attention dropout
@@ -171,9 +171,9 @@ def _by_blocks(  # noqa: PLR0917
     rules: ScoreRules,
 ) -> torch.Tensor:
     """The same by the plan's dense blocks, with a few products for each."""
-    places, hidden = plan.places(window, query.shape[1], key.shape[1]), plan.hidden(window, query.dtype)
+    places, biases = plan.places(window, query.shape[1], key.shape[1]), plan.block_biases(window, query.dtype)
     blocks = plan.blocks[window].each
-    out = BlockAttention.apply(query[0], key[0], value[0], sinks, blocks, places, hidden, rules)  # [H, T, D']
+    out = BlockAttention.apply(query[0], key[0], value[0], sinks, blocks, places, biases, rules)  # [H, T, D']
     return out.transpose(0, 1)[None]
 
 

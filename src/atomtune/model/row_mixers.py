@@ -1,12 +1,13 @@
 """Row mixers: layers that carry a state from token to token, in rows that hold many records and branch.
 
-A row can be computed in two ways (batch/segment_plan.py); layout_support.py takes the first that its trial finds exact:
+A row is computed by one of two methods (batch/segment_plan.py); layout_support.py takes the first that is exact:
 
 fork   every segment runs through the model's own mixer, starting from its parent's last state (carried_state.py;
        selective_scan.py for Mamba 1)
 paths  every path from the root to a leaf runs as a separate sequence, but linear layers compute each token only once
 
-Letters: G sequences of a batch, n their tokens, T tokens of the row, D width, P paths, L tokens of the longest path.
+Letters: G sequences of a batch, n their tokens, T tokens of the row, D width, P paths, L tokens of the longest path;
+K own tokens of a batch's segments.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from atomtune.batch.attention_plan import AttentionPlan
-from atomtune.batch.segment_plan import PathPlan, SegmentPlan, Way
+from atomtune.batch.segment_plan import MixerMethod, PathPlan, SegmentPlan
 from atomtune.model.carried_state import States, states_before
 from atomtune.model.mixers import CACHE_NAMES, INPUT_NAMES, first_of
 from atomtune.model.selective_scan import scans_from
@@ -33,8 +34,8 @@ class RowInUse:
     are recomputed in the backward pass, and a call without an announcement (chat, a plain comparison) has no plan.
     """
 
-    def __init__(self, way: Way) -> None:
-        self.way = way
+    def __init__(self, method: MixerMethod) -> None:
+        self.method = method
         self.announced: AttentionPlan | None = None
         self.plan: AttentionPlan | None = None
         self.hook: Any = None
@@ -50,16 +51,16 @@ def announce(body: nn.Module, plan: AttentionPlan | None) -> None:
         row.announced = plan
 
 
-def way_in_use(body: nn.Module) -> Way | None:
-    """The way for which `install` was called; None if it was not called for this model."""
+def method_in_use(body: nn.Module) -> MixerMethod | None:
+    """The method for which `install` was called; None if it was not called for this model."""
     row = vars(body).get("atomtune_row")
-    return None if row is None else row.way
+    return None if row is None else row.method
 
 
-def install(body: nn.Module, mixers: Sequence[nn.Module], way: Way) -> None:
+def install(body: nn.Module, mixers: Sequence[nn.Module], method: MixerMethod) -> None:
     """Let these mixers compute rows; each row begins with a call of `body`."""
     uninstall(body, mixers)
-    row = RowInUse(way)
+    row = RowInUse(method)
     vars(body)["atomtune_row"] = row  # not a submodule or buffer; it is copied with the model
     row.hook = body.register_forward_pre_hook(row.begin)
     for mixer in mixers:
@@ -114,7 +115,7 @@ class _RowForward:
         return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
-def _filled_up(out: torch.Tensor, width: int) -> torch.Tensor:
+def _padded_to(out: torch.Tensor, width: int) -> torch.Tensor:
     """[T, D] of the row's tokens → [1, width, D], padded with zeros."""
     return functional.pad(out, (0, 0, 0, width - len(out)))[None]
 
@@ -127,33 +128,39 @@ def _in_form_of(output: Any, out: torch.Tensor) -> Any:
 def _by_forks(
     mixer: _RowForward, hidden: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], plan: SegmentPlan
 ) -> Any:
-    name = mixer.cache_name
-    if name is None:
+    """The mixer's output for a row [1, T, D], segment by segment: a batch starts from the states of earlier batches."""
+    cache_name = mixer.cache_name
+    if cache_name is None:
         raise NotImplementedError("a token mixer that takes no cache")
-    kwargs = {key: value for key, value in kwargs.items() if key not in (name, "attention_mask")}
-    states: list[States] = []
+    kwargs = {key: value for key, value in kwargs.items() if key not in (cache_name, "attention_mask")}
+    states: list[States] = []  # of each batch so far: those it started with, and those in which its sequences ended
     results: list[torch.Tensor] = []
     output: Any = None
     for batch in plan.batches:
-        carrier = states_before(batch, states)
-        with scans_from(mixer.mixer, carrier.recurrent.get(0)):
-            sequences = hidden[0][batch.tokens.to(hidden.device)]
-            output = mixer.plain(sequences, *args, **{**kwargs, name: carrier})  # [G, n, D]
-        states.append(carrier)
-        results.append(first_of(output).flatten(0, 1)[batch.places.to(hidden.device)])
-    out = torch.cat(results)[plan.order.to(hidden.device)]  # [T, D]
-    return _in_form_of(output, _filled_up(out, hidden.shape[1]))
+        batch_states = states_before(batch, states)
+        sequences = hidden[0][batch.tokens.to(hidden.device)]  # [G, n, D]
+        with scans_from(mixer.mixer, batch_states.recurrent.get(0)):
+            output = mixer.plain(sequences, *args, **{**kwargs, cache_name: batch_states})  # [G, n, D]
+        states.append(batch_states)
+        by_place = first_of(output).flatten(0, 1)  # [G * n, D], padding and tokens that are run again included
+        results.append(by_place[batch.places.to(hidden.device)])  # [K, D]
+    out = torch.cat(results)[plan.order.to(hidden.device)]  # [T, D] in the order of the row
+    return _in_form_of(output, _padded_to(out, hidden.shape[1]))
 
 
 def _by_paths(
     mixer: _RowForward, hidden: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], plan: PathPlan
 ) -> Any:
+    """The mixer's output for a row [1, T, D], with every path from the root to a leaf as a sequence of its own.
+
+    The cache and the mask of the row are left out, because neither belongs to a path.
+    """
     kwargs = {key: None if key in (mixer.cache_name, "attention_mask") else value for key, value in kwargs.items()}
     paths, first_on = plan.paths.to(hidden.device), plan.first_on.to(hidden.device)
     with _linear_layers_once(mixer.mixer, paths, first_on):
         output = mixer.plain(hidden[0][paths], *[None for _ in args], **kwargs)  # [P, L, D]
     out = first_of(output).flatten(0, 1)[first_on]  # [T, D]
-    return _in_form_of(output, _filled_up(out, hidden.shape[1]))
+    return _in_form_of(output, _padded_to(out, hidden.shape[1]))
 
 
 @contextlib.contextmanager

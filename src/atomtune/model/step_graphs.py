@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from atomtune.batch.attention_plan import AttentionPlan
-from atomtune.model.few_walks import learned_weights
+from atomtune.model.listed_modules import learned_weights
 from atomtune.model.loss import target_nats
 from atomtune.model.memory import free_on_gpu, peak_bytes
 
@@ -322,9 +322,9 @@ def rounded(batch: Batch) -> Batch:
     A row of T tokens has at most T targets; their number is rounded up to T / 4, T / 2, 3 T / 4 or T.
     """
     targets, step = len(batch["target"]), -(-batch["input_ids"].shape[1] // 4)
-    filling = -targets % step
-    filled = {name: functional.pad(batch[name], (0, filling)) for name in _OF_TARGETS}
-    return {**batch, **filled, "plan": batch["plan"].to(batch["target"].device).rounded()}
+    padding = -targets % step
+    padded = {name: functional.pad(batch[name], (0, padding)) for name in _OF_TARGETS}
+    return {**batch, **padded, "plan": batch["plan"].to(batch["target"].device).rounded()}
 
 
 def _tensors(batch: Batch) -> list[torch.Tensor]:

@@ -2,8 +2,8 @@
 
 With torch's cross entropy, the logits are copied to float32 and become log-probabilities; then come a tensor of zeros,
 the gradient of the softmax, and a copy back, each as large as the logits. Here the copy becomes the softmax, and that
-becomes the gradient, in place: on a CPU, the output matrix and loss of 262,144 words take a fifth less time.
-Letters: N targets, V words.
+becomes the gradient, in place: on a CPU, the output matrix and loss for a vocabulary of 262,144 take a fifth less time.
+Letters: N targets, V vocabulary size.
 """
 
 from typing import Any

@@ -120,10 +120,10 @@ def looks_untrained(weight: torch.Tensor, token_id: int) -> bool:
     if not length:
         return True
     for start in range(0, len(weight), _CHUNK_ROWS):
-        apart = (weight[start : start + _CHUNK_ROWS].float() - row).norm(dim=1)
-        if start <= token_id < start + len(apart):
-            apart[token_id - start] = torch.inf  # the row itself
-        if bool((apart < _ALIKE * length).any()):
+        distances = (weight[start : start + _CHUNK_ROWS].float() - row).norm(dim=1)  # one per row of the chunk
+        if start <= token_id < start + len(distances):
+            distances[token_id - start] = torch.inf  # the row itself
+        if bool((distances < _ALIKE * length).any()):
             return True
     return False
 

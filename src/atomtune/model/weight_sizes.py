@@ -60,7 +60,7 @@ def _not_together(path: str, problems: list[str]) -> str:
 
 
 def _is_count(name: str) -> bool:
-    """Whether a setting counts layers, heads, experts, words or a width; numbers of positions take no memory."""
+    """Whether a setting counts layers, heads, experts, tokens or a width; numbers of positions take no memory."""
     counts = name.startswith(("num_", "n_")) or name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
     return counts and not any(word in name for word in ("position", "ctx", "token", "steps"))
 

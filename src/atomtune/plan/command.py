@@ -38,7 +38,7 @@ from atomtune.plan.model_size import ModelSize, measure
 from atomtune.settings.train_settings import PlanSettings, TrainSettings
 from atomtune.train.arguments import trainer_arguments
 from atomtune.train.dataset import source_names
-from atomtune.train.defaults import Size, derive, records_to_hold_out
+from atomtune.train.defaults import DataSize, derive, records_to_hold_out
 from atomtune.train.layout import SAVING, layout_problems, why_padded_by_settings
 from atomtune.train.resume_command import without_start
 from atomtune.train.run_length import run_length
@@ -189,16 +189,16 @@ def _as_it_would_run(
     if settings.data.max_seq_length is None:
         settings = replace(settings, data=replace(settings.data, max_seq_length=shape.longest))
     data = _encoded(settings.data.dataset_paths, settings, template, console)
-    hold_out = records_to_hold_out(settings, len(data.examples), began_with={})
+    hold_out = records_to_hold_out(settings, len(data.examples), derived_before={})
     learned = _learned(data, hold_out)
     held_out = len(data.examples) - learned
     if settings.data.eval_path:
         held_out = len(_encoded([settings.data.eval_path], settings, template, console).examples)
-    size = Size(
+    size = DataSize(
         records=learned,
         held_out=held_out,
         eval_size=hold_out,
-        longest=data.ledger.longest_tokens,
+        longest_tokens=data.ledger.longest_tokens,
     )
     derived = derive(settings, trainer_arguments(settings), size, shape)
     return settings.with_derived({**derived.values, "eval_size": hold_out}, derived.reasons), data
@@ -392,7 +392,9 @@ def _table_of_devices(forecast: Forecast) -> Table:
     table = Table(*map(translated, ("device", "needs", "activations", "fits")), box=None)
     for name, memory in forecast.memories.items():
         fits = forecast.fits[name]
-        answer = translated("unknown" if fits is None else "yes" if fits else "no")
+        answer = translated("yes" if fits else "no")
+        if fits is None:
+            answer = translated("unknown")
         table.add_row(translated(name), decimal(memory.peak), _activations(memory), answer)
         if fits and not memory.recomputed and name != forecast.device:
             break

@@ -36,7 +36,7 @@ def chat(settings: ChatSettings) -> int:
     tuned = load_tuned(settings, console)
     if settings.compare and not tuned.has_base:
         raise BadSettings([f"--compare: {settings.adapter_path} is a merged model, which has no base to compare with."])
-    talk = Talk(tuned, settings, console)
+    talk = TerminalChat(tuned, settings, console)
     if settings.prompt is not None:
         talk.answer(settings.prompt)
     else:
@@ -44,7 +44,7 @@ def chat(settings: ChatSettings) -> int:
     return 0
 
 
-class Talk:
+class TerminalChat:
     """A conversation with the tuned model and, with --compare, another one with its base."""
 
     def __init__(self, tuned: TunedModel, settings: ChatSettings, console: Console) -> None:

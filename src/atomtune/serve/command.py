@@ -51,7 +51,7 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Service:
     """What is served, and by which engine."""
 
     engine: EngineName
@@ -68,21 +68,21 @@ def serve(settings: ServeSettings) -> int:
     """Run `atomtune serve` until Ctrl-C. Raises CheckFailed (exit code 4) if the engine serves another model."""
     quiet_libraries()
     console = Console()
-    plan = plan_of(settings, console)
+    service = service_of(settings, console)
     if settings.no_certify:
-        console.notice(f"--no_certify: whether {plan.engine} serves the tuned model has not been checked.")
+        console.notice(f"--no_certify: whether {service.engine} serves the tuned model has not been checked.")
     else:
-        _certify(plan, settings, console)
+        _certify(service, settings, console)
     try:
-        with running(plan, settings, console) as server:
-            _say_how_to_ask(plan, settings, console)
+        with running(service, settings, console) as server:
+            _say_how_to_ask(service, settings, console)
             server.wait()
     except KeyboardInterrupt:
         console.say(message("\nstopped."))
     return 0
 
 
-def plan_of(settings: ServeSettings, console: Console) -> Plan:
+def service_of(settings: ServeSettings, console: Console) -> Service:
     """What will be served and how. Raises BadSettings with all problems, before anything is loaded."""
     adapters = [Path(path) for path in settings.adapter_path]
     if len(adapters) > 1:
@@ -104,7 +104,7 @@ def plan_of(settings: ServeSettings, console: Console) -> Plan:
             refuse_other_base(base, model.metadata.base, anyway=settings.other_base, notice=console.notice)
             if settings.no_certify:  # certifying downloads and compares it
                 say_unchecked(base, model.metadata.base, notice=console.notice)
-    return Plan(engine, models, base, api_key)
+    return Service(engine, models, base, api_key)
 
 
 def _address_problems(settings: ServeSettings, engine: EngineName, api_key: str | None) -> list[str]:
@@ -227,18 +227,18 @@ def _exposed(host: str, engine: str, api_key: str | None) -> list[str]:
     return [f"--host {host}: other machines could use the model. Pass --api_key, or set ATOMTUNE_API_KEY."]
 
 
-def _certify(plan: Plan, settings: ServeSettings, console: Console) -> None:
+def _certify(service: Service, settings: ServeSettings, console: Console) -> None:
     """Write the certificate of `atomtune certify` beside what is served. Raises CheckFailed if it fails."""
-    rules = {model.adapter: _certify_settings(model.adapter, settings) for model in plan.models}
+    rules = {model.adapter: _certify_settings(model.adapter, settings) for model in service.models}
     sides = {adapter: trained_side(rule, console) for adapter, rule in rules.items()}
-    if len(plan.models) == 1:
-        model = plan.models[0]
-        outcomes = [certify_served(sides[model.adapter], model.folder, plan.engine, rules[model.adapter], console)]
+    if len(service.models) == 1:
+        model = service.models[0]
+        outcomes = [certify_served(sides[model.adapter], model.folder, service.engine, rules[model.adapter], console)]
     else:
-        assert plan.base is not None, "several models are adapters"
-        names = [model.name for model in plan.models]
-        outcomes = certify_together(sides, names, plan.base, rules[plan.models[0].adapter], console)
-    certified = [(model.folder, outcome) for model, outcome in zip(plan.models, outcomes, strict=True)]
+        assert service.base is not None, "several models are adapters"
+        names = [model.name for model in service.models]
+        outcomes = certify_together(sides, names, service.base, rules[service.models[0].adapter], console)
+    certified = [(model.folder, outcome) for model, outcome in zip(service.models, outcomes, strict=True)]
     for folder, outcome in certified:
         try:
             write_certificate([outcome], folder)
@@ -260,25 +260,25 @@ def _certify_settings(adapter: Path, settings: ServeSettings) -> CertifySettings
 
 
 @contextlib.contextmanager
-def running(plan: Plan, settings: ServeSettings, console: Console) -> Iterator[ServerProcess]:
+def running(service: Service, settings: ServeSettings, console: Console) -> Iterator[ServerProcess]:
     """Within this context the engine is running and answers; it prints to standard error.
 
     Raises BadSettings if another program took the port during certification.
     """
     if problems := address_problems(settings.host, settings.port):
         raise BadSettings(problems)
-    first = plan.models[0].folder
-    console.say(f"starting {plan.engine} on {', '.join(str(model.folder) for model in plan.models)} …")
+    first = service.models[0].folder
+    console.say(f"starting {service.engine} on {', '.join(str(model.folder) for model in service.models)} …")
     stops: list[int] = []  # a merged folder or a GGUF has its own
-    if plan.base:
-        stops = stop_ids_on(plan.base, plan.template, trust_remote_code=settings.trust_remote_code)
-    view = ServedFolder(first, base=plan.base, stop_ids=stops)
-    with view if plan.engine != "llama.cpp" else contextlib.nullcontext(first) as folder:
-        environment = dict.fromkeys(KEY_VARIABLES, plan.api_key) if plan.api_key else {}
+    if service.base:
+        stops = stop_ids_on(service.base, service.template, trust_remote_code=settings.trust_remote_code)
+    view = ServedFolder(first, base=service.base, stop_ids=stops)
+    with view if service.engine != "llama.cpp" else contextlib.nullcontext(first) as folder:
+        environment = dict.fromkeys(KEY_VARIABLES, service.api_key) if service.api_key else {}
         server = ServerProcess(
-            _words(plan, folder, settings, console),
+            _engine_command(service, folder, settings, console),
             health=f"http://{own_address(settings.host)}:{settings.port}/health",
-            folder=folder.parent if plan.engine == "transformers" else None,
+            folder=folder.parent if service.engine == "transformers" else None,
             environment=environment,
             starts_within=1800,
             shows=True,
@@ -287,19 +287,19 @@ def running(plan: Plan, settings: ServeSettings, console: Console) -> Iterator[S
             yield server
 
 
-def _words(plan: Plan, folder: Path, settings: ServeSettings, console: Console) -> list[str]:
+def _engine_command(service: Service, folder: Path, settings: ServeSettings, console: Console) -> list[str]:
     """The engine's command line."""
-    address: dict[str, Any] = {"host": settings.host, "port": settings.port, "variables": plan.template.variables}
-    if plan.engine == "llama.cpp":
+    address: dict[str, Any] = {"host": settings.host, "port": settings.port, "variables": service.template.variables}
+    if service.engine == "llama.cpp":
         # Not resolved: the file's name, which may be a link's, is the model's name in requests
         return llama_cpp.command(folder.absolute(), context=settings.context, **address)
     dtype = resolve_dtype(settings.dtype, device_in_use(), notice=console.notice)
     address |= {"dtype": dtype_name(dtype), "trust_remote_code": settings.trust_remote_code}
-    if plan.engine == "transformers":
+    if service.engine == "transformers":
         return transformers_serve.command(folder.name, **address)
-    adapters = [ServedAdapter(model.name, model.folder.resolve()) for model in plan.models] if plan.base else []
-    address["reads_calls"] = _call_reader(plan.template, console)
-    return vllm_serve.command(folder, base=plan.base, adapters=adapters, context=settings.context, **address)
+    adapters = [ServedAdapter(model.name, model.folder.resolve()) for model in service.models] if service.base else []
+    address["reads_calls"] = _call_reader(service.template, console)
+    return vllm_serve.command(folder, base=service.base, adapters=adapters, context=settings.context, **address)
 
 
 def _call_reader(template: Template, console: Console) -> str | None:
@@ -314,19 +314,19 @@ def _call_reader(template: Template, console: Console) -> str | None:
     return reader
 
 
-def _say_how_to_ask(plan: Plan, settings: ServeSettings, console: Console) -> None:
+def _say_how_to_ask(service: Service, settings: ServeSettings, console: Console) -> None:
     url = f"http://{own_address(settings.host)}:{settings.port}/v1"
-    names = ", ".join(f'"{model.name}"' for model in plan.models)
-    if len(plan.models) == 1:
+    names = ", ".join(f'"{model.name}"' for model in service.models)
+    if len(service.models) == 1:
         console.say(f"\nready: {url}, model {names}. Ctrl-C stops it.")
     else:
         console.say(f'\nready: {url}, models {names}, and "{BASE}" without an adapter. Ctrl-C stops it.')
-    request = {"model": plan.models[0].name, "messages": [{"role": "user", "content": "Hello"}]}
+    request = {"model": service.models[0].name, "messages": [{"role": "user", "content": "Hello"}]}
     body = shlex.quote(json.dumps(request, ensure_ascii=False))
-    key = " -H 'Authorization: Bearer …'" if plan.api_key else ""
+    key = " -H 'Authorization: Bearer …'" if service.api_key else ""
     console.say(f"  curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d {body}", wrap=False)
-    for model in plan.models:
-        _say_instruction(model, console, named=len(plan.models) > 1)
+    for model in service.models:
+        _say_instruction(model, console, named=len(service.models) > 1)
 
 
 def _say_instruction(model: ServedModel, console: Console, *, named: bool) -> None:

@@ -35,7 +35,15 @@ from atomtune.language import in_chinese, message, spoken, translated
 from atomtune.model.generate import Sampling
 from atomtune.model.load import dtype_name
 from atomtune.serve.address import ask_without_proxy
-from atomtune.serve.side_by_side import Answer, Asking, Exchange, Side, answers_of_sides, conversation_of, modes_of
+from atomtune.serve.side_by_side import (
+    Answer,
+    Asking,
+    ShownExchange,
+    Side,
+    answers_of_sides,
+    conversation_of,
+    models_by_mode,
+)
 from atomtune.serve.tuned_model import TunedModel
 from atomtune.settings.fields import LARGEST_SEED, WebSettings
 
@@ -87,20 +95,20 @@ Values = dict[Any, Any]
 
 
 @dataclass
-class Talk:
+class Tab:
     """One conversation in one browser tab; starting a new conversation creates another object.
 
     stop   ends the answer to the last question; None if no question is waiting
     saved  the folder of the file that the save button offers; None before the first answer
     """
 
-    exchanges: list[Exchange] = field(default_factory=list)
+    exchanges: list[ShownExchange] = field(default_factory=list)
     stop: threading.Event | None = None
     saved: Path | None = None
 
-    def ask(self, before: list[Exchange], question: str) -> None:
+    def ask(self, before: list[ShownExchange], question: str) -> None:
         """Append a question after these exchanges; it waits for its answer."""
-        self.exchanges = [*before, Exchange(question, tuned=Answer())]
+        self.exchanges = [*before, ShownExchange(question, tuned=Answer())]
         self.stop = threading.Event()
 
 
@@ -113,10 +121,10 @@ class Page:
 
     def __init__(self, tuned: TunedModel, settings: WebSettings) -> None:
         self.tuned = tuned
-        self._modes = modes_of(tuned)
+        self._modes = models_by_mode(tuned)
         english, chinese = _words_about(tuned)
         self._word: Any = gradio.I18n(**{"en": english, "zh": chinese, "zh-CN": chinese, "zh-TW": chinese})
-        self._talks: dict[str | None, Talk] = defaultdict(Talk)  # by browser tab
+        self._tabs: dict[str | None, Tab] = defaultdict(Tab)  # by browser tab
         self._saved = TemporaryFolder("atomtune-web-")
         # Gradio's copies of saved files are then removed with the page
         os.environ["GRADIO_TEMP_DIR"] = str(self._saved.path)
@@ -224,38 +232,38 @@ class Page:
 
     def send(self, values: Values, request: gradio.Request) -> tuple[Any, ...]:
         """Move the typed text into the conversation; while an answer is being written, it stays in its box."""
-        talk = self._talks[request.session_hash]
+        tab = self._tabs[request.session_hash]
         question = values[self.typed].strip()
-        if talk.stop is not None or not question:
+        if tab.stop is not None or not question:
             return (gradio.skip(),) * 3
-        talk.ask(talk.exchanges, question)
+        tab.ask(tab.exchanges, question)
         return self._drawn(request, value="")
 
     def answer(self, values: Values, request: gradio.Request) -> Iterator[tuple[Any, ...]]:
         """Answer the waiting question when the model is free."""
-        talk = self._talks[request.session_hash]
+        tab = self._tabs[request.session_hash]
         yield self._drawn(request)
-        if talk.stop is None:
+        if tab.stop is None:
             return
-        *before, last = talk.exchanges
+        *before, last = tab.exchanges
         tuned = self._modes[values[self.thinking]] if self._modes else self.tuned
         asking = self._asking(values)
         typed: dict[str, str] = {}
         drawn = time.monotonic()
         try:
             for exchange in answers_of_sides(
-                tuned, before, last.question, asking, stop=talk.stop.is_set, forgot=self._say_forgotten
+                tuned, before, last.question, asking, stop=tab.stop.is_set, forgot=self._say_forgotten
             ):
-                talk.exchanges = [*before, exchange]
+                tab.exchanges = [*before, exchange]
                 if time.monotonic() - drawn >= _FRAME:
                     drawn = time.monotonic()
                     yield *self._conversations(request), gradio.skip()  # skip: a box that is redrawn cannot be clicked
         except AtomtuneError as error:  # the question is too long; it goes back into its box
             gradio.Warning(translated(str(error)))
-            talk.exchanges = before
+            tab.exchanges = before
             typed = {"value": last.question}
         finally:
-            talk.stop = None
+            tab.stop = None
         yield self._drawn(request, **typed)
 
     def ask_again(self, values: Values, request: gradio.Request, event: gradio.RetryData) -> Iterator[tuple[Any, ...]]:
@@ -270,19 +278,19 @@ class Page:
         self, index: Any, question: str | None, values: Values, request: gradio.Request
     ) -> Iterator[tuple[Any, ...]]:
         """Ask again in place of the exchange that was clicked and all after it. question None: the same question."""
-        talk = self._talks[request.session_hash]
-        if talk.stop is None and talk.exchanges:  # otherwise the conversation has continued since the click
-            number = _exchange_at(index, talk.exchanges)
-            talk.ask(talk.exchanges[:number], question or talk.exchanges[number].question)
+        tab = self._tabs[request.session_hash]
+        if tab.stop is None and tab.exchanges:  # otherwise the conversation has continued since the click
+            number = _exchange_at(index, tab.exchanges)
+            tab.ask(tab.exchanges[:number], question or tab.exchanges[number].question)
         yield from self.answer(values, request)
 
     def take_back(self, request: gradio.Request, event: gradio.UndoData) -> tuple[Any, ...]:
-        talk = self._talks[request.session_hash]
-        if talk.stop is not None or not talk.exchanges:
+        tab = self._tabs[request.session_hash]
+        if tab.stop is not None or not tab.exchanges:
             return self._drawn(request)
-        number = _exchange_at(event.index, talk.exchanges)
-        question = talk.exchanges[number].question
-        talk.exchanges = talk.exchanges[:number]
+        number = _exchange_at(event.index, tab.exchanges)
+        question = tab.exchanges[number].question
+        tab.exchanges = tab.exchanges[:number]
         return self._drawn(request, value=question)
 
     def begin_anew(self, request: gradio.Request) -> tuple[Any, ...]:
@@ -292,12 +300,12 @@ class Page:
 
     def settle(self, values: Values, request: gradio.Request) -> tuple[Any, ...]:
         """After an answer: the present conversation, and the button that saves it as a record for `train`."""
-        talk = self._talks[request.session_hash]
+        tab = self._tabs[request.session_hash]
         button = gradio.DownloadButton(visible=False)
-        if talk.exchanges:
-            conversation = conversation_of(self.tuned, talk.exchanges, self._system_of(values))
-            talk.saved = talk.saved or Path(tempfile.mkdtemp(dir=self._saved.path))
-            file = talk.saved / "conversation.jsonl"
+        if tab.exchanges:
+            conversation = conversation_of(self.tuned, tab.exchanges, self._system_of(values))
+            tab.saved = tab.saved or Path(tempfile.mkdtemp(dir=self._saved.path))
+            file = tab.saved / "conversation.jsonl"
             file.unlink(missing_ok=True)  # `save` appends
             conversation.save(file)
             button = gradio.DownloadButton(value=str(file), visible=True)
@@ -305,14 +313,14 @@ class Page:
 
     def stop(self, request: gradio.Request) -> None:
         """End the answer for which this tab is waiting."""
-        _end_answer(self._talks[request.session_hash])
+        _end_answer(self._tabs[request.session_hash])
 
     def leave(self, request: gradio.Request) -> None:
         """Forget this tab's conversation with its file, and end its answer."""
-        talk = self._talks.pop(request.session_hash, Talk())
-        _end_answer(talk)
-        if talk.saved is not None:
-            shutil.rmtree(talk.saved, ignore_errors=True)
+        tab = self._tabs.pop(request.session_hash, Tab())
+        _end_answer(tab)
+        if tab.saved is not None:
+            shutil.rmtree(tab.saved, ignore_errors=True)
 
     def _asking(self, values: Values) -> Asking:
         return Asking(
@@ -337,17 +345,17 @@ class Page:
 
     def _drawn(self, request: gradio.Request, **typed: str) -> tuple[Any, ...]:
         """Both conversations, and the input box, whose button sends, or stops an answer."""
-        answering = self._talks[request.session_hash].stop is not None
+        answering = self._tabs[request.session_hash].stop is not None
         box = gradio.Textbox(submit_btn=not answering, stop_btn=answering, **typed)
         return *self._conversations(request), box
 
     def _conversations(self, request: gradio.Request) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The conversations with the base and with the tuned model."""
-        exchanges = self._talks[request.session_hash].exchanges
+        exchanges = self._tabs[request.session_hash].exchanges
         return self._messages(exchanges, "base"), self._messages(exchanges, "tuned")
 
     @staticmethod
-    def _messages(exchanges: list[Exchange], side: Side) -> list[dict[str, Any]]:
+    def _messages(exchanges: list[ShownExchange], side: Side) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []
         for exchange in exchanges:
             answer = exchange.by(side)
@@ -387,8 +395,8 @@ class Page:
         threading.Event().wait()
 
     def close(self) -> None:
-        for talk in list(self._talks.values()):
-            _end_answer(talk)
+        for tab in list(self._tabs.values()):
+            _end_answer(tab)
         self.blocks.close(verbose=False)
         self._saved.remove()
 
@@ -427,9 +435,9 @@ def held_out_prompts(folder: Path) -> list[str]:
     return [prompt for prompt in prompts if isinstance(prompt, str) and prompt.strip()]
 
 
-def _end_answer(talk: Talk) -> None:
-    if talk.stop is not None:
-        talk.stop.set()
+def _end_answer(tab: Tab) -> None:
+    if tab.stop is not None:
+        tab.stop.set()
 
 
 def _only_from_here(app: ASGIApp) -> ASGIApp:
@@ -464,7 +472,7 @@ def _outside_code(text: str, change: Callable[[str], str]) -> str:
     return "".join(part if number % 2 else change(part) for number, part in enumerate(parts))
 
 
-def _exchange_at(index: Any, exchanges: list[Exchange]) -> int:
+def _exchange_at(index: Any, exchanges: list[ShownExchange]) -> int:
     """The index of the exchange with the clicked message: a question, and an answer with or without thoughts."""
     message = index[0] if isinstance(index, list | tuple) else int(index)
     for number, exchange in enumerate(exchanges):

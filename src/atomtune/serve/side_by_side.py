@@ -17,8 +17,8 @@ Side = Literal["tuned", "base"]
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """A question and its answers; None if that side was not asked.
+class ShownExchange:
+    """A question and the answers of both sides as a page shows them; None if that side was not asked.
 
     An answer has the text written so far, and once it is complete, also the reply.
     """
@@ -30,7 +30,7 @@ class Exchange:
     def by(self, side: Side) -> "Answer | None":
         return self.tuned if side == "tuned" else self.base
 
-    def answered_by(self, side: Side, answer: "Answer") -> "Exchange":
+    def answered_by(self, side: Side, answer: "Answer") -> "ShownExchange":
         return replace(self, tuned=answer) if side == "tuned" else replace(self, base=answer)
 
 
@@ -66,13 +66,13 @@ class Asking:
 
 def answers_of_sides(
     tuned: TunedModel,
-    before: Sequence[Exchange],
+    before: Sequence[ShownExchange],
     question: str,
     asking: Asking,
     *,
     stop: Callable[[], bool],
     forgot: Callable[[int], None] = lambda count: None,
-) -> Generator[Exchange, None, None]:
+) -> Generator[ShownExchange, None, None]:
     """Yield the exchange as it grows, first with the tuned model's answer; a stopped answer keeps its text so far.
 
     before  the exchanges so far; each side is sent its own answers
@@ -80,7 +80,7 @@ def answers_of_sides(
     forgot  called with how many of the oldest exchanges a side is no longer sent, because they do not fit
     Raises BadSettings if the question alone is longer than the model's positions.
     """
-    exchange = Exchange(question)
+    exchange = ShownExchange(question)
     sides: tuple[Side, ...] = ("tuned", "base") if asking.compare and tuned.has_base else ("tuned",)
     for side in sides:
         exchange = exchange.answered_by(side, Answer())
@@ -110,7 +110,7 @@ def answers_of_sides(
 
 
 def conversation_of(
-    tuned: TunedModel, exchanges: Sequence[Exchange], system: str | None, *, side: Side = "tuned"
+    tuned: TunedModel, exchanges: Sequence[ShownExchange], system: str | None, *, side: Side = "tuned"
 ) -> Conversation:
     """The conversation of one side, from its completed answers."""
     conversation = Conversation(tuned, system)
@@ -121,6 +121,6 @@ def conversation_of(
     return conversation
 
 
-def modes_of(tuned: TunedModel) -> dict[bool, TunedModel]:
+def models_by_mode(tuned: TunedModel) -> dict[bool, TunedModel]:
     """The model in its thinking and its non-thinking mode; empty if its template has only one mode."""
     return {thinks: tuned.with_template(mode) for thinks, mode in thinking_modes(tuned.template).items()}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from atomtune.console import Console
 from atomtune.engines.server_process import address_problems
 from atomtune.errors import BadSettings
-from atomtune.extras import refuse_missing
+from atomtune.extras import refuse_missing_packages
 from atomtune.language import message
 from atomtune.serve.address import only_this_machine, own_address
 from atomtune.serve.tuned_model import load_tuned
@@ -21,7 +21,7 @@ USER = "atomtune"
 
 def web(settings: WebSettings) -> int:
     """Run `atomtune web` until Ctrl-C."""
-    refuse_missing(["gradio"], extra="web", what="atomtune web")
+    refuse_missing_packages(["gradio"], extra="web", what="atomtune web")
     password = settings.password or os.environ.get("ATOMTUNE_PASSWORD")
     _refuse(settings, password)
     console = Console()

@@ -16,7 +16,7 @@ from atomtune.console import Console, print_json, progress_bar
 from atomtune.data.reading.sources import among_records
 from atomtune.disk import held, numbered, read_json_object
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed, Stopped, UserError
-from atomtune.extras import refuse_missing
+from atomtune.extras import refuse_missing_packages
 from atomtune.language import message, translated
 from atomtune.process import end_with_parent
 from atomtune.settings.flags import types_of
@@ -56,7 +56,7 @@ def sweep_into_folder(settings: SweepSettings, console: Console) -> tuple[Path, 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise BadSettings(["A sweep starts its trials itself, one process each: start it without torchrun."])
     if settings.trials:
-        refuse_missing(["optuna"], extra="sweep", what="--trials", otherwise="--try NAME=A,B without it")
+        refuse_missing_packages(["optuna"], extra="sweep", what="--trials", otherwise="--try NAME=A,B without it")
     folder = _folder(settings)
     if problems := list(among_records(settings.train.data.dataset_paths, folder)):
         raise BadSettings(problems)

@@ -17,11 +17,9 @@ from transformers import IntervalStrategy, TrainerCallback, TrainerControl, Trai
 from transformers.trainer_callback import ExportableState
 
 from atomtune.errors import listing
+from atomtune.process import STOP_SIGNALS
 from atomtune.train.ranks import local, on_any_rank
 
-#: Signals that ask a run to stop: a launcher sends TERM, a terminal INT or HUP, a cluster's scheduler USR1 before its
-#: time limit.
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 #: The same signal again within this many seconds is the same request: a cluster signals every process of a job, and
 #: torchrun, which is one of them, passes the signal on to its own.
 SAME_REQUEST_SECONDS = 1.0
@@ -125,7 +123,7 @@ class Stop(TrainerCallback):
     ) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # Python delivers signals only to the main thread; there, the program that called train() decides
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores HUP, so that a run outlives its terminal
                 self._handlers_before[number] = signal.signal(number, self._receive)
 

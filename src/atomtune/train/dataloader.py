@@ -15,7 +15,7 @@ import traceback
 from typing import Any
 
 from atomtune.disk import no_shared_memory, sharing_problem
-from atomtune.train.callbacks import SIGNALS
+from atomtune.process import STOP_SIGNALS
 
 #: Exit code of a worker that found no shared memory for its batch.
 _NOT_SHARED = errno.ENOSPC
@@ -51,7 +51,7 @@ def _signal_masked_context() -> Any:
         def start(self) -> None:
             # Blocked before the fork: a signal could arrive before worker_init_fn runs.
             _started[:] = [*(worker for worker in _started if worker.is_alive()), self]
-            mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             try:
                 super().start()
             finally:

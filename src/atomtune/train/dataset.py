@@ -26,7 +26,7 @@ from atomtune.data.records import Record
 from atomtune.errors import BadData, BadSettings, listing
 from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.arguments import shuffling_seed
-from atomtune.train.defaults import FEWEST_HELD_OUT, Size, records_to_hold_out
+from atomtune.train.defaults import FEWEST_HELD_OUT, DataSize, records_to_hold_out
 from atomtune.train.run_context import RunContext
 from atomtune.train.streaming import Stream
 
@@ -43,15 +43,15 @@ class Data:
     data_hash: str
     eval_hash: str = ""  # hash of the file of --eval_path
     # Ledger of the records read before training; None for a stream, which is read during training
-    stored: Ledger | None = None
+    stored_ledger: Ledger | None = None
     eval_size: float = 0  # --eval_size, or the value chosen for it: records, or a share below 1
     evaluate_from: tuple[tuple[str, int], ...] = ()  # (source, rows), in the order of the rows of `evaluate`
 
     @property
     def ledger(self) -> Ledger:
         """What became of every record; for a stream, of those read so far."""
-        if self.stored is not None:
-            return self.stored
+        if self.stored_ledger is not None:
+            return self.stored_ledger
         assert isinstance(self.train, Stream)
         return self.train.ledger
 
@@ -63,20 +63,20 @@ class Data:
         return list(self.evaluate["origin"][:])
 
     @property
-    def size(self) -> Size:
+    def size(self) -> DataSize:
         """How many records there are to train and evaluate on."""
         held_out = len(self.evaluate) if self.evaluate is not None else 0
         if isinstance(self.train, Stream):
-            return Size(records=None, held_out=held_out, eval_size=0, longest=0)
+            return DataSize(records=None, held_out=held_out, eval_size=0, longest_tokens=0)
         longest = self.ledger.longest_tokens
-        return Size(records=len(self.train), held_out=held_out, eval_size=self.eval_size, longest=longest)
+        return DataSize(records=len(self.train), held_out=held_out, eval_size=self.eval_size, longest_tokens=longest)
 
     def read_meanwhile(self, console: Console) -> dict[str, Any]:
         """Print and return a stream's ledger as far as it was read; {} for stored records, whose ledger was printed."""
         if not isinstance(self.train, Stream):
             return {}
         say_ledger(self.train.ledger, self.train.template, console)
-        return _of_stream(self.train.ledger)
+        return _stream_to_run_json(self.train.ledger)
 
     def some(self, records: int, *, seed: int) -> list[dict[str, Any]]:
         """`records` training records drawn without replacement; of a stream, the first ones."""
@@ -104,7 +104,7 @@ def read_data(run: RunContext, template: Template) -> Data:
     _check_read(run, template, data)
 
     rows = list(range(len(data.examples)))
-    eval_size = records_to_hold_out(run.settings, round(sum(_weighted(run, parts))), began_with=run.began_with)
+    eval_size = records_to_hold_out(run.settings, round(sum(_weighted(run, parts))), derived_before=run.derived_before)
     if eval_size:
         rows, rows_held_out = _hold_out(run, parts, size=eval_size)
         evaluate = _say_held_out(run, data.examples, rows, rows_held_out)
@@ -190,7 +190,7 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
         try:
             refuse_broken(ledger, skip_bad=settings.skip_bad, all_in=RUN_RECORD)
         except BadData:
-            run.record.update(**_of_stream(ledger))
+            run.record.update(**_stream_to_run_json(ledger))
             raise
 
     rules = Rules(**settings.rules())
@@ -208,11 +208,11 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
     try:
         next(iter(stream))  # reports problems of the first records before the model is loaded
     finally:
-        run.record.update(**_of_stream(stream.ledger))
+        run.record.update(**_stream_to_run_json(stream.ledger))
     return stream, data_hash
 
 
-def _of_stream(ledger: Ledger) -> dict[str, Any]:
+def _stream_to_run_json(ledger: Ledger) -> dict[str, Any]:
     """The keys of run.json for the records that a stream has read."""
     return {**ledger.to_run_json(), "records_copied": None}  # finding copies needs all records at once
 
@@ -326,10 +326,10 @@ def like_trained_ones(run: RunContext) -> list[str]:
 
 def _texts(run: RunContext, sources: list[str], stored: list[datasets.Dataset]) -> Texts:
     """The texts of these rows, which are read again."""
-    return texts_of_rows(stored, partial(_records, run, sources))
+    return texts_of_rows(stored, partial(_reread, run, sources))
 
 
-def _records(run: RunContext, sources: list[str], stored: Sequence[datasets.Dataset]) -> Iterator[Record]:
+def _reread(run: RunContext, sources: list[str], stored: Sequence[datasets.Dataset]) -> Iterator[Record]:
     """The records of these rows, read once more with a progress bar."""
     rules = Rules(**run.settings.data.rules())
     for source, rows in zip(sources, stored, strict=True):

@@ -65,19 +65,19 @@ _LONGEST = "longest_record"
 
 
 @dataclass(frozen=True)
-class Size:
+class DataSize:
     """How much there is to learn from.
 
-    records    per epoch; None for a stream
-    held_out   records to evaluate on
-    eval_size  --eval_size, or the value chosen for it
-    longest    tokens of the longest example
+    records         per epoch; None for a stream
+    held_out        records to evaluate on
+    eval_size       --eval_size, or the value chosen for it
+    longest_tokens  of the longest example
     """
 
     records: int | None
     held_out: int
     eval_size: float
-    longest: int
+    longest_tokens: int
 
 
 @dataclass
@@ -104,21 +104,21 @@ def with_sequence_limit(run: RunContext) -> tuple[RunContext, BaseShape]:
     shape = base_shape(str(model.model_path), trust_remote_code=model.trust_remote_code, use_cpu=run.args.use_cpu)
     if run.settings.data.max_seq_length is not None:
         return run, shape
-    shape = replace(shape, longest=run.began_with.get(_LONGEST, shape.longest))
+    shape = replace(shape, longest=run.derived_before.get(_LONGEST, shape.longest))
     data = replace(run.settings.data, max_seq_length=shape.longest)
     return replace(run, settings=replace(run.settings, data=data)), shape
 
 
-def records_to_hold_out(settings: TrainSettings, records: int, *, began_with: Mapping[str, Any]) -> float:
+def records_to_hold_out(settings: TrainSettings, records: int, *, derived_before: Mapping[str, Any]) -> float:
     """--eval_size, or the value that auto means: a number of records, or a share below 1; 0 for none.
 
     records     how many there are; with --mix, those of a file count as much as an epoch uses them
-    began_with  values chosen by the run that is resumed; empty for a new one
+    derived_before  values chosen by the run that is resumed; empty for a new one
     Raises BadSettings if it would hold out none or all of the records.
     """
     size = settings.data.eval_size
-    if size is None and "eval_size" in began_with:
-        size = float(began_with["eval_size"])
+    if size is None and "eval_size" in derived_before:
+        size = float(derived_before["eval_size"])
     if size is not None:
         wanted = round(size * records) if size < 1 else int(size)
         if size and not 0 < wanted < records:
@@ -129,12 +129,12 @@ def records_to_hold_out(settings: TrainSettings, records: int, *, began_with: Ma
     return min(round(HELD_OUT_SHARE * records), MOST_HELD_OUT)
 
 
-def with_defaults(run: RunContext, size: Size, shape: BaseShape) -> RunContext:
+def with_defaults(run: RunContext, size: DataSize, shape: BaseShape) -> RunContext:
     """The run with a value for every setting on auto; the values are in force, printed and recorded."""
     derived = derive(run.settings, run.args, size, shape)
-    for name in (derived.values.keys() & run.began_with.keys()).difference(_INTERVALS):
-        derived.values[name] = run.began_with[name]
-    if run.began_with.get("eval_size") == 0 and not run.settings.data.eval_path:
+    for name in (derived.values.keys() & run.derived_before.keys()).difference(_INTERVALS):
+        derived.values[name] = run.derived_before[name]
+    if run.derived_before.get("eval_size") == 0 and not run.settings.data.eval_path:
         derived.reasons["eval_size"] = "the run that is resumed held none out"
     # If a folder was chosen for the run, it stays the run's folder.
     settings = run.settings.with_derived({**derived.values, "output_dir": run.args.output_dir}, derived.reasons)
@@ -146,7 +146,7 @@ def with_defaults(run: RunContext, size: Size, shape: BaseShape) -> RunContext:
     return run
 
 
-def derive(settings: TrainSettings, args: TrainingArguments, size: Size, shape: BaseShape) -> Derived:
+def derive(settings: TrainSettings, args: TrainingArguments, size: DataSize, shape: BaseShape) -> Derived:
     """A value for every setting that the user left on auto."""
     derived = Derived()
     if _is_auto(settings, "max_seq_length"):
@@ -173,18 +173,18 @@ def _is_auto(settings: TrainSettings, name: str) -> bool:
     return name not in settings.origins
 
 
-def _longest(size: Size, shape: BaseShape) -> tuple[int, str]:
+def _longest(size: DataSize, shape: BaseShape) -> tuple[int, str]:
     """The length of the longest record, rounded up to 64 tokens, so that only the base's limit shortens records."""
-    if size.records is None or size.longest >= shape.longest:
+    if size.records is None or size.longest_tokens >= shape.longest:
         return shape.longest, shape.longest_why
-    tokens = 64 * math.ceil(size.longest / 64)
+    tokens = 64 * math.ceil(size.longest_tokens / 64)
     least = min(LEAST_LENGTH, shape.longest)
     if tokens < least:
-        return least, f"the longest record has {size.longest:,} tokens, and the minimum is {least}"
-    return min(tokens, shape.longest), f"the longest record has {size.longest:,} tokens"
+        return least, f"the longest record has {size.longest_tokens:,} tokens, and the minimum is {least}"
+    return min(tokens, shape.longest), f"the longest record has {size.longest_tokens:,} tokens"
 
 
-def _held_out_why(size: Size, settings: TrainSettings) -> str:
+def _held_out_why(size: DataSize, settings: TrainSettings) -> str:
     if size.eval_size:
         return "records that are not trained on show whether the run works"
     if settings.data.eval_path:
@@ -199,7 +199,7 @@ def _held_out_why(size: Size, settings: TrainSettings) -> str:
 
 
 def _epochs_and_batch(
-    derived: Derived, settings: TrainSettings, args: TrainingArguments, size: Size
+    derived: Derived, settings: TrainSettings, args: TrainingArguments, size: DataSize
 ) -> tuple[float, int]:
     """(epochs, batch size per device), chosen so that a small data set gets enough steps."""
     free_batch = _is_auto(settings, "per_device_train_batch_size")
@@ -251,7 +251,7 @@ def learning_rate(width: int | None, lora: LoraSettings, *, steps: int) -> tuple
     return float(f"{rate:.1e}"), f"by the width of the base, {width:,}{of_alpha}{of_kind}{of_steps}"
 
 
-def _evaluations(derived: Derived, settings: TrainSettings, size: Size, length: RunLength) -> None:
+def _evaluations(derived: Derived, settings: TrainSettings, size: DataSize, length: RunLength) -> None:
     """Evaluate before the first step, and then with each checkpoint that the user set, or a few times in the run."""
     trainer = settings.trainer
     if not size.held_out:
@@ -285,7 +285,7 @@ def _suits(interval: float, steps: int) -> bool:
     return 2 <= times <= 2 * TIMES
 
 
-def _checkpoints(derived: Derived, settings: TrainSettings, size: Size, length: RunLength) -> None:
+def _checkpoints(derived: Derived, settings: TrainSettings, size: DataSize, length: RunLength) -> None:
     """A checkpoint with each evaluation, so that the best can be kept; else after each epoch or a number of steps."""
     if not (_is_auto(settings, "save_strategy") and _is_auto(settings, "save_steps")):
         return
@@ -307,7 +307,7 @@ def _checkpoints(derived: Derived, settings: TrainSettings, size: Size, length: 
         derived.values |= {"save_strategy": "steps", "save_steps": interval}
 
 
-def _best(derived: Derived, settings: TrainSettings, size: Size) -> None:
+def _best(derived: Derived, settings: TrainSettings, size: DataSize) -> None:
     """Keep the best checkpoint as the result, if each one is evaluated and the weights are not sharded."""
     if not _is_auto(settings, "load_best_model_at_end"):
         return
@@ -326,7 +326,7 @@ def _is_multiple(larger: float, smaller: float | None) -> bool:
     return (larger < 1) == (smaller < 1) and abs(times - round(times)) < 1e-9
 
 
-def _say(run: RunContext, derived: Derived, size: Size) -> None:
+def _say(run: RunContext, derived: Derived, size: DataSize) -> None:
     """Print the chosen values with their reasons, and a notice if there are too few steps to learn much."""
     if derived.reasons:
         run.console.say("Chosen for this run; each is a setting of its own:")
@@ -357,7 +357,7 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def began_with(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def derived_in(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The values chosen by the run that wrote a checkpoint, from its manifest; empty if another tool wrote it."""
     values = manifest.get("derived", {})
     return dict(values) if isinstance(values, dict) else {}

@@ -20,7 +20,7 @@ from atomtune.model.mixer_kernels import kernels_of
 from atomtune.train.dataset import Data
 from atomtune.train.model import activation_memory, device_of, dtype_of, liger_circumstances
 from atomtune.train.run_context import RunContext
-from atomtune.verify import Check, say
+from atomtune.verify import Check, say_comparison
 
 #: A larger batch is suggested if it computes this many times fewer tokens.
 _WORTH_SAYING = 1.2
@@ -44,7 +44,7 @@ def check_equal(run: RunContext, data: Data, *, pad_id: int) -> None:
     ).compare(dtype_of(run))
     free_memory()  # for the run's own model
     run.record.update(verified=compared.figures())
-    say(compared, run.console)
+    say_comparison(compared, run.console)
 
 
 def why_padded_by_settings(args: TrainingArguments) -> str | None:
@@ -150,5 +150,5 @@ def _name_larger_batch(
 
 
 def _sampled_batches(data: Data, *, per_batch: int, seed: int) -> list[list[Example]]:
-    """Batches as the run may draw them, as a sample."""
+    """A sample of batches as the run may draw them."""
     return batches_of(data.some(per_batch * SAMPLED_BATCHES, seed=seed), per_batch, as_examples)

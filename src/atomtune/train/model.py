@@ -1,4 +1,7 @@
-"""Model: loads and checks the base and adapter of one run, and puts them on the device."""
+"""Model: loads and checks the base and adapter of one run, and decides how they are computed.
+
+That is: which layers are fused, which recompute their activations, and whether steps are replayed as CUDA graphs.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -26,9 +29,9 @@ from atomtune.model.adapter_keys import refuse_unread
 from atomtune.model.auto_class import auto_class
 from atomtune.model.base_shape import refuse_too_few_positions
 from atomtune.model.experts import count_of, experts_of
-from atomtune.model.few_walks import spare_walks
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.fused_layers import fuse_for_a_run
+from atomtune.model.listed_modules import list_modules
 from atomtune.model.load import BaseSpec, device_in_use, dtype_name, load_base, resolve_dtype
 from atomtune.model.lora_targets import ALL_LINEAR, all_linear, match_targets
 from atomtune.model.memory import ActivationMemory, free_bytes
@@ -78,8 +81,8 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
         trust_remote_code=run.settings.model.trust_remote_code,
     )
     _say_size(run, model, device, dtype)
-    is_divided = bool(run.args.fsdp or run.args.deepspeed)  # they move weights out of the layers between calls
-    if not is_divided and (left_out := left_out_by_peft(model)):
+    is_sharded = bool(run.args.fsdp or run.args.deepspeed)  # they move weights out of the layers between calls
+    if not is_sharded and (left_out := left_out_by_peft(model)):
         run.console.notice(
             f"PEFT {peft.__version__} itself leaves out {len(left_out):,} adapted layers of this model when it loads "
             f"the adapter, first {left_out[0]}. atomtune's own commands have them; for other programs, merge the "
@@ -90,8 +93,8 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
             f"this adapter cannot be merged:\n{why}\nchat, serve and evaluate load it together with its base; "
             "--lora_targets names other layers."
         )
-    if not is_divided:
-        spare_walks(model)
+    if not is_sharded:
+        list_modules(model)
     return model
 
 
@@ -114,7 +117,7 @@ def _new_adapter(run: RunContext, base: Any) -> Any:
     counts = match_targets(base, lora.targets)
     tensors = expert_tensors(base, lora.targets) if lora.experts else []
     if lora.experts:
-        counts |= Counter(_as_said(name) for name in sorted([*tensors, *experts_of(base).layers]))
+        counts |= Counter(_short_name(name) for name in sorted([*tensors, *experts_of(base).layers]))
     names = ", ".join(f"{name} ({count})" for name, count in counts.items())
     run.console.say(f"LoRA of rank {lora.rank} on {sum(counts.values()):,} layers: {names}.")
     if tensors and lora.dropout:
@@ -139,7 +142,7 @@ def _refuse_too_large(base: Any, lora: LoraSpec, names: Collection[str]) -> None
         )
 
 
-def _as_said(name: str) -> str:
+def _short_name(name: str) -> str:
     """`layers.0.mlp.experts.up_proj` → `experts.up_proj`, `layers.0.mlp.up_proj.weight` → `up_proj`"""
     parts = name.removesuffix(".weight").split(".")
     return ".".join(parts[-2:] if "experts" in parts[-2:] else parts[-1:])

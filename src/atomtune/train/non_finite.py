@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from atomtune.errors import RunFailed, listing
-from atomtune.model.few_walks import learned_weights
+from atomtune.model.listed_modules import learned_weights
 from atomtune.train.callbacks import WorkCounter
 from atomtune.train.ranks import local, mean_over_ranks, of_all_ranks, on_any_rank
 
@@ -74,21 +74,26 @@ class SkipNonFinite(TrainerCallback):
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        self.judge(args)
+        """Look at the losses and gradients of the step before the optimizer changes the weights.
+
+        With a fused optimizer on one GPU, the device itself skips a bad step, and the step is judged during the next
+        one. Otherwise it is judged here, and a bad one loses its gradients.
+        """
+        self.judge(args)  # the step before
         weights = [weight for weight in learned_weights(model) if weight.grad is not None]
         gradients = [local(weight.grad) for weight in weights if weight.grad is not None]
         scaler = getattr(optimizer, "scaler", None)
         if scaler is not None:
             gradients = []  # float16's scaler skips such gradients itself
         numbers = self._largest_gradient_and_losses(gradients)
-        divided = any(hasattr(weight.grad, "to_local") for weight in weights)
-        is_alone = args.world_size == 1 and not divided
+        is_sharded = any(hasattr(weight.grad, "to_local") for weight in weights)
+        is_alone = args.world_size == 1 and not is_sharded
         fused = _leaves_out_on_device(optimizer, numbers.device) if is_alone else None
         self._waiting = _Step(
             state.global_step + 1,
             [origins for _, origins in self._micro_batches],
             numbers.tolist if fused is None else _copied_to_host(numbers),
-            bool(gradients) and not divided,
+            bool(gradients) and not is_sharded,
         )
         if fused is not None:
             fused.found_inf = (~numbers.isfinite()).any().float()  # type: ignore[attr-defined]

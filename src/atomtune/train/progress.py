@@ -181,7 +181,11 @@ def held_out_words(losses: Sequence[float]) -> str:
     text = translated(f"held-out loss {last:.3f}")
     if len(losses) == 1:
         return text
-    arrow = "↓" if last < losses[-2] else "↑" if last > losses[-2] else "→"
+    arrow = "→"
+    if last < losses[-2]:
+        arrow = "↓"
+    elif last > losses[-2]:
+        arrow = "↑"
     best = " " + translated("best") if last < min(losses[:-1]) else ""
     return f"{text} {arrow}{best}"
 

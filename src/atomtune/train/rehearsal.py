@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from atomtune.data.reading.sources import among_records, refuse_missing
+from atomtune.data.reading.sources import among_records, refuse_missing_sources
 from atomtune.errors import BadSettings
 from atomtune.hub_reach import endpoint_shown
 from atomtune.model import liger
@@ -76,7 +76,7 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
     if problems:
         raise BadSettings(problems)
     if not Path(args.output_dir).exists():  # a run that already finished needs no records for its message
-        refuse_missing(_sources(settings))
+        refuse_missing_sources(_sources(settings))
     if settings.lora.lora_targets == [ALL_LINEAR] and not settings.lora.lora_experts:
         read_config(str(settings.model.model_path), trust_remote_code=settings.model.trust_remote_code)
     else:

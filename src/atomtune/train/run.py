@@ -44,7 +44,7 @@ from atomtune.train.checkpoint.atomic import clear_staging, read_manifest
 from atomtune.train.checkpoint.best import best_to_keep
 from atomtune.train.checkpoint.start import Finished, Resumed, Start, find_start
 from atomtune.train.dataset import Data, read_data
-from atomtune.train.defaults import began_with, with_defaults, with_sequence_limit
+from atomtune.train.defaults import derived_in, with_defaults, with_sequence_limit
 from atomtune.train.disk_space import check_space
 from atomtune.train.ending import figures, finish, title_of
 from atomtune.train.layout import check_equal, choose_layout
@@ -96,8 +96,8 @@ def train_into_folder(settings: TrainSettings, *, speaks: bool = True) -> Path:
             return folder
         # If a resumed run fails before training, the run.json of the earlier run stays.
         record = RunRecord(folder, writes=is_first, waits=isinstance(start, Resumed))
-        before = _began_with(start)
-        run = RunContext(settings, args, start, read_record(folder), console, record, began_with=before)
+        before = _derived_before(start)
+        run = RunContext(settings, args, start, read_record(folder), console, record, derived_before=before)
         try:
             record.update(settings=settings.resolved(), start=start.name)
             _run(run, began)
@@ -123,12 +123,12 @@ def _find_start(settings: TrainSettings, args: Any, console: Console) -> Start |
     )
 
 
-def _began_with(start: Start) -> dict[str, Any]:
+def _derived_before(start: Start) -> dict[str, Any]:
     """The values that the run to be resumed chose for its settings on auto."""
     if not isinstance(start, Resumed):
         return {}
     try:
-        return began_with(read_manifest(start.checkpoint))
+        return derived_in(read_manifest(start.checkpoint))
     except (OSError, ValueError):  # a checkpoint of another tool
         return {}
 

@@ -16,8 +16,8 @@ from atomtune.train.run_report import RunRecord
 class RunContext:
     """A run's settings, how it starts, its console and its record.
 
-    began_with  for a resumed run: values that the original run chose for settings on auto
-    derived     such values of this run, as its checkpoints store them
+    derived         values that this run chose for settings on auto, as its checkpoints store them
+    derived_before  for a resumed run: those of the original run
     """
 
     settings: TrainSettings
@@ -26,7 +26,7 @@ class RunContext:
     earlier_record: dict[str, Any]  # run.json found in the output folder; empty if there was none
     console: Console
     record: RunRecord
-    began_with: Mapping[str, Any] = field(default_factory=dict)
+    derived_before: Mapping[str, Any] = field(default_factory=dict)
     derived: Mapping[str, Any] = field(default_factory=dict)
 
     @property

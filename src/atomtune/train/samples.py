@@ -105,13 +105,18 @@ class Samples:
         records = evaluation_records(self.run, data, sorted(rows))
         tokenizer = self.template.tokenizer
         for row in rows:
+            if len(self.samples) == SAMPLES:
+                break
             example = as_examples(evaluate[row])[-1]
             spans, question = learned_spans(example), _question(records[row])
-            if len(self.samples) < SAMPLES and question and spans and 0 < spans[-1][0] <= LONGEST_PROMPT:
-                start, end = spans[-1]
-                self.prompts.append(list(example.ids[:start]))
-                reference = tokenizer.decode(list(example.ids[start:end]), skip_special_tokens=True).strip()
-                self.samples.append(Sample(_text_of(question, without=data.ledger.shared_instruction), reference))
+            if not question or not spans:
+                continue
+            start, end = spans[-1]  # of the last answer
+            if not 0 < start <= LONGEST_PROMPT:
+                continue
+            self.prompts.append(list(example.ids[:start]))
+            reference = tokenizer.decode(list(example.ids[start:end]), skip_special_tokens=True).strip()
+            self.samples.append(Sample(_text_of(question, without=data.ledger.shared_instruction), reference))
 
     def _answers(self) -> list[tuple[str, bool]]:
         """(answer, is endless) for each prompt; fewer if the time is over or the model cannot generate.

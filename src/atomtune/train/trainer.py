@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import SaveStrategy
 
 from atomtune.errors import RunFailed, listing
-from atomtune.model.few_walks import learned_weights
+from atomtune.model.listed_modules import learned_weights
 from atomtune.model.loss import target_nats
 from atomtune.model.step_graphs import StepGraphs
 from atomtune.train.arguments import shuffling_seed
@@ -80,7 +80,7 @@ class LoraTrainer(SavingTrainer):
                 sum(batch["targets"] for batch in batches),
                 sum(batch["input_ids"].numel() for batch in batches),
                 sum(batch["tokens_padded"] for batch in batches),
-                sum(batch["examples"] for batch in batches),
+                sum(batch["records"] for batch in batches),
             ]
         )
         if self.args.world_size > 1:
@@ -205,14 +205,14 @@ class LoraTrainer(SavingTrainer):
         accelerate would repeat records to fill the last ranks' batches, and --dataloader_drop_last leave out the last.
         """
         # Both have one setting for all loaders, so it is changed only while this one is created.
-        plan = self.accelerator.dataloader_config
-        for_training = plan.even_batches, self.args.dataloader_drop_last
-        plan.even_batches = plan.even_batches and not self._ranks_evaluate_alone
+        loader_config = self.accelerator.dataloader_config
+        for_training = loader_config.even_batches, self.args.dataloader_drop_last
+        loader_config.even_batches = loader_config.even_batches and not self._ranks_evaluate_alone
         self.args.dataloader_drop_last = False
         try:
             return with_signal_masked_workers(super().get_eval_dataloader(eval_dataset))
         finally:
-            plan.even_batches, self.args.dataloader_drop_last = for_training
+            loader_config.even_batches, self.args.dataloader_drop_last = for_training
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

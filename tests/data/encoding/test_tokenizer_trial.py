@@ -16,7 +16,7 @@ from atomtune.data.encoding import tokenizer_trial
 from atomtune.data.encoding.token_ids import PieceTokenizer
 from atomtune.data.encoding.tokenizer_trial import growth_of, tried_tokenizer
 from atomtune.errors import BadModel
-from atomtune.limits import Tripped, try_apart
+from atomtune.limits import Tripped, try_in_child_process
 from atomtune.model.load import load_tokenizer
 from tests.conftest import DIALOGUES, write_jsonl
 
@@ -60,7 +60,7 @@ def test_published_patterns_pass_quickly(folder, pattern):
 
 @pytest.mark.parametrize("pattern", BAD[1:])
 def test_a_pattern_that_backtracks_for_hours_is_detected(folder, pattern, monkeypatch):
-    monkeypatch.setattr(tokenizer_trial, "try_apart", partial(try_apart, seconds=1))
+    monkeypatch.setattr(tokenizer_trial, "try_in_child_process", partial(try_in_child_process, seconds=1))
     tripped = tried_tokenizer(with_pattern(folder, pattern))
     assert isinstance(tripped, Tripped) and tripped.cause == "time"
 
@@ -76,12 +76,12 @@ def test_a_slow_tokenizer_is_reported_by_name_before_records_are_read(folder, tm
 def test_the_same_pattern_is_tried_once(folder, monkeypatch):
     tokens = with_pattern(folder, GOOD[0])
     assert tried_tokenizer(tokens) is None
-    monkeypatch.setattr(tokenizer_trial, "try_apart", lambda work: pytest.fail("tried again"))
+    monkeypatch.setattr(tokenizer_trial, "try_in_child_process", lambda work: pytest.fail("tried again"))
     assert tried_tokenizer(tokens) is None
 
 
 def test_a_tokenizer_without_patterns_is_not_tried(folder, monkeypatch):
-    monkeypatch.setattr(tokenizer_trial, "try_apart", lambda work: pytest.fail("tried"))
+    monkeypatch.setattr(tokenizer_trial, "try_in_child_process", lambda work: pytest.fail("tried"))
     body = json.loads((folder / "tokenizer.json").read_text())
     assert '"Regex"' not in json.dumps([body["normalizer"], body["pre_tokenizer"]])
     assert tried_tokenizer(PieceTokenizer(AutoTokenizer.from_pretrained(folder))) is None

@@ -22,9 +22,15 @@ from atomtune.data.encoding.chat_template import CannotExpress, Template
 from atomtune.data.encoding.exchanges import exchanges_of
 from atomtune.data.encoding.fitting import Fitting
 from atomtune.data.encoding.omissions import notes_on
-from atomtune.data.encoding.targets import PieceIds, Target, different_pieces, joined, targets_of
 from atomtune.data.encoding.thoughts import with_thoughts_apart
 from atomtune.data.encoding.token_ids import CannotTokenize
+from atomtune.data.encoding.tokenized import (
+    PieceIds,
+    TokenizedExchange,
+    different_pieces,
+    joined_examples,
+    tokenized_exchanges,
+)
 from atomtune.data.formats.detect import Schema, to_record
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
@@ -121,12 +127,12 @@ class Encoder:
 
     def _encode(self, records: Sequence[Record]) -> Iterator[EncodedRecord]:
         """Encode the records, with all their texts tokenized in one call."""
-        exchanges_of = [self._exchanges(record) for record in records]
+        all_exchanges = [self._exchanges(record) for record in records]
         ids = PieceIds(self.template)
         with contextlib.suppress(CannotTokenize):  # raised again below, at the record that causes it
-            expressed = [exchanges for exchanges in exchanges_of if isinstance(exchanges, tuple)]
+            expressed = [exchanges for exchanges in all_exchanges if isinstance(exchanges, tuple)]
             ids.learn(piece for exchanges in expressed for piece in different_pieces(exchanges))
-        for record, exchanges in zip(records, exchanges_of, strict=True):
+        for record, exchanges in zip(records, all_exchanges, strict=True):
             try:
                 encoded = self._encode_record(record, exchanges, ids)
             except (CannotExpress, CannotTokenize) as error:
@@ -144,70 +150,70 @@ class Encoder:
     ) -> EncodedRecord:
         if isinstance(exchanges, CannotExpress):
             raise exchanges
-        targets = targets_of(exchanges, ids)
-        fitting = self._fit(record, exchanges, targets, ids)
-        if isinstance(fitting, Refusal):
-            refused_tokens = sum(len(target.answer) * target.learn for target in targets)
-            return EncodedRecord(record.origin, refusal=fitting, refused_target_tokens=refused_tokens)
-        if not all(target.prompt_tokens for target in fitting) and record.turns[-1].role != "text":
+        all_tokenized = tokenized_exchanges(exchanges, ids)
+        fitted = self._fit(record, exchanges, all_tokenized, ids)
+        if isinstance(fitted, Refusal):
+            refused_tokens = sum(len(tokenized.answer) * tokenized.learn for tokenized in all_tokenized)
+            return EncodedRecord(record.origin, refusal=fitted, refused_target_tokens=refused_tokens)
+        if not all(tokenized.prompt_tokens for tokenized in fitted) and record.turns[-1].role != "text":
             return self._refused(record, "the template writes nothing before the answer", ids)
 
-        examples = joined(fitting, record.origin)
+        examples = joined_examples(fitted, record.origin)
         all_tokens = sum(len(example.ids) for example in examples)
-        learned_tokens = sum(target.learned_tokens for target in fitting)
+        learned_tokens = sum(tokenized.learned_tokens for tokenized in fitted)
         pieces = (*exchanges[-1].prompt.parts(), *(exchange.answer for exchange in exchanges))
         return EncodedRecord(
             record.origin,
             examples,
             prompt_tokens=all_tokens - learned_tokens,
-            target_tokens=sum(target.learned_tokens * target.learn for target in fitting),
-            cut_tokens=_prompt_tokens(targets) - _prompt_tokens(fitting),
-            unknown_tokens=self._unknown_tokens(fitting),
+            target_tokens=sum(tokenized.learned_tokens * tokenized.learn for tokenized in fitted),
+            cut_tokens=_prompt_tokens(all_tokenized) - _prompt_tokens(fitted),
+            unknown_tokens=self._unknown_tokens(fitted),
             holds_control_strings=any(piece.breaks for piece in pieces),
             has_thoughts=any(with_thoughts_apart(record.turns[exchange.at]).reasoning for exchange in exchanges),
             notes=notes_on(record, exchanges),
         )
 
     def _fit(
-        self, record: Record, exchanges: Sequence[Exchange], targets: Sequence[Target], ids: PieceIds
-    ) -> list[Target] | Refusal:
+        self, record: Record, exchanges: Sequence[Exchange], all_tokenized: Sequence[TokenizedExchange], ids: PieceIds
+    ) -> list[TokenizedExchange] | Refusal:
         """The exchanges of a record, shortened to max_tokens where needed; a Refusal if one must not or cannot be."""
-        fitted: list[Target] = []
-        fitting = Fitting(self.template, record, targets, ids, max_tokens=self.max_tokens)
-        for exchange, target in zip(exchanges, targets, strict=True):
-            fits: Target | None = target
-            if target.tokens > self.max_tokens:
-                if self.overlength != "shorten" and len(target.answer) < self.max_tokens:
+        fitted: list[TokenizedExchange] = []
+        fitting = Fitting(self.template, record, all_tokenized, ids, max_tokens=self.max_tokens)
+        for exchange, tokenized in zip(exchanges, all_tokenized, strict=True):
+            fits: TokenizedExchange | None = tokenized
+            if tokenized.tokens > self.max_tokens:
+                if self.overlength != "shorten" and len(tokenized.answer) < self.max_tokens:
                     return self._too_long(record, f"longer than max_seq_length {self.max_tokens}")
                 self.at_answer()
-                fits = fitting.shortened(target, exchange.at)
+                fits = fitting.shortened(tokenized, exchange.at)
             if fits is None:
-                return self._too_long(record, self._no_room(record, exchange.at, target))
+                return self._too_long(record, self._no_room(record, exchange.at, tokenized))
             fitted.append(fits)
         return fitted
 
     def _too_long(self, record: Record, reason: str) -> Refusal:
         return Refusal(record.origin, reason, RefusalKind.TOO_LONG, broken=self.overlength == "error")
 
-    def _no_room(self, record: Record, at: int, target: Target) -> str:
+    def _no_room(self, record: Record, at: int, tokenized: TokenizedExchange) -> str:
         if record.turns[at].role == "text":
             return (
-                f"the text has {target.tokens} tokens, and max_seq_length is {self.max_tokens}: split it into "
+                f"the text has {tokenized.tokens} tokens, and max_seq_length is {self.max_tokens}: split it into "
                 "several records"
             )
         which = f"answer {record.learned.index(at) + 1}" if len(record.learned) > 1 else "the answer"
         beside = "the template's markers and list of tools" if record.tools else "the template's markers"
         return (
             f"{which} leaves no room for its question within max_seq_length {self.max_tokens}: "
-            f"with its stop token it is {len(target.answer)} tokens long, plus {beside}"
+            f"with its stop token it is {len(tokenized.answer)} tokens long, plus {beside}"
         )
 
-    def _unknown_tokens(self, targets: Sequence[Target]) -> int:
+    def _unknown_tokens(self, all_tokenized: Sequence[TokenizedExchange]) -> int:
         """The number of unknown tokens in the answers: text that the tokenizer has no token for."""
         unknown = self.template.unknown_id
         if unknown is None:
             return 0
-        return sum(target.answer.count(unknown) for target in targets)
+        return sum(tokenized.answer.count(unknown) for tokenized in all_tokenized)
 
     def _refused(self, record: Record, reason: str, ids: PieceIds) -> EncodedRecord:
         """Refuse a record that could not be encoded, but still count the tokens of its answers."""
@@ -219,8 +225,8 @@ class Encoder:
         return EncodedRecord(record.origin, refusal=refusal, refused_target_tokens=tokens)
 
 
-def _prompt_tokens(targets: Sequence[Target]) -> int:
-    return sum(target.prompt_tokens for target in targets)
+def _prompt_tokens(all_tokenized: Sequence[TokenizedExchange]) -> int:
+    return sum(tokenized.prompt_tokens for tokenized in all_tokenized)
 
 
 def _enter(encoded: EncodedRecord, notes: tuple[str, ...], batch: EncodedBatch) -> None:

@@ -55,7 +55,7 @@ def prompt_at(template: Template, record: Record, at: int) -> Prompt[Piece]:
     return in_pieces
 
 
-def joined(prompt: Prompt[Piece]) -> Piece:
+def as_one_piece(prompt: Prompt[Piece]) -> Piece:
     """A prompt as one piece."""
     breaks: list[int] = []
     pieces = list(prompt.parts())

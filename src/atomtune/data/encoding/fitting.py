@@ -12,7 +12,7 @@ from functools import cached_property
 
 from atomtune.data.encoding.chat_template import CannotExpress, Template
 from atomtune.data.encoding.exchanges import prompt_at
-from atomtune.data.encoding.targets import PieceIds, Target
+from atomtune.data.encoding.tokenized import PieceIds, TokenizedExchange
 from atomtune.data.encoding.truncate import shorten, without_oldest
 from atomtune.data.records import Prompt, Record, Turn, with_each_part
 
@@ -21,33 +21,45 @@ class Fitting:
     """Shortens the exchanges of one record to max_tokens; call `shortened` for its answers in order."""
 
     def __init__(
-        self, template: Template, record: Record, targets: Sequence[Target], ids: PieceIds, *, max_tokens: int
+        self,
+        template: Template,
+        record: Record,
+        exchanges: Sequence[TokenizedExchange],
+        ids: PieceIds,
+        *,
+        max_tokens: int,
     ) -> None:
         self._template, self._record, self._ids, self._max_tokens = template, record, ids, max_tokens
-        self._all_tokens = targets[-1].tokens if targets else 0
+        self._all_tokens = exchanges[-1].tokens if exchanges else 0
         self._before: tuple[Record, int] | None = None  # the record as shortened for the previous answer; its index
         self._prompts: list[tuple[Record, Prompt[list[int]], int]] = []  # (record, prompt, tokens) that fit this answer
 
-    def shortened(self, target: Target, at: int) -> Target | None:
+    def shortened(self, exchange: TokenizedExchange, at: int) -> TokenizedExchange | None:
         """The exchange of the turn `at`, which is too long, with a shorter prompt; None if no prompt leaves room."""
         self._prompts = []
-        room = self._max_tokens - len(target.answer)
-        shorter = self._shorter(target, at, room) if room > 0 else None
+        room = self._max_tokens - len(exchange.answer)
+        shorter = self._shorter(exchange, at, room) if room > 0 else None
         if shorter is None:
             return None
         self._before = shorter, at
         prompt, tokens = next((prompt, tokens) for tried, prompt, tokens in reversed(self._prompts) if tried == shorter)
-        return target._replace(prompt=prompt, prompt_tokens=tokens)
+        return exchange._replace(prompt=prompt, prompt_tokens=tokens)
 
-    def _shorter(self, target: Target, at: int, room: int) -> Record | None:
+    def _shorter(self, exchange: TokenizedExchange, at: int, room: int) -> Record | None:
+        """The record up to the answer at `at`, shortened until its prompt has at most `room` tokens; None if it cannot.
+
+        Tried in this order: the beginning that was shortened for the previous answer; a new one that leaves room for
+        later answers too; one that leaves room for this answer alone.
+        """
         if self._before is not None:
             before, at_before = self._before
             longer = replace(before, turns=(*before.turns, *self._record.turns[at_before + 1 : at + 1]))
             if self._fits(longer, room):
                 return longer
         until = replace(self._record, turns=self._recent(at))
-        share = min(room / target.prompt_tokens * (at + 1) / len(until.turns), 1.0)
-        if later := max(self._all_tokens - target.tokens, 0):
+        # Where the search starts: the share of the tokens that fits, over the share of the turns that is still there.
+        share = min(room / exchange.prompt_tokens * (at + 1) / len(until.turns), 1.0)
+        if later := max(self._all_tokens - exchange.tokens, 0):
             less = room - min(later, room // 2)
             shorter = without_oldest(until, lambda record: self._fits(record, less), share=share * less / room)
             if shorter is not None:

@@ -37,9 +37,8 @@ def read_reply(template: Template, prompt: str, ids: Sequence[int]) -> Turn:
     if any(is_control and part == _CHANNEL for part, is_control in parts):
         return _of_channels(parts)
     text = "".join(part for part, is_control in parts if not is_control or part in _KEPT)
-    between = template.after_answer.partition(template.stop)[
-        0
-    ]  # Llama 2's template writes a space before the stop token
+    # Llama 2's template writes a space before the stop token.
+    between, _, _ = template.after_answer.partition(template.stop)
     text = text.removesuffix(between)
     return _of_text(template, prompt, text)
 

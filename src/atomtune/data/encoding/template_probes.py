@@ -14,7 +14,7 @@ from atomtune.data.encoding.tokenizer_trial import patterns_of, tried_tokenizer
 from atomtune.data.formats.schema import THINKING
 from atomtune.data.records import Record, Turn
 from atomtune.errors import BadModel
-from atomtune.limits import try_apart
+from atomtune.limits import try_in_child_process
 from atomtune.shared_prefix import shared_characters
 
 #: A placeholder for a message's text; a noncharacter, so that no template contains it.
@@ -51,7 +51,7 @@ def probed(template: Template) -> Template:
             "model."
         )
     if template.name not in TEMPLATES and (
-        tripped := try_apart(lambda _say: _probed(template), seconds=_PROBE_SECONDS)
+        tripped := try_in_child_process(lambda _say: _probed(template), seconds=_PROBE_SECONDS)
     ):
         raise BadModel(
             f"the template {template.name} {tripped.words} when it was asked to write a short conversation.\n"

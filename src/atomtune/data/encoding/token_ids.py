@@ -37,7 +37,7 @@ class CannotTokenize(UserError):
 
 
 @contextlib.contextmanager
-def _panics_told() -> Iterator[None]:
+def _panics_as_errors() -> Iterator[None]:
     """Turn a panic of the Rust tokenizer into CannotTokenize.
 
     It panics if a regex of tokenizer.json, such as `(a|aa)+$`, backtracks too long. PanicException cannot be imported
@@ -110,11 +110,11 @@ class PieceTokenizer:
         """Ids of each text, tokenized on its own without BOS and EOS. Raises CannotTokenize."""
         if not texts:
             return []
-        if self._short_way_is_the_same:
+        if self._rust_gives_the_same:
             backend = self._backend()
-            with _panics_told():
+            with _panics_as_errors():
                 return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        return self._called(texts)
+        return self._by_python_call(texts)
 
     def _backend(self) -> Any:
         """The Rust tokenizer, without options that an earlier call of the Python tokenizer may have set."""
@@ -124,20 +124,20 @@ class PieceTokenizer:
         backend.encode_special_tokens = False
         return backend
 
-    def _called(self, texts: list[str]) -> list[list[int]]:
-        with _panics_told():
+    def _by_python_call(self, texts: list[str]) -> list[list[int]]:
+        with _panics_as_errors():
             encoded = self.tokenizer(
                 texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
             )
         return [list(ids) for ids in encoded["input_ids"]]
 
     @cached_property
-    def _short_way_is_the_same(self) -> bool:
+    def _rust_gives_the_same(self) -> bool:
         """Whether the Rust tokenizer gives the same ids as the Python call; it is about twice as fast."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return False
-        called = self._called(list(_PROBES))  # this also resets truncation and padding
+        called = self._by_python_call(list(_PROBES))  # this also resets truncation and padding
         return [e.ids for e in backend.encode_batch_fast(list(_PROBES), add_special_tokens=False)] == called
 
     def _escaped_ids(self, piece: Piece) -> list[int]:
@@ -165,6 +165,8 @@ class PieceTokenizer:
 
         Neighbouring stretches without breaks are joined, so that they are tokenized in one go.
         """
+        # text           say </s> twice</s>       the first </s> has a break inside, the second is the template's
+        # stretches      say </s> twice | </s>
         bounds, breaks = [0], frozenset(piece.breaks)
         for match in self.controls.finditer(piece.text):
             if match.start() + 1 not in breaks:  # written by the template
@@ -185,13 +187,13 @@ class PieceTokenizer:
 
         goes_on  the text continues another one, so the tokenizer must not add a space before it
         """
-        if not self._short_way_is_the_same:
+        if not self._rust_gives_the_same:
             return None
         backend = self._backend()
         anchors = _ANCHORS if goes_on else ("",)
         backend.encode_special_tokens = True
         try:
-            with _panics_told():
+            with _panics_as_errors():
                 tried = [
                     backend.encode_batch_fast([anchor, anchor + text], add_special_tokens=False) for anchor in anchors
                 ]
@@ -213,6 +215,10 @@ class PieceTokenizer:
         return alone + self.tokenized(["Hi two"])[0] == together
 
     def _cut_ids(self, text: str, breaks: Sequence[int], *, begins: bool) -> list[int]:
+        """Ids of a text that is split at its breaks, each part tokenized on its own.
+
+        begins  the text does not continue another one
+        """
         first, *rest = [text[a:b] for a, b in itertools.pairwise([0, *breaks, len(text)])]
         ids = self.tokenized([first])[0] if begins else self._continuation(first)
         ids_of = {part: self._continuation(part) for part in dict.fromkeys(rest)}  # repeated parts are tokenized once

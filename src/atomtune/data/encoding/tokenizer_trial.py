@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from atomtune.data.encoding.token_ids import CannotTokenize, PieceTokenizer
-from atomtune.limits import Tripped, try_apart
+from atomtune.limits import Tripped, try_in_child_process
 
 #: Units of the repeated texts for any pattern: letters, digits, spaces, punctuation, wide and combining characters.
 _UNITS = (
@@ -63,7 +63,7 @@ def tried_tokenizer(tokens: PieceTokenizer) -> Tripped | None:
             except CannotTokenize:  # it gives up by itself, so a record with such a text will be refused
                 continue
 
-    tripped = try_apart(tokenize)
+    tripped = try_in_child_process(tokenize)
     if tripped is None:
         _harmless.add(digest)
     return tripped

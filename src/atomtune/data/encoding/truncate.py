@@ -45,8 +45,8 @@ def without_oldest(record: Record, fits: Callable[[Record], bool], *, share: flo
 
 def _fewest_turns(record: Record, fits: Callable[[Record], bool], share: float) -> tuple[Record, bool]:
     """Drop as few of the oldest turns as needed, or all that may be dropped; also returns whether the record fits."""
-    for cuts in (_at_questions, _at_calls):
-        record, is_short_enough = _from_a_cut(record, cuts(record), fits, share)
+    for find_droppable in (_at_questions, _at_calls):
+        record, is_short_enough = _drop_oldest(record, find_droppable(record), fits, share)
         if is_short_enough:
             return record, True
     return record, False
@@ -76,7 +76,7 @@ def _with_shorter_texts(record: Record, fits: Callable[[Record], bool], share: f
     return record if fits(record) else None
 
 
-class _Cuts(NamedTuple):
+class _Droppable(NamedTuple):
     """The ways to shorten a record: its turns become `stays` and `rest[start:]`, for a start in `starts`."""
 
     stays: tuple[Turn, ...]
@@ -84,16 +84,16 @@ class _Cuts(NamedTuple):
     starts: list[int]
 
 
-def _at_questions(record: Record) -> _Cuts:
-    """Cuts before each question but the first."""
+def _at_questions(record: Record) -> _Droppable:
+    """What may be dropped: all before a question, but not before the first one."""
     # rest     user  assistant  user  assistant  user  assistant
     # starts                    2                4                 0 would be the whole record
     system, others = _system_apart(record)
-    return _Cuts(system, others, [i for i, turn in enumerate(others[:-1]) if i and turn.role == "user"])
+    return _Droppable(system, others, [i for i, turn in enumerate(others[:-1]) if i and turn.role == "user"])
 
 
-def _at_calls(record: Record) -> _Cuts:
-    """Cuts before each assistant turn but the first and the answer; the turns before the first one stay."""
+def _at_calls(record: Record) -> _Droppable:
+    """What may be dropped: all before an assistant turn other than the answer; the turns before the first one stay."""
     # turns    user  assistant  tool  assistant  tool  assistant
     # rest           0          1     2          3     4           4 is the answer
     # starts                          2
@@ -101,7 +101,7 @@ def _at_calls(record: Record) -> _Cuts:
     first = next((i for i, turn in enumerate(others) if turn.role == "assistant"), 0)
     rest = others[first:]
     starts = [i for i, turn in enumerate(rest[:-1]) if i and turn.role == "assistant"]
-    return _Cuts((*system, *others[:first]), rest, starts)
+    return _Droppable((*system, *others[:first]), rest, starts)
 
 
 def _system_apart(record: Record) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
@@ -110,9 +110,11 @@ def _system_apart(record: Record) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
     return system, tuple(turn for turn in record.turns if turn.role != "system")
 
 
-def _from_a_cut(record: Record, cuts: _Cuts, fits: Callable[[Record], bool], share: float) -> tuple[Record, bool]:
-    """The longest of the cuts that fits, else the shortest; also returns whether it fits."""
-    stays, rest, starts = cuts
+def _drop_oldest(
+    record: Record, droppable: _Droppable, fits: Callable[[Record], bool], share: float
+) -> tuple[Record, bool]:
+    """The record with as few turns dropped as needed, else with all that may be; also returns whether it fits."""
+    stays, rest, starts = droppable
     if not starts:
         return record, False
 

@@ -205,20 +205,32 @@ def _fits_none(records: Sequence[Json], plain: Sequence[Json], name: str) -> str
     likely = _likely_keys(records, our_keys)
     nearest = max(SIGNS, key=lambda format_name: _closeness(format_name, our_keys, likely))
     missing = [sign for sign in SIGNS[nearest] if sign not in our_keys]
-    renamed = [(likely.get(sign, "YOURS"), sign) for sign in missing]
-    if nearest in ("alpaca", "prompt"):  # optional keys, whose content would be lost if they are not mapped too
-        beside = ("input", "reasoning_content") if nearest == "alpaca" else ("reasoning_content",)
-        taken = [theirs for theirs, _ in renamed]
-        renamed += [(likely[key], key) for key in beside if key in likely and likely[key] not in taken]
-    flag = quote(",".join(f"{printable(theirs)}={ours}" for theirs, ours in renamed))
     lacks = "; ".join(f'no key "{sign}"; keys here: {keys_of(their_keys)}' for sign in missing)
     known = ", ".join(f"{format_name} ({', '.join(signs)})" for format_name, signs in SIGNS.items())
+    flag = _keys_flag(nearest, missing, likely)
     remedy = f"Rename the keys, or pass --keys {flag}."
     if len(records) == 1 and (key := _key_of_records(records[0])) is not None:
         # In a program of jq, a key is a JSON text. ASCII escapes keep one readable that cannot be printed.
         program = quote(f".[{json.dumps(key, ensure_ascii=not key.isprintable())}][]")
         remedy = f'Its records seem to be in the list under "{printable(key)}": jq -c {program} OLD > NEW.jsonl'
     return f"{name} fits no format; the closest is {nearest}: {lacks}.\nKnown: {known}.\n{remedy}"
+
+
+def _keys_flag(nearest: FormatName, missing: Sequence[str], likely: Mapping[str, str]) -> str:
+    """The value of --keys with which a file would fit the nearest format: `question=instruction,answer=output`.
+
+    missing  keys of that format which the file lacks
+    likely   our key → the file's key that probably means it
+    """
+    renamed = [(likely.get(sign, "YOURS"), sign) for sign in missing]
+    optional: tuple[str, ...] = ()  # their content would be lost if they are not mapped too
+    if nearest == "alpaca":
+        optional = ("input", "reasoning_content")
+    elif nearest == "prompt":
+        optional = ("reasoning_content",)
+    taken = [theirs for theirs, _ in renamed]
+    renamed += [(likely[key], key) for key in optional if key in likely and likely[key] not in taken]
+    return quote(",".join(f"{printable(theirs)}={ours}" for theirs, ours in renamed))
 
 
 def _key_of_records(value: Json) -> str | None:

@@ -19,7 +19,7 @@ from atomtune.data.reading.compression import FREE_BYTES, MOST_GROWTH
 from atomtune.data.reading.raw import LONGEST_LINE, MOST_LEVELS, TOO_DEEP, RawRecord
 from atomtune.data.records import Refusal, RefusalKind
 from atomtune.errors import BadData
-from atomtune.limits import try_apart
+from atomtune.limits import try_in_child_process
 
 #: Rows converted to Python objects at once.
 BATCH_ROWS = 1000
@@ -37,7 +37,7 @@ def read_parquet(path: Path, name: str, advance: Callable[[int], None]) -> Itera
         # Without pre_buffer, a row group is read page by page when needed; with it, all at once.
         file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
         # Damaged metadata may crash the process: pyarrow throws a C++ exception about column sizes that nobody catches.
-        if tripped := try_apart(lambda _say: _refuse_swollen(file.metadata, name)):
+        if tripped := try_in_child_process(lambda _say: _refuse_swollen(file.metadata, name)):
             raise BadData(
                 f"{path} cannot be read as Parquet: reading its metadata {tripped.words}. Write the file again."
             )

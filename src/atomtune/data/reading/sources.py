@@ -112,7 +112,7 @@ def read_files(
             yield DataFile(file_name, chunks, file.format, file.keys, file.roles)
 
 
-def refuse_missing(sources: Sequence[str]) -> None:
+def refuse_missing_sources(sources: Sequence[str]) -> None:
     """Raise BadData for the first source that is neither a file, a folder nor the name of a data set on the hub."""
     for source in sources:
         if not hub.is_hub_name(source):

@@ -19,7 +19,7 @@ def best_to_keep(
     Raises BadModel, so that a user hears of it before the steps are made that it would be compared with.
     """
     best = _recorded_in(checkpoint, Path(args.output_dir))
-    problems = problems_of(best) if best else []
+    problems = why_unusable(best) if best else []
     if not problems:
         return best
     if args.load_best_model_at_end:
@@ -33,7 +33,7 @@ def best_to_keep(
     return None
 
 
-def problems_of(best: Path) -> list[str]:
+def why_unusable(best: Path) -> list[str]:
     """Why the best checkpoint cannot be used; empty if it can."""
     return damage(best) if best.is_dir() else ["there is no such folder"]
 

@@ -18,7 +18,7 @@ from atomtune.errors import BadModel, RunFailed, listing
 from atomtune.model.adapter import fill_again, refuse_not_finite, refuse_unlike
 from atomtune.model.adapter_folder import AdapterMetadata
 from atomtune.train.checkpoint.atomic import checkpoints, damage, rotate, seal, staged
-from atomtune.train.checkpoint.best import problems_of
+from atomtune.train.checkpoint.best import why_unusable
 from atomtune.train.checkpoint.start import STATE, step_of
 from atomtune.train.checkpoint.state import WEIGHTS_ONLY, has_optimizer
 from atomtune.train.hub_upload import HubUpload
@@ -220,7 +220,7 @@ class SavingTrainer(Trainer):
         """Load the best checkpoint's weights. Raises RunFailed if it is damaged."""
         self.take_averaged_weights()  # called later, it would change the best weights
         best = Path(self.state.best_model_checkpoint)
-        if problems := problems_of(best):
+        if problems := why_unusable(best):
             raise RunFailed(
                 f"The best checkpoint, {best}, cannot be used: {listing(problems, 3)}.\n"
                 "With --resume --load_best_model_at_end false the run ends with the last step's adapter."

@@ -1,4 +1,4 @@
-"""Measures: from the results of each record to figures with intervals, and whether a model is better than the base."""
+"""Metrics: from the results of each record to figures with intervals, and whether a model is better than the base."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
     """A figure that is a ratio over records."""
 
     name: str
@@ -64,30 +64,30 @@ def _per_call(which: int) -> Callable[[RecordResult], tuple[float, float]]:
     return parts
 
 
-NATS = Measure(
+NATS = Metric(
     "nats_per_token",
     "Loss (nats per token)",
     "how surprising the reference answers are to the model",
     "lower",
     lambda result: (result.scores.nats, result.scores.tokens),
 )
-MEASURES: tuple[Measure, ...] = (
+METRICS: tuple[Metric, ...] = (
     NATS,
-    Measure(
+    Metric(
         "token_accuracy",
         "Token accuracy",
         "share of reference tokens that were the model's first choice",
         "higher",
         lambda result: (result.scores.right, result.scores.tokens),
     ),
-    Measure(
+    Metric(
         "chrf",
         "chrF",
         "similarity of generated and reference text by character n-grams, 0 to 100",
         "higher",
         _per_answer(lambda answer: answer.chrf),
     ),
-    Measure(
+    Metric(
         "exact_match",
         "Exact match",
         "share of answers equal to their reference",
@@ -95,7 +95,7 @@ MEASURES: tuple[Measure, ...] = (
         _per_answer(lambda answer: answer.exact),
         shares_answers=True,
     ),
-    Measure(
+    Metric(
         "stop_rate",
         "Stops by itself",
         "share of answers that end with a stop token before --max_new_tokens",
@@ -103,7 +103,7 @@ MEASURES: tuple[Measure, ...] = (
         _per_answer(lambda answer: answer.stopped),
         shares_answers=True,
     ),
-    Measure(
+    Metric(
         "length_ratio",
         "Length ratio",
         "generated tokens divided by reference tokens; 1 means as long as the references",
@@ -113,7 +113,7 @@ MEASURES: tuple[Measure, ...] = (
             sum(answer.reference_tokens for answer in result.answers),
         ),
     ),
-    Measure(
+    Metric(
         "think_rate",
         message("Thinks"),
         "share of answers that contain a thought",
@@ -121,7 +121,7 @@ MEASURES: tuple[Measure, ...] = (
         _per_answer(lambda answer: answer.thinks),
         shares_answers=True,
     ),
-    Measure(
+    Metric(
         "call_parse_rate",
         "Tool calls readable",
         "where the reference calls a tool: share of answers in which a call can be read",
@@ -129,7 +129,7 @@ MEASURES: tuple[Measure, ...] = (
         _per_call(0),
         shares_answers=True,
     ),
-    Measure(
+    Metric(
         "call_known_rate",
         "Tool calls known",
         "where the reference calls a tool: share of answers that call one of the available tools",
@@ -138,32 +138,32 @@ MEASURES: tuple[Measure, ...] = (
         shares_answers=True,
     ),
 )
-PERPLEXITY = Measure(
+PERPLEXITY = Metric(
     "perplexity",
     message("Perplexity"),
     "e to the power of the loss: among how many equally likely tokens the model seems to choose",
     "lower",
     NATS.parts,
 )
-PROBE = Measure(
+PROBE = Metric(
     "probe_nats_per_token",
     "Forgetting probe (nats per token)",
     "how surprising the base's own answers to general prompts are; the base's figure is the floor",
     "lower",
     NATS.parts,
 )
-ALL_MEASURES = (NATS, PERPLEXITY, *MEASURES[1:], PROBE)
+ALL_METRICS = (NATS, PERPLEXITY, *METRICS[1:], PROBE)
 
 
 def figures_of(results: Sequence[RecordResult], draws: Bootstrap) -> dict[str, Figure]:
     """All figures of these records; without generated answers, only those of the likelihood."""
     figures: dict[str, Figure] = {}
-    for measure in MEASURES:
-        columns = _columns(measure, results)
-        figure = share(*columns) if measure.shares_answers else draws.ratio(*columns)
+    for metric in METRICS:
+        columns = _columns(metric, results)
+        figure = share(*columns) if metric.shares_answers else draws.ratio(*columns)
         if figure is not None:
-            figures[measure.name] = figure
-            if measure is NATS:
+            figures[metric.name] = figure
+            if metric is NATS:
                 figures[PERPLEXITY.name] = figure.exp()
     return figures
 
@@ -171,18 +171,18 @@ def figures_of(results: Sequence[RecordResult], draws: Bootstrap) -> dict[str, F
 def differences(ours: Sequence[RecordResult], theirs: Sequence[RecordResult], draws: Bootstrap) -> dict[str, Figure]:
     """Our figures less theirs, record by record."""
     figures: dict[str, Figure] = {}
-    for measure in MEASURES:
-        difference = share_difference if measure.shares_answers else draws.difference
-        figure = difference(_columns(measure, ours), _columns(measure, theirs))
+    for metric in METRICS:
+        difference = share_difference if metric.shares_answers else draws.difference
+        figure = difference(_columns(metric, ours), _columns(metric, theirs))
         if figure is not None:
-            figures[measure.name] = figure
+            figures[metric.name] = figure
     return figures
 
 
-def _columns(measure: Measure, results: Sequence[RecordResult]) -> Columns:
+def _columns(metric: Metric, results: Sequence[RecordResult]) -> Columns:
     numerators, denominators = [], []
     for result in results:
-        above, below = measure.parts(result)
+        above, below = metric.parts(result)
         numerators.append(above)
         denominators.append(below)
     return numerators, denominators
@@ -193,13 +193,13 @@ def probe_results(scores: Sequence[TargetScores]) -> list[RecordResult]:
     return [RecordResult(score, ()) for score in scores]
 
 
-def judged(measure: Measure, difference: Figure) -> Literal["better", "worse", "unclear", "other"]:
+def judged(metric: Metric, difference: Figure) -> Literal["better", "worse", "unclear", "other"]:
     """What the interval of a difference from the base says; it is unclear if the interval contains 0."""
     if difference.low <= 0 <= difference.high or not math.isfinite(difference.value):
         return "unclear"
-    if measure.better == "neither":
+    if metric.better == "neither":
         return "other"
-    is_lower, lower_is_better = difference.value < 0, measure.better == "lower"
+    is_lower, lower_is_better = difference.value < 0, metric.better == "lower"
     return "better" if is_lower == lower_is_better else "worse"
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from atomtune.model.few_walks import learned_weights, spare_walks
+from atomtune.model.listed_modules import learned_weights, list_modules
 
 
 class Model(nn.Module):
@@ -28,7 +28,7 @@ class Model(nn.Module):
 @pytest.fixture
 def model() -> Model:
     made = Model()
-    spare_walks(made)
+    list_modules(made)
     return made
 
 

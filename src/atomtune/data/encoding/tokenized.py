@@ -1,4 +1,4 @@
-"""Targets: Exchanges → token ids, and the exchanges of a record joined into as few Examples as possible."""
+"""Tokenized exchanges: Exchanges → token ids, and those of a record joined into as few Examples as possible."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,7 +8,7 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.records import Example, Exchange, Piece, Prompt, shared_parts, with_each_part
 
 
-class Target(NamedTuple):
+class TokenizedExchange(NamedTuple):
     """The ids of one exchange: the prompt, and the answer with its stop token."""
 
     prompt: Prompt[list[int]]
@@ -55,20 +55,20 @@ def different_pieces(exchanges: Sequence[Exchange]) -> Iterator[Piece]:
         yield exchange.answer
 
 
-def targets_of(exchanges: Sequence[Exchange], ids: PieceIds) -> list[Target]:
+def tokenized_exchanges(exchanges: Sequence[Exchange], ids: PieceIds) -> list[TokenizedExchange]:
     """The exchanges of one record as ids; parts that a prompt shares with the previous one are looked up once."""
-    targets: list[Target] = []
+    tokenized: list[TokenizedExchange] = []
     prompts = [exchange.prompt for exchange in exchanges]
     prompts_in_ids = with_each_part(prompts, ids.__getitem__)
     tokens = 0  # length of the prompt's history
     for exchange, prompt, shared in zip(exchanges, prompts_in_ids, shared_parts(prompts), strict=True):
         tokens = (tokens if shared else 0) + sum(map(len, prompt.history[shared:]))
         answer = [*ids[exchange.answer], ids.of_token(exchange.stop)]
-        targets.append(Target(prompt, answer, exchange.learn, prompt_tokens=tokens + len(prompt.asks)))
-    return targets
+        tokenized.append(TokenizedExchange(prompt, answer, exchange.learn, prompt_tokens=tokens + len(prompt.asks)))
+    return tokenized
 
 
-def joined(targets: Sequence[Target], origin: str) -> tuple[Example, ...]:
+def joined_examples(exchanges: Sequence[TokenizedExchange], origin: str) -> tuple[Example, ...]:
     """Join the exchanges of a record into as few Examples as law 5 of encode.py allows.
 
     exchange 1   p1             a1
@@ -81,28 +81,28 @@ def joined(targets: Sequence[Target], origin: str) -> tuple[Example, ...]:
     examples: list[Example] = []
     ids: list[int] = []
     learn: list[int] = []
-    before: Target | None = None
-    for target in targets:
-        new = None if before is None else _continued(before, target)
+    before: TokenizedExchange | None = None
+    for exchange in exchanges:
+        new = None if before is None else _continued(before, exchange)
         if new is None:
             if ids:
                 examples.append(Example(tuple(ids), tuple(learn), origin))
-            ids, learn = list(itertools.chain.from_iterable(target.prompt.parts())), [0] * target.prompt_tokens
+            ids, learn = list(itertools.chain.from_iterable(exchange.prompt.parts())), [0] * exchange.prompt_tokens
         else:
             ids += new
             learn += [0] * len(new)
-        ids += target.answer
-        learn += [target.learn] * len(target.answer)
-        if not target.prompt_tokens:  # a text without a token before it: nothing predicts its first token
+        ids += exchange.answer
+        learn += [exchange.learn] * len(exchange.answer)
+        if not exchange.prompt_tokens:  # a text without a token before it: nothing predicts its first token
             learn[0] = 0
-        before = target
+        before = exchange
     return (*examples, Example(tuple(ids), tuple(learn), origin))
 
 
-def _continued(before: Target, target: Target) -> list[int] | None:
+def _continued(before: TokenizedExchange, exchange: TokenizedExchange) -> list[int] | None:
     """The ids that the prompt adds to the previous prompt and answer; None if it does not begin with both."""
-    if not target.prompt.goes_on_from(before.prompt):
+    if not exchange.prompt.goes_on_from(before.prompt):
         return None
-    new = list(itertools.chain.from_iterable(target.prompt.parts(before.prompt.length)))
+    new = list(itertools.chain.from_iterable(exchange.prompt.parts(before.prompt.length)))
     known = [*before.prompt.asks, *before.answer]
     return new[len(known) :] if new[: len(known)] == known else None
