@@ -207,11 +207,18 @@ def _reported(name: str, error: AtomtuneError) -> int:
 
 def _run(name: str, flags: Sequence[str]) -> int:
     """Run a command. Its settings are read first, so a wrong flag is reported before the module imports torch."""
-    from atomtune.settings.environment import let_waiting_threads_sleep, number_problems, start_problems
+    from atomtune.settings.environment import (
+        let_waiting_threads_sleep,
+        number_problems,
+        repetition_notice,
+        start_problems,
+    )
 
     let_waiting_threads_sleep()
     if problems := [*number_problems(), *start_problems()]:
         raise BadSettings(problems)
+    if repeated := repetition_notice(name):
+        _notice(repeated)
     from atomtune.settings.read import read
 
     settings = read(name, flags, notice=_notice)
