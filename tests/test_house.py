@@ -33,7 +33,7 @@ FLOORS = (
     ("certify",),
     ("export", "serve"),
     ("train",),
-    ("plan",),  # a plan uses what the run would choose for settings on auto
+    ("plan", "program_state"),  # a plan uses what the run would choose for settings on auto
     ("cli", "api"),
     ("__main__", "__init__"),
 )

@@ -57,6 +57,26 @@ def test_a_name_of_an_unreachable_hub_is_refused_at_once(free_port):
     assert float(seconds) < 15, "the library's retries take 46 seconds"
 
 
+_AGAIN = """
+import os
+from huggingface_hub import constants
+from atomtune import inspect
+from atomtune.errors import BadModel
+try:
+    inspect(os.devnull, "nobody/nothing")
+except BadModel as error:
+    print("cannot be reached" in str(error), constants.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE"))
+"""
+
+
+def test_a_program_tries_an_unreachable_hub_again(free_port):
+    # A notebook that was offline once stayed offline, also for the user's own code, until it was restarted.
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{free_port}"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    ended = subprocess.run([sys.executable, "-c", _AGAIN], capture_output=True, text=True, env=environment, check=True)
+    assert ended.stdout.split() == ["True", "False", "None"], ended.stderr
+
+
 def test_a_hub_that_the_user_switched_off_is_not_called_unreachable():
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run([sys.executable, "-c", _LOAD], capture_output=True, text=True, env=environment, check=True)

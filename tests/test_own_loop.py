@@ -112,6 +112,17 @@ def test_shared_prefixes_appear_once_in_a_batch(models):
     assert (batch["labels"] != -100).sum() == learned
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_program_that_computes_without_gradients_here_can_share_prefixes_too(models, mode):
+    # Regression: in inference mode LoRA was said to get no gradient, with the advice to leave its layers out.
+    base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    with mode():
+        sharing = share_prefixes(model)
+    assert (sharing.layout, sharing.reason) == ("tree", None)
+    assert sharing.loss(model, sharing.collate(examples_with_a_shared_beginning())).requires_grad
+
+
 def test_padding_that_a_tokenizer_added_is_taken_out(models):
     model = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float64)
     sharing = share_prefixes(model)

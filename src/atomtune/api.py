@@ -8,15 +8,16 @@
 
 A setting has the same name, default and checks as the command's flag. Nothing is printed unless `verbose` is true;
 the command's notices are in the result's `notices`. Errors are those of atomtune.errors: BadSettings, BadData,
-BadModel, RunFailed, CheckFailed, Stopped.
+BadModel, RunFailed, CheckFailed, Stopped. The program's random numbers, and what libraries print, stay as they were.
 """
 
 import inspect as signatures
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from atomtune.console import Console
 from atomtune.settings.fields import LoadSettings
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from atomtune.sweep.trials import Trial
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,20 @@ class Sweep:
         return load(self.folder / self.best.name, **settings)
 
 
+def _keeps_program_state(function: Callable[P, R]) -> Callable[P, R]:
+    """The function within program_state_kept(), which imports torch only when the function is called."""
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        from atomtune.program_state import program_state_kept
+
+        with program_state_kept():
+            return function(*args, **kwargs)
+
+    return called
+
+
+@_keeps_program_state
 def train(
     model_path: str | os.PathLike[str] | None = None,
     dataset_path: Paths | None = None,
@@ -136,15 +153,18 @@ def train(
     console = Console(speaks=verbose)
     parsed = read("train", {**paths, **settings}, notice=console.notice)
     from atomtune.model.memory import free_memory
+    from atomtune.train.ranks import wait_for_the_first
     from atomtune.train.run import train_into_folder
     from atomtune.train.run_report import read_record
 
     folder = train_into_folder(parsed, speaks=verbose)
+    wait_for_the_first()  # it still writes run.json, which all processes read
     free_memory()  # for the tuned model, which a notebook loads next
     figures = read_record(folder)
     return Run(folder, figures, (*console.notices, *figures.get("notices", ())))
 
 
+@_keeps_program_state
 def sweep(
     model_path: str | os.PathLike[str] | None = None,
     dataset_path: Paths | None = None,
@@ -158,7 +178,7 @@ def sweep(
 
     Each trial is a run in its own process and folder. Without try_, three learning rates are tried. resume=True
     continues a stopped sweep. All settings: those of train, and trials.
-    Raises BadSettings, BadData or BadModel before the first trial, RunFailed if all trials failed, Stopped.
+    Raises a UserError, mostly BadSettings, before the first trial, RunFailed if all trials failed, Stopped.
     """
     paths = {"model_path": model_path, "dataset_path": dataset_path, "output_dir": output_dir, "try_": try_}
     console = Console(speaks=verbose)
@@ -173,6 +193,7 @@ def sweep(
     return Sweep(folder, trials, tuple(sentences(result)), command, tuple(console.notices))
 
 
+@_keeps_program_state
 def load(
     adapter_path: str | os.PathLike[str],
     *,
@@ -196,6 +217,7 @@ def load(
     return load_tuned(parsed, console)
 
 
+@_keeps_program_state
 def inspect(
     dataset_path: Paths, model_path: str | os.PathLike[str], *, verbose: bool = False, **settings: Any
 ) -> Inspection:
@@ -218,6 +240,7 @@ def inspect(
     return Inspection(report.ledger.to_run_json(), findings, tokens, (*console.notices, *report.notes))
 
 
+@_keeps_program_state
 def evaluate(adapter_path: Paths = (), *, verbose: bool = False, **settings: Any) -> Evaluation:
     """Compare base and tuned models on records that were not trained on: dataset_path, else the run's held-out records.
 

@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 from atomtune import __version__
 from atomtune.console import LastingStream, controls_shown
-from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed
+from atomtune.errors import AtomtuneError, BadSettings, ExitCode
 from atomtune.language import LANGUAGES, language_of, spoken, translated
 from atomtune.process import STOP_SIGNALS
 
@@ -208,11 +208,18 @@ def _reported(name: str, error: AtomtuneError) -> int:
 
 def _run(name: str, flags: Sequence[str]) -> int:
     """Run a command. Its settings are read first, so a wrong flag is reported before the module imports torch."""
-    from atomtune.settings.environment import let_waiting_threads_sleep, number_problems, start_problems
+    from atomtune.settings.environment import (
+        let_waiting_threads_sleep,
+        number_problems,
+        repetition_notice,
+        start_problems,
+    )
 
     let_waiting_threads_sleep()
     if problems := [*number_problems(), *start_problems()]:
         raise BadSettings(problems)
+    if repeated := repetition_notice(name):
+        _notice(repeated)
     from atomtune.settings.read import read
 
     settings = read(name, flags, notice=_notice)
@@ -222,18 +229,9 @@ def _run(name: str, flags: Sequence[str]) -> int:
 
 def _unforeseen(name: str, error: Exception) -> int:
     """Report a problem of a path, disk, memory or kernel that the command did not explain; anything else is a bug."""
-    from atomtune.disk import disk_failed, place_problem, sharing_problem
-    from atomtune.model.failures import of_the_model
+    from atomtune.model.failures import explained_failure
 
-    if problem := place_problem(error):
-        return _reported(name, BadSettings([f"{problem} Use another path, or fix what is there."]))
-    if problem := sharing_problem(error):
-        return _reported(name, RunFailed(problem))
-    if disk_failed(error):
-        _say_error(f"\natomtune {name}: the disk is full or failing: {error}")
-        _say_error("Free some space and run the command again.")
-        return ExitCode.RUN_FAILED
-    if failure := of_the_model(error):
+    if failure := explained_failure(error):
         return _reported(name, failure)
     _say_error("".join(traceback.format_exception(error)).rstrip())
     _say_error(f"\natomtune {name}: this is a bug in atomtune {__version__}. Please report the lines above.")

@@ -1,8 +1,10 @@
 """Hub reach: checks once whether the hub can be reached; if not, the library would retry for 46 seconds."""
 
+import contextlib
 import os
 import socket
 import urllib.request
+from collections.abc import Iterator
 from functools import cache
 from urllib.parse import urlsplit
 
@@ -19,6 +21,21 @@ def stay_offline_if_unreachable() -> None:
     if not constants.is_offline_mode() and not reachable(constants.ENDPOINT):
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes
+
+
+@contextlib.contextmanager
+def tried_again_afterwards() -> Iterator[None]:
+    """After this context the hub is tried again if it could not be reached: a notebook may be online by then."""
+    offline, in_environment = constants.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE")
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+        if in_environment is None:
+            os.environ.pop("HF_HUB_OFFLINE", None)
+        else:
+            os.environ["HF_HUB_OFFLINE"] = in_environment
+        reachable.cache_clear()
 
 
 def endpoint_shown() -> str:

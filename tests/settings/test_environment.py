@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from atomtune.cli import main
-from atomtune.settings.environment import SPINS, cache_notices, environment_problems, number_problems, waiting_notice
+from atomtune.settings.environment import (
+    SPINS,
+    cache_notices,
+    environment_problems,
+    number_problems,
+    repetition_notice,
+    waiting_notice,
+)
 from atomtune.settings.read import read_train
 from atomtune.train.arguments import spare_folder
 
@@ -130,6 +137,18 @@ def test_a_cache_folder_that_cannot_be_created_is_reported_without_traceback(nam
     assert f"{tmp_path / 'file' / 'cache'}" in done.stderr
     assert "Set HF_DATASETS_CACHE to a folder that can be written." in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_torchrun_with_a_command_that_does_not_share_its_work_is_reported(tmp_path, capsys, monkeypatch):
+    # Regression: every process printed the same evaluation, and of a merge the second one ended the first.
+    torchrun = FOUR | {"TORCHELASTIC_RUN_ID": "none"}
+    assert repetition_notice("train", torchrun) is None
+    assert repetition_notice("evaluate", FOUR) is None  # a cluster's own variables, in a pod for one command
+    assert repetition_notice("evaluate", torchrun | {"WORLD_SIZE": "1"}) is None
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "each of these 4 does all the work of runs. Start it without torchrun." in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="another library of OpenMP")

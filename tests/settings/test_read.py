@@ -4,9 +4,11 @@ import dataclasses
 import enum
 from pathlib import Path
 
+import datasets
+import numpy
 import pytest
 import yaml
-from transformers import TrainingArguments, training_args
+from transformers import SchedulerType, TrainingArguments, training_args
 
 from atomtune.errors import BadSettings
 from atomtune.settings.fields import ChatSettings, EvaluateSettings, MergeSettings
@@ -641,6 +643,39 @@ def test_text_that_cannot_be_a_file_name_is_refused_with_its_line(run_yaml, name
     # YAML can express it; the system call would raise a ValueError about null bytes.
     (said,) = yaml_problems(run_yaml, f"{name}: {written}\n")
     assert said.startswith(f"run.yaml:1: {name}") and "it contains a NUL or an incomplete character" in said
+
+
+@pytest.mark.parametrize("name", ["dataset_path", "model_path", "eval_path", "output_dir", "resume_from_checkpoint"])
+def test_an_empty_file_name_is_refused(name):
+    # What a shell makes of a variable that is not set. It meant the working directory, or no checkpoint at all.
+    (problem,) = problems(f"--{name}", "")
+    assert problem.startswith(f"--{name} '") and "an empty one would mean the working directory" in problem
+
+
+@pytest.mark.parametrize(
+    "records", [[{"instruction": "x", "output": "y"}], datasets.Dataset.from_list([{"text": "x"}])]
+)
+def test_records_in_memory_are_refused_without_their_texts(records):
+    with pytest.raises(BadSettings) as caught:
+        read_train({"model_path": "base", "dataset_path": records})
+    assert str(caught.value) == (
+        f"train(): dataset_path: its value is of the type {'dict' if isinstance(records, list) else 'Dataset'}; "
+        "expected a text, a number, or a list of these. Write the records to a file first, and pass its name."
+    )
+
+
+def test_values_of_python_are_read_like_words():
+    keywords = {"dataset_path": [Path("a.jsonl")], "model_path": Path("base"), "lora_targets": {"v_proj", "q_proj"}}
+    keywords |= {"learning_rate": numpy.float32(0.5), "lr_scheduler_type": SchedulerType.COSINE, "skip_bad": True}
+    settings = read_train(keywords)
+    assert settings.data.dataset_paths == ["a.jsonl"] and settings.data.skip_bad
+    assert settings.lora.lora_targets == ["q_proj", "v_proj"]
+    assert settings.trainer["learning_rate"] == 0.5 and settings.trainer["lr_scheduler_type"] == "cosine"
+
+
+def test_a_file_of_settings_has_a_path():
+    with pytest.raises(BadSettings, match=r"train\(\): config is a dict; expected the path of a YAML file"):
+        read_train({"config": {"lora_rank": 4}})
 
 
 def test_a_data_path_that_is_not_utf_8_is_accepted():

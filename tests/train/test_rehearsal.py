@@ -3,13 +3,14 @@
 import sys
 
 import pytest
+from transformers import TrainingArguments
 
 import atomtune.train.model  # noqa: F401  # `atomtune.train` is also a function
 from atomtune.cli import main
 from atomtune.errors import BadSettings
 from atomtune.settings.read import read_train
 from atomtune.train import arguments
-from atomtune.train.rehearsal import rehearse
+from atomtune.train.rehearsal import check_last_batch, rehearse
 
 
 @pytest.fixture
@@ -149,6 +150,31 @@ def test_skipping_steps_with_deepspeed_is_refused(models):
     args.deepspeed = "zero2.json"  # as an argument it would need the package
     with pytest.raises(BadSettings, match="--skip_nonfinite: DeepSpeed has changed the weights"):
         rehearse(settings, args)
+
+
+@pytest.mark.parametrize("name", ["dispatch_batches", "split_batches"])
+def test_settings_of_accelerate_that_change_the_batches_of_several_processes_are_refused(models, monkeypatch, name):
+    # The first ended the run in a TypeError; with the second, a run of 9 steps was planned and resumed as one of 5.
+    words = ["--model_path", str(models("llama")), "--dataset_path", "x.jsonl", "--use_cpu"]
+    settings = read_train([*words, "--accelerator_config", f'{{"{name}": true}}'])
+    args = arguments.trainer_arguments(settings)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(BadSettings, match=f"--accelerator_config {name}: "):
+        rehearse(settings, args)
+
+
+def test_processes_that_would_have_different_numbers_of_batches_are_refused(models, monkeypatch):
+    # At the end of the epoch the run ended: "Is there a distributed collective mismatch in your code?"
+    words = ["--model_path", str(models("llama")), "--dataset_path", "x.jsonl", "--use_cpu"]
+    words += ["--per_device_train_batch_size", "2", "--accelerator_config", '{"even_batches": false}']
+    args = arguments.trainer_arguments(read_train(words))
+    check_last_batch(args, 37)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    check_last_batch(args, 39)  # 20 batches, the last one smaller
+    with pytest.raises(BadSettings, match="37 records make 19 batches, which 2 processes cannot share evenly"):
+        check_last_batch(args, 37)
+    args.dataloader_drop_last = True
+    check_last_batch(args, 37)
 
 
 def test_a_push_to_a_hub_that_cannot_be_reached_is_refused(refused, monkeypatch):

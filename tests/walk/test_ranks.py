@@ -175,7 +175,27 @@ def test_an_unresponsive_rank_ends_the_other_rank_within_ddp_timeout(  # noqa: P
     assert "Traceback" not in words
 
 
-def _two_ranks(command, folder):
+@pytest.mark.slow
+def test_a_program_gets_the_finished_run_on_every_rank(models, dialogues, tmp_path):
+    # Regression: the second rank read run.json while the first one was still writing it, so its eval_loss was None.
+    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
+    words = [str(tmp_path / "program.py"), str(models("llama")), str(dialogues), str(tmp_path / "out")]
+    ranks = _two_ranks(words, tmp_path, program=[])
+    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
+    said = [(tmp_path / f"rank-{rank}.txt").read_text(encoding="utf-8").splitlines()[-1] for rank in (0, 1)]
+    assert said[0] == said[1] and json.loads(said[0])["status"] == "finished"
+
+
+PROGRAM = """
+import json, sys
+from atomtune import train
+base, data, folder = sys.argv[1:]
+run = train(base, data, output_dir=folder, max_steps=2, eval_size=8, dtype="float32", use_cpu=True)
+print(json.dumps({**run.figures, "eval_loss": round(run.eval_loss, 9)}))
+"""
+
+
+def _two_ranks(command, folder, program=("-m", "atomtune")):
     """The processes of a launcher without the launcher, which would end all of them as soon as one ends."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -185,7 +205,7 @@ def _two_ranks(command, folder):
     for rank in ("0", "1"):
         with (folder / f"rank-{rank}.txt").open("w", encoding="utf-8") as output:
             environment = {**os.environ, **job, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
-            words = [sys.executable, "-m", "atomtune", *command]
+            words = [sys.executable, *program, *command]
             ranks.append(subprocess.Popen(words, env=environment, stdout=output, stderr=subprocess.STDOUT))
     return ranks
 

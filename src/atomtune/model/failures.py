@@ -1,12 +1,26 @@
-"""Failures: errors while a model computes that nothing below has explained: out of memory, or a package's kernels."""
+"""Failures: errors that nothing below has explained: of a path, the disk, the memory, or a package's kernels."""
 
-from atomtune.errors import AtomtuneError, BadModel, RunFailed
+from atomtune.disk import disk_failed, place_problem, sharing_problem
+from atomtune.errors import AtomtuneError, BadModel, BadSettings, RunFailed
 from atomtune.model.memory import is_out_of_memory
 from atomtune.model.mixer_kernels import package_that_raised
 
 
+def explained_failure(error: Exception) -> AtomtuneError | None:
+    """The error to report in place of one that a command or a function did not explain; None if it is a bug."""
+    if isinstance(error, AtomtuneError):
+        return None
+    if problem := place_problem(error):
+        return BadSettings([f"{problem} Use another path, or fix what is there."])
+    if problem := sharing_problem(error):
+        return RunFailed(problem)
+    if disk_failed(error):
+        return RunFailed(f"The disk is full or failing: {error}\nFree some space, then try again.")
+    return of_the_model(error)
+
+
 def of_the_model(error: BaseException) -> AtomtuneError | None:
-    """The error to report instead, with a remedy; None for any other error."""
+    """The same for an error while a model computes."""
     if is_out_of_memory(error):
         return RunFailed(
             "Out of memory. What helps, in order: --quantize nf4 (a quarter of the memory), --dtype bfloat16, "

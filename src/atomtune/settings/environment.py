@@ -147,5 +147,16 @@ def waiting_notice(environment: Mapping[str, str] = os.environ) -> str | None:
     )
 
 
+def repetition_notice(command: str, environment: Mapping[str, str] = os.environ) -> str | None:
+    """A notice if torchrun has started several processes of a command that does not share its work; else None."""
+    ranks = environment.get("WORLD_SIZE", "1")
+    if command == "train" or "TORCHELASTIC_RUN_ID" not in environment or ranks == "1":
+        return None
+    return (
+        f"only train shares its work among processes: each of these {ranks} does all the work of {command}. Start it "
+        "without torchrun."
+    )
+
+
 def _remedy(*names: str) -> str:
     return f"`unset {' '.join(names)}`, or start the job with torchrun."

@@ -7,8 +7,9 @@ import re
 import shlex
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ OF_A_RUN = ("train", "plan", "sweep")
 TEXTS = ("prompt", "system")
 #: Settings with folders of models. tokenizers and safetensors, written in Rust, need their names in UTF-8.
 MODEL_FOLDERS = ("model_path", "adapter_path", "output_dir", "served", "checkpoint", "resume_from_checkpoint")
+#: Settings with files of records.
+RECORD_FILES = ("dataset_path", "eval_path")
 _NEGATIVE_NUMBER = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 _VALUE = "\0"  # prefix of a word that argparse would take for a flag; no command line can contain it
 
@@ -67,21 +70,43 @@ class EntryReader:
     def read_keywords(self, values: Mapping[str, Any]) -> dict[str, Entry]:
         """Entries of keywords, read like lines of a YAML file; None keeps a default. `config` is a file of settings."""
         origin = f"{self.command}()"
-        config = values.get("config") if self.command in OF_A_RUN else None
-        entries = self._yaml_entries(None if config is None else os.fspath(config))
+        values = {key: value for key, value in values.items() if value is not None}
+        entries: dict[str, Entry] = {}
+        foreign: list[str] = []
+        if self.command in OF_A_RUN and "config" in values:
+            entries = self._yaml_of_keyword(values.pop("config"), origin)
         for key, value in values.items():
-            if value is None or (key == "config" and self.command in OF_A_RUN):
-                continue
             name = self._known_key(key, origin)
-            if name is not None:
+            if name is None:
+                continue
+            try:
                 entries[name] = Entry(_as_written(value), origin)
+            except TypeError as error:
+                file = " Write the records to a file first, and pass its name." if name in RECORD_FILES else ""
+                foreign.append(f"{origin}: {key}: {error}; expected a text, a number, or a list of these.{file}")
+        if foreign:  # it would be taken for missing, and reported again
+            raise BadSettings([*self.problems, *foreign])
         return self._checked(entries)
+
+    def _yaml_of_keyword(self, config: Any, origin: str) -> dict[str, Entry]:
+        if isinstance(config, str | os.PathLike):
+            return self._yaml_entries(os.fspath(config))
+        self.problems.append(
+            f"{origin}: config is a {type(config).__name__}; expected the path of a YAML file. Settings themselves are "
+            "keywords: lora_rank=8."
+        )
+        return {}
 
     def _checked(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
         """The entries with translated values; characters that are invalid in file names or text become a problem."""
         for name, entry in entries.items():
             words = entry.value if isinstance(entry.value, list) else [entry.value]
-            if not all(_is_writable(word, is_name=name not in TEXTS) for word in words):
+            if name in (*MODEL_FOLDERS, *RECORD_FILES) and "" in words:
+                self.problems.append(
+                    f"{entry.place(name)}: expected a name; an empty one would mean the working directory. Is a "
+                    "variable not set? Leave it out, or write `.`."
+                )
+            elif not all(_is_writable(word, is_name=name not in TEXTS) for word in words):
                 self.problems.append(
                     f"{entry.place(name)}: it contains a NUL or an incomplete character. {_remedy('Type it again.')}"
                 )
@@ -217,11 +242,24 @@ def _remedy(otherwise: str) -> str:
 
 
 def _as_written(value: Any) -> str | list[str]:
-    """A Python value as it would be written in YAML, so that all sources of settings are read and checked alike."""
-    if isinstance(value, list | tuple):
-        return [str(item) for item in value]
+    """A Python value as it would be written in YAML, so that all sources of settings are read and checked alike.
+
+    Raises TypeError, naming the type, for a value that no file of settings can hold: records, an array, a model.
+    """
     if isinstance(value, Mapping):
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False, default=_word)
+    if isinstance(value, list | tuple):
+        return [_word(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(_word, value))
+    return _word(value)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, Enum):
+        return str(value.value)
+    if callable(value) or (isinstance(value, Iterable) and not isinstance(value, str)):
+        raise TypeError(f"its value is of the type {type(value).__name__}")
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

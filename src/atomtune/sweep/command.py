@@ -141,9 +141,11 @@ def _planned(settings: SweepSettings, console: Console) -> Sweep:
     starting = time.monotonic() - began  # each trial also starts Python, imports the libraries and reads the records
     held_out = int(forecast["records_held_out"])
     if not held_out and not settings.train.data.eval_path:
-        raise UserError(
-            "A sweep compares trials by the loss of held-out records, and there are too few records to hold some out "
-            "automatically. Pass --eval_size N, or --eval_path FILE."
+        raise BadSettings(
+            [
+                "A sweep compares trials by the loss of held-out records, and there are too few records to hold some "
+                "out automatically. Pass --eval_size N, or --eval_path FILE."
+            ]
         )
     if not tried or settings.trials:
         tried = {**_usual(settings, float(forecast["learning_rate"])), **tried}

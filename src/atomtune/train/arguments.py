@@ -41,6 +41,7 @@ def trainer_arguments(settings: TrainSettings) -> TrainingArguments:
         "restore_callback_states_from_checkpoint": False,
         "enable_jit_checkpoint": False,  # every run saves a checkpoint when it is stopped, on SIGTERM too
     }
+    values.setdefault("log_level_replica", "passive")  # otherwise all processes but the first print more than that one
     # Every adapter weight gets a gradient in every step. Where that is not so, train/run.py sets it to True.
     values.setdefault("ddp_find_unused_parameters", False)
     # Each rank reads the stream and takes its part, because batches do not hold only tensors

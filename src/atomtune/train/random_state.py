@@ -15,7 +15,8 @@ def random_state_kept() -> Iterator[None]:
     Even an evaluation without dropout draws some: torch's DataLoader seeds its workers from the process's generator.
     """
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    # Reading a GPU's generator would claim the GPU, which inspect and sweep leave to others.
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices=gpus):
             yield

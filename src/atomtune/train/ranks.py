@@ -49,6 +49,19 @@ def lost_processes(error: BaseException, args: TrainingArguments) -> str:
     return ""
 
 
+def wait_for_the_first() -> None:
+    """Wait until the first process of a job, which alone writes the results, has come here too.
+
+    All ranks must call this. Raises RunFailed if one of them has ended before.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    try:
+        torch.distributed.barrier()
+    except RuntimeError as error:
+        raise RunFailed(f"another process of the job has ended, or is silent. Its output says why.\n{error}") from error
+
+
 def on_any_rank(flag: bool, args: TrainingArguments) -> bool:
     """Whether the flag is True on at least one rank. All ranks must call this."""
     if args.world_size <= 1:

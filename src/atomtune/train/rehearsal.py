@@ -1,6 +1,7 @@
 """Rehearsal: tries on small objects what a library would only refuse later, before data and model are read."""
 
 import copy
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,7 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
     kernels = liger.problems(liger_circumstances(settings.trainer, args))
     problems = [*_folder_problems(settings, Path(args.output_dir)), *_optimizer_problems(args), *_hub_problems(args)]
     problems += kernels
+    problems += _problems_of_many_processes(args)
     problems += layout_problems(settings.data.layout, why_padded_by_settings(args))
     most_workers = _WORKERS_A_CORE * (os.cpu_count() or 1)
     if args.dataloader_num_workers > most_workers:
@@ -81,6 +83,22 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
         read_config(str(settings.model.model_path), trust_remote_code=settings.model.trust_remote_code)
     else:
         check_targets(settings.model, settings.lora)
+
+
+def _problems_of_many_processes(args: TrainingArguments) -> Iterator[str]:
+    """How accelerate's settings would give the processes of a run other batches than those that are counted."""
+    if args.world_size <= 1:
+        return
+    if args.accelerator_config.dispatch_batches:
+        yield (
+            "--accelerator_config dispatch_batches: the first process cannot send our batches to the others, because "
+            "they hold more than tensors. Leave it out: each process reads its own part."
+        )
+    if args.accelerator_config.split_batches:
+        yield (
+            "--accelerator_config split_batches: --per_device_train_batch_size is what each process gets, and is not "
+            f"split again. Leave it out, and divide the batch by {args.world_size} yourself."
+        )
 
 
 def _folder_problems(settings: TrainSettings, folder: Path) -> Iterator[str]:
@@ -185,7 +203,21 @@ def check_targets(model: ModelSettings, lora: LoraSettings) -> None:
 
 
 def check_last_batch(args: TrainingArguments, records: int) -> None:
-    """Raise BadSettings if --dataloader_drop_last would drop all records, because they do not fill one batch."""
+    """Raise BadSettings if the last batch would end the run, or is all there is and dropped.
+
+    Without accelerate's even_batches, processes with different numbers of batches wait for each other in vain at the
+    end of an epoch.
+    """
+    batches = math.ceil(records / args.per_device_train_batch_size)
+    fills = args.accelerator_config.even_batches or args.dataloader_drop_last
+    if args.world_size > 1 and not fills and batches % args.world_size:
+        raise BadSettings(
+            [
+                f"--accelerator_config even_batches false: {records:,} records make {batches:,} batches, which "
+                f"{args.world_size} processes cannot share evenly, so the epoch would never end. Leave it out, or pass "
+                "--dataloader_drop_last."
+            ]
+        )
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and records < batch:
         raise BadSettings(
