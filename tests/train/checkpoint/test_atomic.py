@@ -97,6 +97,13 @@ def test_sealing_replaces_own_checkpoints_and_moves_foreign_folders_aside(tmp_pa
     (tmp_path / "checkpoint-6" / "notes.txt").write_text("mine")
     assert damage(sealed(tmp_path, 6)) == []
     assert (tmp_path / "checkpoint-6.other-1" / "notes.txt").read_text() == "mine"
+    # A link is foreign too, wherever it leads.
+    elsewhere = sealed(tmp_path / "elsewhere", 2)
+    for step, goal in ((8, elsewhere), (10, tmp_path / "nowhere")):
+        (tmp_path / f"checkpoint-{step}").symlink_to(goal)
+        assert damage(sealed(tmp_path, step)) == []
+        assert (tmp_path / f"checkpoint-{step}.other-1").readlink() == goal
+    assert damage(elsewhere) == []
 
 
 def test_rotation_keeps_the_newest_the_protected_and_everything_a_user_made(tmp_path):
