@@ -115,6 +115,25 @@ def test_independent_answers_within_a_record_count_as_separate_observations():
     assert share([5] * 4, [10] * 4).as_list() == approx(share(*one_each(20, 20)).as_list())
 
 
+def test_answers_that_vary_less_than_chance_count_no_more_than_all_of_them():
+    varied_less = share([5, 5, 5, 6], [10] * 4)
+    assert varied_less.as_list() == approx(share(*one_each(21, 19)).as_list())
+
+
+def test_a_record_with_most_of_the_answers_counts_for_little_more_than_one():
+    # Wilson's interval of n answers that are all right ends at n / (n + z^2); Kish's n is the sum squared by the
+    # sum of squares. Records without answers count for nothing.
+    kish = 10**2 / (1**2 + 9**2)
+    assert share([1, 9, 0], [1, 9, 0]).low == approx(kish / (kish + 1.959964**2))
+
+
+def test_records_without_answers_do_not_change_an_interval():
+    ours, theirs = ([1, 0, 2, 1], [2, 1, 2, 2]), ([0, 0, 1, 1], [2, 1, 2, 2])
+    with_empty = [tuple([*column, 0, 0] for column in columns) for columns in (ours, theirs)]
+    assert share(*with_empty[0]).as_list() == approx(share(*ours).as_list())
+    assert share_difference(*with_empty).as_list() == approx(share_difference(ours, theirs).as_list())
+
+
 def test_the_difference_of_shares_matches_the_bonett_price_formula():
     """Their formula uses the counts of records that both models, only one, or neither answered right."""
     for both, only_we, only_they, neither in itertools.product(range(4), repeat=4):
