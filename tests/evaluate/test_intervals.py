@@ -120,6 +120,15 @@ def test_answers_that_vary_less_than_chance_count_no_more_than_all_of_them():
     assert varied_less.as_list() == approx(share(*one_each(21, 19)).as_list())
 
 
+def test_the_number_of_answers_that_count_follows_from_how_much_the_records_differ():
+    # p = 6/16; the squares of right - 4 p sum up to 5, so the variance of p is 5 / 16^2 * 4/3, and n = p (1 - p) / it.
+    p, n, z = 6 / 16, 9.0, 1.959964
+    assert p * (1 - p) / (5 / 16**2 * 4 / 3) == approx(n)
+    ends = [(p + z**2 / (2 * n) + sign * z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))) for sign in (-1, 1)]
+    figure = share([2, 0, 1, 3], [4] * 4)
+    assert [figure.low, figure.high] == approx([end / (1 + z**2 / n) for end in ends])
+
+
 def test_a_record_with_most_of_the_answers_counts_for_little_more_than_one():
     # Wilson's interval of n answers that are all right ends at n / (n + z^2); Kish's n is the sum squared by the
     # sum of squares. Records without answers count for nothing.
