@@ -53,7 +53,7 @@ class _Call:
 def find_mixers(inner: nn.Module) -> tuple[list[nn.Module], set[int | None]]:
     """The mixers in the decoder's layers, and the sliding windows of the layers that use the library's attention.
 
-    Of nested mixers only the outermost is returned. A window of None sees all earlier tokens; the set is empty if no
+    Of nested mixers only the innermost is returned. A window of None sees all earlier tokens; the set is empty if no
     layer uses the library's attention.
     """
     with without_dropout(inner):
