@@ -7,6 +7,7 @@ from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.records import Record, Turn
 from atomtune.model.generate import prompt_ids
 from tests.tiny import CHATML, GEMMA, tokenizer_of
+from tests.trained import WEATHER
 
 
 def records() -> list[Record]:
@@ -19,6 +20,7 @@ def records() -> list[Record]:
         Record((Turn("user", "你是谁？"), answered), "a:5"),
         Record((Turn("user", "What is <|im_end|>?"), answered), "a:6"),  # a control string in some tokenizers
         Record((Turn("text", "A text."),), "a:7"),
+        Record((asked, Turn("assistant", "I sleep.", learn=0)), "a:8"),
     ]
 
 
@@ -33,6 +35,9 @@ def test_every_prompt_kind_is_chosen_once_before_any_repeats(template):
     assert set(KINDS) - {"tools"} == set(kinds[:5])
     assert {prompt.origin for prompt in prompts if prompt.reference_ids} == {"a:1", "a:2", "a:3", "a:4", "a:5"}
     assert "our own" in {prompt.origin for prompt in prompts if prompt.kind == "look-alike"}
+    of_records = {prompt.origin: prompt.kind for prompt in prompts if prompt.reference_ids}
+    kinds = {"a:1": "one turn", "a:2": "one turn", "a:3": "several turns", "a:4": "system", "a:5": "Chinese"}
+    assert of_records == kinds
 
 
 def test_prompt_ids_match_training_and_references_end_with_the_stop_token(template):
@@ -68,3 +73,22 @@ def test_requests_carry_run_variables_overridden_by_record_variables():
     asked = template.render(prompt.request.messages, variables=prompt.request.variables)
     assert list(prompt.prompt_ids) == template.tokenizer(asked, add_special_tokens=False)["input_ids"]
     assert asked.endswith("</think>\n\n")
+
+
+def test_a_record_with_tools_is_asked_with_its_tools_as_in_training():
+    template = load_template("qwen3", tokenizer_of("bytes", CHATML))
+    tools = (WEATHER,)
+    record = Record((Turn("user", "Will it rain?"), Turn("assistant", "Yes.")), "a:1", tools=tools)
+    (prompt, *_) = choose_prompts([record], template, count=1, max_tokens=1000)
+    assert (prompt.kind, prompt.request.tools) == ("tools", tools)
+    asked = template.render(prompt.request.messages, tools=tools)
+    assert "weather" in asked
+    assert list(prompt.prompt_ids) == template.tokenizer(asked, add_special_tokens=False)["input_ids"]
+
+
+def test_a_record_is_asked_up_to_the_longest_example_of_training(template):
+    (prompt,) = choose_prompts(records()[:1], template, count=1, max_tokens=256)
+    longest = len(prompt.prompt_ids) + len(prompt.reference_ids)
+    for max_tokens, is_asked in ((longest, True), (longest - 1, False)):
+        (first,) = choose_prompts(records()[:1], template, count=1, max_tokens=max_tokens)
+        assert (first.origin == "a:1") is is_asked

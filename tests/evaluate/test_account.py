@@ -28,6 +28,24 @@ def test_records_that_only_one_of_two_templates_refuses_are_refused_with_its_mod
     assert note == "not evaluated:\na:2  no key output.\na:3  no system role (template of two)."
 
 
+def test_a_record_that_all_templates_refuse_is_counted_once_and_a_lone_template_is_not_named():
+    broken = Refusal("a:3", "no system role", RefusalKind.TEMPLATE, broken=False)
+    other = Refusal("a:3", "it is too long", RefusalKind.TOO_LONG)
+    account = account_of({"one": ledger(broken), "two": ledger(other)}, [], wanted=None, max_tokens=64, sources=["a"])
+    (refusal,) = account.refused
+    assert (refusal.reason, refusal.broken) == ("no system role (template of one)", False)
+    alone = account_of({"one": ledger(broken)}, [], wanted=None, max_tokens=64, sources=["a"])
+    assert alone.refused == (broken,)
+
+
+def test_a_notice_of_several_templates_counts_each_record_once():
+    ledgers = {"one": ledger(used=5), "two": ledger(used=5)}
+    for number, of_template in enumerate(ledgers.values(), 2):
+        of_template.notices["a system prompt is left out"] = number
+    account = account_of(ledgers, ["a:1"], wanted=None, max_tokens=64, sources=["a"])
+    assert list(account.notes()) == ["a system prompt is left out in 3 records of a."]
+
+
 def test_a_record_is_shortened_by_as_much_as_the_template_that_removes_most():
     ledgers = {"one": ledger(cut={"a:1": 5, "a:2": 3}, used=2), "two": ledger(cut={"a:1": 7}, used=2)}
     account = account_of(ledgers, ["a:1", "a:2"], wanted=None, max_tokens=64, sources=["a"])

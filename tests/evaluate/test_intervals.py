@@ -115,6 +115,34 @@ def test_independent_answers_within_a_record_count_as_separate_observations():
     assert share([5] * 4, [10] * 4).as_list() == approx(share(*one_each(20, 20)).as_list())
 
 
+def test_answers_that_vary_less_than_chance_count_no_more_than_all_of_them():
+    varied_less = share([5, 5, 5, 6], [10] * 4)
+    assert varied_less.as_list() == approx(share(*one_each(21, 19)).as_list())
+
+
+def test_the_number_of_answers_that_count_follows_from_how_much_the_records_differ():
+    # p = 6/16; the squares of right - 4 p sum up to 5, so the variance of p is 5 / 16^2 * 4/3, and n = p (1 - p) / it.
+    p, n, z = 6 / 16, 9.0, 1.959964
+    assert p * (1 - p) / (5 / 16**2 * 4 / 3) == approx(n)
+    ends = [(p + z**2 / (2 * n) + sign * z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))) for sign in (-1, 1)]
+    figure = share([2, 0, 1, 3], [4] * 4)
+    assert [figure.low, figure.high] == approx([end / (1 + z**2 / n) for end in ends])
+    assert share([2, 0, 1, 3, 0, 0], [4, 4, 4, 4, 0, 0]) == figure, "records without answers count for nothing"
+
+
+def test_a_record_with_most_of_the_answers_counts_for_little_more_than_one():
+    # Wilson's interval of n answers that are all right ends at n / (n + z^2); Kish's n is the sum squared by the
+    # sum of squares. Records without answers count for nothing.
+    kish = 10**2 / (1**2 + 9**2)
+    assert share([1, 9, 0], [1, 9, 0]).low == approx(kish / (kish + 1.959964**2))
+
+
+def test_records_without_answers_do_not_change_a_difference():
+    ours, theirs = ([1, 0, 2, 1], [2, 1, 2, 2]), ([0, 0, 1, 1], [2, 1, 2, 2])
+    with_empty = [tuple([*column, 0, 0] for column in columns) for columns in (ours, theirs)]
+    assert share_difference(*with_empty).as_list() == approx(share_difference(ours, theirs).as_list())
+
+
 def test_the_difference_of_shares_matches_the_bonett_price_formula():
     """Their formula uses the counts of records that both models, only one, or neither answered right."""
     for both, only_we, only_they, neither in itertools.product(range(4), repeat=4):

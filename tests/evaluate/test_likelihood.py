@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from atomtune.batch.collate import Collator
 from atomtune.data.records import Example
+from atomtune.evaluate import likelihood
 from atomtune.evaluate.likelihood import TargetScores, score_targets
 from atomtune.model.layout_support import why_padded, windows_of
 
@@ -19,7 +20,8 @@ def records() -> list[tuple[Example, ...]]:
     first = Example((*shared, 61, 62, 63), (0,) * 31 + (1, 1), "a:1")
     twice = Example((*shared, 61, 71), (0,) * 31 + (2,), "a:2")
     answers = Example((*shared, 81, 82, 83, 84), (0,) * 30 + (1, 0, 0, 1), "a:3")
-    return [(first,), (twice,), (answers, Example((5, 6, 7), (0, 0, 1), "a:3")), (first,)]
+    short = Example((5, 6, 7), (0, 0, 1), "a:3")
+    return [(first,), (twice,), (short,), (answers, short), (first,)]
 
 
 def plainly(model, examples: tuple[Example, ...]) -> TargetScores:
@@ -38,7 +40,10 @@ def plainly(model, examples: tuple[Example, ...]) -> TargetScores:
 
 @pytest.mark.parametrize("layout", ["tree", "padded"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
-def test_batched_scores_equal_those_of_each_record_alone(models, family, layout):
+def test_batched_scores_equal_those_of_each_record_alone(models, family, layout, monkeypatch):
+    # As with a large vocabulary, one target at a time; and as with long rotary scales, short records in another batch.
+    monkeypatch.setattr(likelihood, "CHUNK_LOGITS", 1)
+    monkeypatch.setattr(likelihood, "rotary_limit", lambda config: 10)
     plain = AutoModelForCausalLM.from_pretrained(models(family), dtype=torch.float64).eval()
     expected = [plainly(plain, record) for record in records()]
     model = AutoModelForCausalLM.from_pretrained(models(family), dtype=torch.float64).eval()

@@ -2,8 +2,8 @@
 
 from atomtune.data.cache import Rules
 from atomtune.data.encoding.choose_template import load_template
-from atomtune.data.records import Turn
-from atomtune.evaluate.questions import answer_text, read_records
+from atomtune.data.records import Example, Record, Turn
+from atomtune.evaluate.questions import answer_text, eval_record, read_records
 from atomtune.model.generate import prompt_ids
 from tests.conftest import DIALOGUES, write_jsonl
 from tests.tiny import CHATML, tokenizer_of
@@ -36,6 +36,21 @@ def test_each_answer_of_a_conversation_is_a_question_with_all_earlier_turns(tmp_
     (record,) = records.values()
     assert [question.reference for question in record.questions] == [turns[1][1], turns[3][1]]
     assert list(record.questions[1].prompt_ids) == prompt_ids(template, messages[:3])
+    assert record.user_text == "晚安"
+
+
+def test_only_what_is_learned_is_asked_with_the_users_words_before_it():
+    tokenizer = tokenizer_of("bytes", CHATML)
+    example = Example((5, 6, 7, 8), (0, 0, 1, 1), "a:1")
+    call = ({"name": "weather", "arguments": {}},)
+    turns = (
+        *(Turn("user", "Who?"), Turn("assistant", "I."), Turn("user", "Rain?")),
+        Turn("assistant", "", calls=call, learn=0),
+    )
+    record = eval_record(Record(turns, "a:1"), (example,), tokenizer)
+    assert (record.user_text, record.calls, len(record.questions)) == ("Who?", False, 1)
+    text = eval_record(Record((Turn("text", "A text."),), "a:2"), (example,), tokenizer)
+    assert (text.user_text, text.questions, text.examples) == ("", (), (example,))
 
 
 def test_a_character_split_by_the_token_limit_is_left_out_of_the_text():

@@ -18,6 +18,7 @@ CALL = '{"name": "weather", "arguments": {"city": "北京"}}'
         ('{"name": "stocks", "arguments": {}}', 1, 0),  # a tool that the record does not offer
         ('{"name": "weather", "arguments": {"city": "x"', 0, 0),  # cut off
         ('{"city": "x"}', 0, 0),  # an object that is no call
+        ('{"name": "weather"}', 0, 0),  # a name alone is none either
         ("It is sunny {today}.", 0, 0),
         ("<tool_call>\n<function=weather>\n<parameter=city>\n北京\n</parameter>\n</function>\n</tool_call>", 1, 1),
         ("<function=weather></function>\n<function=stocks>\n<parameter=x>", 1, 1),  # the second is cut off

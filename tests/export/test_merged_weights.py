@@ -96,3 +96,19 @@ def test_a_changed_base_tensor_is_detected(models, tmp_path):
     assert merged_weights.compare_weights(adapted, written).problems == (
         "model.norm.weight: its numbers are not the base's",
     )
+
+
+def test_a_number_that_is_none_a_matrix_of_another_shape_and_a_missing_tensor_are_detected(models, tmp_path):
+    adapted, written = merged_by(
+        nothing, models("llama"), adapter_on(models("llama"), tmp_path, size=0.01), torch.float32
+    )
+    first, second = written.model.layers
+    with torch.no_grad():
+        first.mlp.up_proj.weight[0, 0] = torch.nan
+    first.self_attn.q_proj = torch.nn.Linear(2, 2, bias=False)
+    del second.input_layernorm.weight
+    assert merged_weights.compare_weights(adapted, written).problems == (
+        "model.layers.0.mlp.up_proj.weight: 1 of 2,048 numbers are not base + adapter",
+        "model.layers.0.self_attn.q_proj.weight: missing from the written files, or of another shape",
+        "model.layers.1.input_layernorm.weight: not in the written files",
+    )

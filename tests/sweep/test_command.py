@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from filelock import FileLock
 
 from atomtune import sweep
@@ -18,9 +20,10 @@ from atomtune.cli import main
 from atomtune.console import Console
 from atomtune.errors import BadSettings
 from atomtune.language import spoken
-from atomtune.sweep.command import _shown
+from atomtune.sweep import trial_process
+from atomtune.sweep.command import _next, _shown
 from atomtune.sweep.search import Grid
-from atomtune.sweep.trials import Trial
+from atomtune.sweep.trials import Sweep, Trial
 from tests.conftest import numbered_dialogues, write_jsonl
 from tests.tiny import build
 
@@ -197,6 +200,18 @@ def test_the_line_of_a_trial_is_chinese(capsys):
     assert capsys.readouterr().out.startswith("第 1 次试验，共 2 次：learning_rate 0.001\n")
 
 
+def test_a_resumed_sweep_repeats_every_trial_without_a_result_once():
+    statuses = ("finished", "failed", "pruned", "running", "stopped", "waiting")
+    trials = tuple(Trial(n, {"lora_rank": str(n)}, status) for n, status in enumerate(statuses, 1))
+    tried = {"lora_rank": tuple(map(str, range(1, 8)))}
+    sweep, attempted = Sweep("running", {}, tried, trials), set()
+    while (trial := _next(sweep, Grid(tried), attempted)) is not None:
+        assert trial.number not in attempted
+        attempted.add(trial.number)
+        sweep = sweep.with_trial(replace(trial, status="failed"))
+    assert attempted == {2, 4, 5, 6, 7}
+
+
 def test_a_sweep_does_not_mix_with_other_files(run, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert main(["sweep", *run, *RATES, "--output_dir", str(tmp_path)]) == 2
@@ -217,6 +232,104 @@ def test_without_try_three_learning_rates_around_the_derived_one_are_tried(run, 
     assert result.load().chat("?") is not None
     with pytest.raises(BadSettings, match="already holds a sweep"):
         sweep(**paths, output_dir=tmp_path / "out")
+
+
+#: Stands for Python with `-m atomtune plan` or `train`. The loss is lowest at a learning rate of 2e-3 and rank 8.
+PROGRAM = """#!{python}
+import json, math, pathlib, sys, yaml
+command, file = sys.argv[3:5]
+settings = yaml.safe_load(open(file))
+if command == "plan":
+    print(json.dumps({{"records_held_out": 5, "learning_rate": 0.001, "seconds": 0.5}}))
+    sys.exit()
+rate, rank = float(settings["learning_rate"]), int(settings.get("lora_rank", 8))
+if rate > 1:
+    sys.exit("atomtune train: Out of memory.")
+folder = pathlib.Path(settings["output_dir"])
+folder.mkdir(exist_ok=True)
+loss = 1 + abs(math.log10(rate / 2e-3)) + abs(math.log2(rank / 8))
+history = [{{"step": 0, "loss": 9.0}}, {{"step": 4, "loss": loss}}]
+record = {{"eval_history": history, "steps": 4, "steps_planned": 4, "eval_loss": loss, "records_held_out": ["d:1"]}}
+(folder / "run.json").write_text(json.dumps(record))
+"""
+
+
+@pytest.fixture
+def by_stand_in(tmp_path, monkeypatch):
+    """A function that sweeps with PROGRAM in place of Python, so that a trial takes no time; returns the exit code."""
+    file = tmp_path / "program"
+    file.write_text(PROGRAM.format(python=sys.executable))
+    file.chmod(0o755)
+    monkeypatch.setattr(trial_process, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(sys, "executable", str(file))
+    data = write_jsonl(tmp_path / "d.jsonl", numbered_dialogues())
+    words = ["sweep", "--model_path", "base", "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    return lambda *more: main([*words, *more])
+
+
+def tried_in(folder: Path) -> list[dict]:
+    return [trial["settings"] for trial in sweep_record(folder)["trials"]]
+
+
+def test_the_first_sampled_trial_is_the_usual_run_and_fixed_settings_are_not_tried(by_stand_in, tmp_path):
+    pytest.importorskip("optuna")
+    out = tmp_path / "out"
+    assert by_stand_in("--trials", "3", "--lora_dropout", "0.2") == 0
+    first, *others = tried_in(out)
+    assert first == {"learning_rate": "0.001", "lora_rank": "8"}  # as planned, and the default
+    assert len(others) == 2 and all(1e-4 <= float(settings["learning_rate"]) <= 1e-2 for settings in others)
+    losses = {trial["name"]: trial["eval_loss"] for trial in named_trials(out)}
+    assert sweep_record(out)["best"] == min(losses, key=losses.__getitem__)
+    # More trials, which are chosen from the results of the earlier ones.
+    assert by_stand_in("--trials", "5", "--lora_dropout", "0.2", "--resume") == 0
+    assert tried_in(out)[:3] == [first, *others] and len(tried_in(out)) == 5
+
+
+def named_trials(folder: Path) -> list[dict]:
+    return [{**trial, "name": f"trial-{trial['number']}"} for trial in sweep_record(folder)["trials"]]
+
+
+def test_only_the_settings_of_try_are_tried_and_a_range_begins_in_its_middle(by_stand_in, tmp_path):
+    pytest.importorskip("optuna")
+    assert by_stand_in("--trials", "2", "--try", "learning_rate=1e-4:1e-2", "lora_rank=4,16") == 0
+    assert [set(settings) for settings in tried_in(tmp_path / "out")] == 2 * [{"learning_rate", "lora_rank"}]
+    assert tried_in(tmp_path / "out")[0]["learning_rate"] == "0.001"
+
+
+def test_a_sweep_without_try_runs_three_rates_and_its_files_hold_all_settings(by_stand_in, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert by_stand_in("--max_steps", "4", "--save_total_limit", "2") == 0
+    assert tried_in(out) == [{"learning_rate": rate} for rate in ("0.001", "0.00033", "0.003")]
+    said = capsys.readouterr().out
+    assert "3 trials, in" in said and "lowest of those tried" not in said and "highest of those tried" in said
+    assert "trial-1  learning_rate 0.001  held-out loss 1.3010 at step 4, the best so far (" in said
+    assert "trial-2  learning_rate 0.00033  held-out loss 1.7825 at step 4 (" in said
+    best, trial = (yaml.safe_load((out / name).read_text()) for name in ("run.yaml", "trial-3.yaml"))
+    assert best["learning_rate"] == 0.003 and best["max_steps"] == 4 and "output_dir" not in best
+    assert trial == {**best, "output_dir": str(out / "trial-3")}
+    assert (trial["save_total_limit"], sweep_record(out)["records_held_out"]) == (2, 5)
+
+
+def test_a_trial_keeps_few_checkpoints_by_default_and_what_it_held_out_is_counted(by_stand_in, tmp_path, capsys):
+    # Of a sweep that cannot be planned, the trials themselves tell how many records they hold out.
+    out = tmp_path / "out"
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", numbered_dialogues()[:1])
+    streamed = ("--streaming", "--max_steps", "4", "--eval_path", str(held_out))
+    assert by_stand_in(*streamed) == 2
+    assert "the learning rates to try must be named" in capsys.readouterr().err
+    assert by_stand_in(*streamed, "--try", "learning_rate=1e-3") == 0
+    assert yaml.safe_load((out / "trial-1.yaml").read_text())["save_total_limit"] == 1
+    assert sweep_record(out)["records_held_out"] == 1 and sweep_record(out)["seconds_expected"] is None
+
+
+def test_a_sweep_whose_trials_all_fail_gives_their_reasons_and_is_repeated_by_a_resume(by_stand_in, tmp_path, capsys):
+    assert by_stand_in("--try", "learning_rate=5,6") == 3
+    said = capsys.readouterr().err
+    assert "trial-1 (learning_rate 5): Out of memory." in said and "trial-2 (learning_rate 6): Out of memory." in said
+    assert not (tmp_path / "out" / "run.yaml").exists()
+    assert by_stand_in("--try", "learning_rate=5,6,1e-3", "--resume") == 0
+    assert [trial["status"] for trial in sweep_record(tmp_path / "out")["trials"]] == ["failed", "failed", "finished"]
+    assert (tmp_path / "out" / "trial-1.log").read_text().count("Out of memory") == 2
 
 
 def test_resuming_a_sweep_requires_the_whole_command(tmp_path, capsys):

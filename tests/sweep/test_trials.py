@@ -5,7 +5,7 @@ import json
 import pytest
 
 from atomtune.errors import BadSettings
-from atomtune.sweep.trials import Sweep, Trial, read_sweep_record, write_sweep
+from atomtune.sweep.trials import Status, Sweep, Trial, read_sweep_record, write_sweep
 
 TRIAL = {
     "number": 1,
@@ -57,6 +57,22 @@ def test_a_malformed_sweep_record_is_refused_naming_the_field(tmp_path, values):
         read_sweep_record(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "\udcff"])
+def test_a_sweep_record_that_is_not_json_is_refused(tmp_path, content):
+    (tmp_path / "sweep.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(BadSettings, match="cannot be read"):
+        read_sweep_record(tmp_path)
+
+
 def test_a_loss_of_zero_is_the_lowest():
     trials = tuple(Trial(number, {}, "finished", loss) for number, loss in enumerate((0.5, 0.0), 1))
     assert Sweep("running", {}, {}, trials).best == trials[1]
+
+
+def test_the_best_is_a_finished_trial_and_of_equal_ones_the_earlier():
+    losses: list[tuple[Status, float]] = [("pruned", 0.1), ("stopped", 0.2), ("finished", 0.5), ("finished", 0.5)]
+    trials = tuple(Trial(number, {}, status, loss) for number, (status, loss) in enumerate(losses, 1))
+    sweep = Sweep("running", {}, {}, trials[::-1])
+    assert [trial.number for trial in sweep.ranked()] == [3, 4]
+    better = Trial(4, {}, "finished", 0.4)
+    assert [trial.number for trial in sweep.with_trial(better).ranked()] == [4, 3]

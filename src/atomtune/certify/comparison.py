@@ -251,7 +251,7 @@ def _goes_on(text: str, longer: str, theirs: str) -> bool:
         return theirs.startswith(text) and not theirs[len(text) : len(text) + 1].isascii()
     if longer == text:  # a stop token
         return theirs == text.rstrip()
-    return theirs.startswith(longer.rstrip())
+    return theirs.startswith(longer) or theirs == longer.rstrip()  # white space at its end is removed from `theirs`
 
 
 def _around(text: str, at: int) -> str:

@@ -190,8 +190,8 @@ def _not_nearest(merged: torch.Tensor, base: torch.Tensor, deltas: Sequence[torc
     rounding = dtype.eps / 2 * exact.abs().clamp(min=dtype.smallest_normal)  # below that, numbers are evenly spaced
     sums = 8 * torch.finfo(torch.float32).eps * (base.abs() + largest)
     off_by = (merged.double() - exact).abs()
-    wrong = int((off_by > rounding + sums).sum())
-    if not wrong and bool(torch.isfinite(merged).all()):
+    wrong = int((~(off_by <= rounding + sums)).sum())  # written so that NaN is wrong too
+    if not wrong:
         return []
     return [f"{wrong:,} of {merged.numel():,} numbers are not base + adapter"]
 

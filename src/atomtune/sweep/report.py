@@ -58,7 +58,7 @@ def _at_an_end(sweep: Sweep, best: Trial) -> Iterator[str]:
     for name, word in best.settings.items():
         try:
             # a resumed sweep may try a setting that its earlier trials left as it was
-            numbers = sorted({float(trial.settings[name]) for trial in sweep.ranked() if name in trial.settings})
+            numbers = sorted({float(trial.settings[name]) for trial in sweep.trials if name in trial.settings})
             value = float(word)
         except ValueError:
             continue

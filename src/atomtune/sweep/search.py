@@ -73,7 +73,7 @@ class Sampled:
         return {name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in params.items()}
 
     def watching(self, trial: Trial, trials: Sequence[Trial]) -> Watch:
-        study = self._study([other for other in trials if other.number != trial.number])
+        study = self._study(trials)
         study.enqueue_trial({name: self._value(name, word) for name, word in trial.settings.items()})
         live = study.ask(self.distributions)
         reported: set[int] = set()
@@ -83,7 +83,7 @@ class Sampled:
                 if percent not in reported:
                     reported.add(percent)
                     live.report(loss, percent)
-            return bool(reported and live.should_prune())
+            return bool(live.should_prune())
 
         return is_behind
 
@@ -99,11 +99,7 @@ class Sampled:
                 n_startup_trials=TRIALS_BEFORE_PRUNING, n_warmup_steps=PERCENT_BEFORE_PRUNING
             ),
         )
-        states = {
-            "finished": optuna.trial.TrialState.COMPLETE,
-            "pruned": optuna.trial.TrialState.PRUNED,
-            "failed": optuna.trial.TrialState.FAIL,
-        }
+        states = {"finished": optuna.trial.TrialState.COMPLETE, "pruned": optuna.trial.TrialState.PRUNED}
         for trial in trials:
             if trial.status in states:
                 steps = max((step for step, _ in trial.eval_history), default=0)
@@ -159,4 +155,4 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 def _by_percent(history: Sequence[tuple[int, float]], steps: int) -> dict[int, float]:
     """Percent of the steps → held-out loss, so that trials of different lengths are compared at the same progress."""
-    return {round(100 * step / steps): loss for step, loss in history if step > 0 and steps and math.isfinite(loss)}
+    return {round(100 * step / steps): loss for step, loss in history if step > 0 and steps}

@@ -1,6 +1,8 @@
 """A sealed folder is complete or detected as damaged; rotation removes only our own folders."""
 
+import errno
 import json
+import math
 import os
 import random
 import sys
@@ -14,6 +16,7 @@ from atomtune.train.checkpoint.atomic import (
     checkpoints,
     clear_staging,
     damage,
+    remove,
     rotate,
     seal,
     staged,
@@ -27,7 +30,7 @@ def sealed(folder: Path, step: int, content: bytes = b"weights") -> Path:
     (staging / "inner").mkdir(parents=True)
     (staging / "adapter.safetensors").write_bytes(content)
     (staging / "inner" / "state.json").write_text('{"a": 1}')
-    seal(staging, final, {"step": step, "identity": {"seed": 42}})
+    seal(staging, final, {"step": step, "identity": {"seed": 42, "limit": math.inf}})
     return final
 
 
@@ -94,6 +97,13 @@ def test_sealing_replaces_own_checkpoints_and_moves_foreign_folders_aside(tmp_pa
     (tmp_path / "checkpoint-6" / "notes.txt").write_text("mine")
     assert damage(sealed(tmp_path, 6)) == []
     assert (tmp_path / "checkpoint-6.other-1" / "notes.txt").read_text() == "mine"
+    # A link is foreign too, wherever it leads.
+    elsewhere = sealed(tmp_path / "elsewhere", 2)
+    for step, goal in ((8, elsewhere), (10, tmp_path / "nowhere")):
+        (tmp_path / f"checkpoint-{step}").symlink_to(goal)
+        assert damage(sealed(tmp_path, step)) == []
+        assert (tmp_path / f"checkpoint-{step}.other-1").readlink() == goal
+    assert damage(elsewhere) == []
 
 
 def test_rotation_keeps_the_newest_the_protected_and_everything_a_user_made(tmp_path):
@@ -101,7 +111,10 @@ def test_rotation_keeps_the_newest_the_protected_and_everything_a_user_made(tmp_
         sealed(tmp_path, step)
     for name in ("checkpoint-final", "checkpoint-3", "checkpoint-007", "backup"):  # no manifest, or another name
         (tmp_path / name).mkdir()
-    rotate(tmp_path, keep=2, protected=[tmp_path / "checkpoint-4"], notice=pytest.fail)
+    rotate(tmp_path, keep=0, protected=[], notice=pytest.fail)  # 0 means no limit, as in the Trainer
+    assert len(checkpoints(tmp_path)) == 6
+    protected = tmp_path / "backup" / ".." / "checkpoint-4"  # the same folder in other words
+    rotate(tmp_path, keep=2, protected=[protected], notice=pytest.fail)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {
         *("checkpoint-10", "checkpoint-8", "checkpoint-4"),
@@ -127,10 +140,27 @@ def test_rotation_leaves_a_symlinked_checkpoint_alone(tmp_path):
     assert damage(elsewhere) == []
 
 
+def test_a_checkpoint_that_cannot_be_removed_is_reported_and_the_others_are_removed(tmp_path, monkeypatch):
+    for step in (2, 4, 6):
+        sealed(tmp_path, step)
+    real, said = Path.rename, []
+
+    def rename(self, goal):
+        if self.name == "checkpoint-4":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(self, goal)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    rotate(tmp_path, keep=1, protected=[], notice=said.append)
+    assert said == [f"{tmp_path / 'checkpoint-4'} could not be removed: Permission denied."]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-4"]
+
+
 def test_leftover_staging_folders_of_a_killed_run_are_cleared(tmp_path):
     for name in (".saving-checkpoint-4", ".replaced-checkpoint-4", ".removing-checkpoint-2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("x")
+    (tmp_path / ".run.json.1a2b3c4d.part").write_text("{")
     kept = sealed(tmp_path, 6)
     clear_staging(tmp_path)
     assert list(tmp_path.iterdir()) == [kept]
@@ -206,6 +236,58 @@ def test_ctrl_c_at_any_moment_of_saving_a_step_again_loses_neither_copy(tmp_path
         if not was_interrupted:
             break
     assert place > 40 and kept == {b"old", b"new"}
+
+
+def test_ctrl_c_at_any_moment_of_a_removal_leaves_the_whole_checkpoint_or_none(tmp_path):
+    left = set()
+    for place in range(1, 1000):
+        final = sealed(tmp_path / str(place), 4)
+        was_interrupted = interrupted(lambda final=final: remove(final), place=place)
+        left.add(final.exists())
+        assert not final.exists() or damage(final) == []
+        clear_staging(final.parent)
+        assert [path.name for path in final.parent.iterdir()] == (["checkpoint-4"] if final.exists() else [])
+        if not was_interrupted:
+            break
+    assert left == {True, False}
+
+
+def test_a_folder_gets_its_name_only_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    # Without that, a loss of power may leave a checkpoint with its name and with empty files, or without its name.
+    synced, named = set(), []
+    real_sync, real_rename = os.fsync, Path.rename
+
+    def fsync(descriptor):
+        real_sync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def rename(self, goal):
+        if not goal.name.startswith("."):
+            assert {path.stat().st_ino for path in (self, *self.rglob("*"))} <= synced
+            synced.discard(goal.parent.stat().st_ino)
+            named.append(goal.name)
+        return real_rename(self, goal)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    sealed(tmp_path, 2)
+    assert tmp_path.stat().st_ino in synced
+    monkeypatch.setattr(Path, "rename", real_rename)
+    sealed(tmp_path, 4).rename(tmp_path / ".saving-checkpoint-4")  # as a kill before the last rename leaves it
+    sealed(tmp_path, 6).rename(tmp_path / ".replaced-checkpoint-6")
+    monkeypatch.setattr(Path, "rename", rename)
+    synced.clear()
+    clear_staging(tmp_path)
+    assert tmp_path.stat().st_ino in synced
+    assert named == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_of_two_complete_copies_of_a_step_the_one_saved_later_is_kept(tmp_path):
+    sealed(tmp_path, 4, b"old").rename(tmp_path / ".replaced-checkpoint-4")
+    sealed(tmp_path, 4, b"new").rename(tmp_path / ".saving-checkpoint-4")
+    clear_staging(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert (tmp_path / "checkpoint-4" / "adapter.safetensors").read_bytes() == b"new"
 
 
 def test_a_replaced_checkpoint_gets_its_name_back_if_no_other_has_it(tmp_path):

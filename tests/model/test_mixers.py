@@ -1,0 +1,62 @@
+"""Mixers: found by what they do to a sequence, and the probe that finds them leaves the model as it was."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from atomtune.model.loss import innermost
+from atomtune.model.mixers import find_mixers
+from tests.hybrids import hybrid
+
+
+def test_the_probe_leaves_the_model_as_it_was():
+    model = hybrid("qwen3_5_text")
+    inner = innermost(model)
+    model.train()
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.5
+    inner.set_attn_implementation("eager")
+
+    def state():
+        hooks = [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules()]
+        gradients = [weight.grad is None for weight in model.parameters()]
+        modes = [part.training for part in model.modules()]
+        return hooks, gradients, modes, inner.config._attn_implementation, torch.get_rng_state().tolist()
+
+    before = state()
+    assert len(find_mixers(inner)[0]) == 2
+    assert state() == before
+
+
+class Mean(nn.Module):
+    """Mixes tokens: each output is the normalized mean of all inputs so far; called as named by the test."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        means = x.cumsum(1) / torch.arange(1, x.shape[1] + 1, dtype=x.dtype)[:, None]  # [1, T, D]
+        return functional.layer_norm(self.out(means), x.shape[-1:]), None
+
+
+class ByName(nn.Module):
+    """Calls a layer with its input by name, and twice, as models do that share a layer."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.part(x=self.part(x=hidden)[0])[0]
+
+
+def test_a_layer_of_any_name_that_mixes_tokens_is_found_once(models):
+    inner = innermost(AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float64))
+    assert find_mixers(inner) == ([], {None}), "attention and MLPs are none"
+    mean = Mean(inner.config.hidden_size).double()
+    for layer in inner.model.layers:
+        layer.mlp = ByName(mean)
+    assert find_mixers(inner) == ([mean], {None})
