@@ -82,7 +82,7 @@ class StepGraphs:
         self._recorder, self._notice = recorder, notice
         self._seen: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, _Recording] = {}
-        self._played = self._launched = 0  # numbers of batches
+        self._shapes = self._played = self._launched = 0  # numbers of shapes recorded, and of batches
         self._most_apart = self._seconds = 0.0
         self._longest = 0  # tokens of the longest batch computed so far
         self._no_room: dict[str, int] = {}
@@ -96,7 +96,7 @@ class StepGraphs:
         no_room              the last batch that was not recorded for lack of memory: tokens, bytes needed, bytes free
         """
         return {
-            "shapes": len(self._recordings), "seconds": self._seconds, "replayed": self._played,
+            "shapes": self._shapes, "seconds": self._seconds, "replayed": self._played,
             "launched": self._launched, "apart": self._most_apart, "no_room": self._no_room,
         }  # fmt: skip
 
@@ -117,6 +117,7 @@ class StepGraphs:
             if recording is None:
                 return self._launch(batch)
             self._recordings[shape] = recording
+            self._shapes += 1
         self._played += 1
         return recording.play(fewer_shapes)
 
