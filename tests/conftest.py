@@ -79,6 +79,12 @@ def dialogues(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "dialogues.jsonl", numbered_dialogues())
 
 
+def pytest_collection_finish() -> None:
+    """Take what is imported by now out of Python's search for garbage, which each run of the Trainer starts anew."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests that use real material as slow: `make test` skips them, `make test-slow` runs them."""
     for item in items:
@@ -104,6 +110,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`models("llama")` is the folder of a tiny model of that family with a tokenizer, built once per session."""
     from tests.tiny import build
 
+    shorten_runs()
+
     built: dict[str, Path] = {}
 
     def folder(family: str) -> Path:
@@ -112,6 +120,26 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return built[family]
 
     return folder
+
+
+def shorten_runs() -> None:
+    """Leave out what takes most of a short run in this process, and what tests of its own look at: its end.
+
+    Untrained models answer up to the limit, so samples are short, and only the first run's picture is drawn.
+    """
+    from atomtune.train import progress, samples
+
+    samples.LONGEST_ANSWER = 8
+    draw, drawn = progress.draw_loss, []
+
+    def draw_once(history: list[dict], path: Path, *, title: str = "") -> None:
+        if drawn:
+            path.write_bytes(drawn[0])
+        else:
+            draw(history, path, title=title)
+            drawn.append(path.read_bytes())
+
+    progress.draw_loss = draw_once
 
 
 @pytest.fixture

@@ -80,3 +80,9 @@ def test_run_json_is_updated_whenever_a_checkpoint_is_saved(tmp_path):
     assert (saved["status"], saved["steps"], saved["steps_planned"]) == ("running", 2, 9)
     assert saved["loss_history"] == [{"step": 1, "loss": 2.5}]
     assert saved["eval_history"] == [{"step": 2, "loss": 2.25}]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", "3"])
+def test_an_invalid_run_json_is_read_as_empty(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    assert read_record(tmp_path) == {}

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atomtune.cli import main
 from atomtune.train import samples
-from atomtune.train.samples import LONGEST_ANSWER, Samples
+from atomtune.train.samples import Samples
 from tests.conftest import write_jsonl
+
+LONGEST = 60
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def plainly(model, tokenizer, messages: list[dict[str, str]]) -> str:
     ids = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False, tokenize=True, return_tensors="pt"
     )
-    answer = model.eval().generate(ids, max_new_tokens=LONGEST_ANSWER, do_sample=False)[0, ids.shape[1] :]
+    answer = model.eval().generate(ids, max_new_tokens=LONGEST, do_sample=False)[0, ids.shape[1] :]
     text = tokenizer.decode(answer, skip_special_tokens=True).strip()
     return text if tokenizer.eos_token_id in answer else text.rstrip("\ufffd") + " …"
 
@@ -68,6 +70,7 @@ def test_a_resumed_run_shows_the_greedy_answers_of_base_and_tuned_model(models, 
         write_jsonl(tmp_path / f"{n}.jsonl", [{"messages": conversation(name)} for name in names])
         for n, names in enumerate((trained, [*trained[:4], *new, too_long]))
     )
+    monkeypatch.setattr(samples, "LONGEST_ANSWER", LONGEST)
     monkeypatch.setattr(samples, "LONGEST_PROMPT", 150)
     monkeypatch.setattr(samples, "SECONDS", 1000.0)
     words = ["train", "--model_path", str(base), "--dataset_path", str(data), "--eval_path", str(held_out)]
