@@ -135,6 +135,7 @@ def test_no_command_prints_control_characters_from_data_or_file_names(models, tm
         assert not [order for order in ORDERS if order in shown], (command, shown)
 
 
+@pytest.mark.slow
 def test_a_real_terminal_receives_no_control_characters_from_data(models, tmp_path):
     data = write_jsonl(tmp_path / f"d{EVIL}.jsonl", [{"instruction": "q", "output": "a", EVIL: "v"}, {EVIL: 1}])
     parent, child = pty.openpty()

@@ -69,6 +69,7 @@ except BadModel as error:
 """
 
 
+@pytest.mark.slow
 def test_a_program_tries_an_unreachable_hub_again(free_port):
     # A notebook that was offline once stayed offline, also for the user's own code, until it was restarted.
     environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{free_port}"}
@@ -77,6 +78,7 @@ def test_a_program_tries_an_unreachable_hub_again(free_port):
     assert ended.stdout.split() == ["True", "False", "None"], ended.stderr
 
 
+@pytest.mark.slow
 def test_a_hub_that_the_user_switched_off_is_not_called_unreachable():
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run([sys.executable, "-c", _LOAD], capture_output=True, text=True, env=environment, check=True)

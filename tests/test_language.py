@@ -1,10 +1,11 @@
 """Language: every text has a Chinese translation, filled-in values stay, and a Chinese screen is all Chinese."""
 
+import contextlib
 import errno
+import io
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from string import Formatter
@@ -278,17 +279,17 @@ def chinese_run(tmp_path_factory) -> tuple[str, Path]:
     data = write_jsonl(folder / "lamps.jsonl", [*records, records[0]])
     words = ["--model_path", str(DEMO_BASE), "--dataset_path", str(data), "--lr", "1e-3", "--num_train_epochs", "1"]
     words += ["--output_dir", str(folder / "out"), "--fp16", "--eval_size", "8"]
-    environment = {name: value for name, value in os.environ.items() if name != "ATOMTUNE_LANGUAGE"}
-    environment |= {"LC_ALL": "zh_CN.UTF-8", "PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run(
-        [sys.executable, "-m", "atomtune", "train", *words],
-        capture_output=True,
-        check=True,
-        encoding="utf-8",
-        timeout=300,
-        env=environment,
-    )
-    return ran.stdout + ran.stderr, folder / "out"
+    screen = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as environment,
+        spoken("en"),
+        contextlib.redirect_stdout(screen),
+        contextlib.redirect_stderr(screen),
+    ):
+        environment.delenv("ATOMTUNE_LANGUAGE")
+        environment.setenv("LC_ALL", "zh_CN.UTF-8")
+        assert main(["train", *words]) == 0
+    return screen.getvalue(), folder / "out"
 
 
 def test_a_run_in_a_chinese_locale_speaks_chinese(chinese_run):

@@ -56,7 +56,7 @@ def varied(draw: random.Random, texts: int, families: int) -> list[str]:
     return made
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_groups_match_a_comparison_of_all_pairs(seed):
     texts = varied(random.Random(seed), 250, 60)
     pairs = [(i, j) for i, j in itertools.combinations(range(250), 2) if jaccard(texts[i], texts[j]) >= 0.8]

@@ -169,7 +169,8 @@ def test_a_disk_that_fills_up_while_writing_is_reported_without_traceback(traine
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("moment", ["while it writes", pytest.param("while it checks", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["while it writes", "while it checks"])
 def test_a_merge_that_is_killed_leaves_no_model_and_the_next_one_works(trained, tmp_path, capsys, moment):
     _, adapter = trained
     out = tmp_path / "m"

@@ -271,6 +271,7 @@ class Terminal:
         return code
 
 
+@pytest.mark.slow
 def test_a_terminal_chat_supports_line_editing_and_continues_after_a_stop(trained, tmp_path):
     # With an adapter of zeros, the untrained base writes up to its last position, which takes seconds.
     folder = Path(shutil.copytree(trained, tmp_path / "out"))
@@ -301,6 +302,7 @@ def test_a_terminal_chat_supports_line_editing_and_continues_after_a_stop(traine
     assert terminal.close() == 0
 
 
+@pytest.mark.slow
 def test_alt_enter_adds_a_newline_without_sending_the_message(trained, tmp_path):
     saved = tmp_path / "talk.jsonl"
     terminal = Terminal("--adapter_path", str(trained), "--dtype", "float32", "--max_new_tokens", "4")

@@ -182,6 +182,7 @@ def test_a_sweep_counts_the_records_of_its_evaluation_file(run, tmp_path):
     assert sweep_record(folder)["records_held_out"] == 7
 
 
+@pytest.mark.slow
 def test_few_records_of_which_none_are_held_out_are_refused(run, tmp_path, capsys):
     few = tmp_path / "few.jsonl"
     few.write_text('{"instruction": "a", "output": "b"}\n' * 3)

@@ -14,7 +14,7 @@ from atomtune.train import samples
 from atomtune.train.samples import Samples
 from tests.conftest import write_jsonl
 
-LONGEST = 60
+LONGEST = 24
 
 
 @pytest.mark.parametrize(

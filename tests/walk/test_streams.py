@@ -61,7 +61,8 @@ def test_a_closed_output_pipe_is_not_an_error(words):
     assert b"Exception ignored" not in done.stderr and b"Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("streams", [pytest.param(">&-", marks=pytest.mark.slow), "</dev/null >&- 2>&-"])
+@pytest.mark.slow
+@pytest.mark.parametrize("streams", [">&-", "</dev/null >&- 2>&-"])
 def test_closed_output_streams_are_not_an_error(words, streams):
     # Without the three streams, the first opened files got their numbers, and a library used a wrong one.
     done = run(words, streams)
@@ -122,6 +123,7 @@ def usual(words) -> object:
     return json.loads(run([*words, "--json"], PYTHONIOENCODING="utf-8").stdout)
 
 
+@pytest.mark.slow
 def test_a_report_is_escaped_for_an_ascii_stdout(words):
     done = run(words, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and done.stdout.isascii() and b"\\u" in done.stdout
