@@ -63,7 +63,8 @@ from atomtune.model.loss import target_log_probabilities, target_nats
 from atomtune.model.memory import free_memory, is_out_of_memory
 from atomtune.model.rotary import refuse_mixed
 from atomtune.model.token_rows import refuse_tokens_without_row
-from atomtune.settings.fields import LoraSettings, ModelSettings, RecordSettings, VerifySettings
+from atomtune.settings.command_settings import VerifySettings
+from atomtune.settings.run_settings import LoraSettings, ModelSettings, RecordSettings
 from atomtune.settings.spelled import words_of
 
 #: Bytes of a number in bfloat16 and float16.
