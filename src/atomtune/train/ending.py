@@ -187,7 +187,7 @@ def _say(run: RunContext, trainer: LoraTrainer, result: Outcome) -> None:
     done = f"Done: {steps:,} steps{pace}."
     patience = run.settings.run.early_stopping_patience
     if patience and steps < trainer.state.max_steps:
-        done += f" Ended before step {trainer.state.max_steps:,}: --early_stopping_patience {patience}."
+        done += f"\nEnded before step {trainer.state.max_steps:,}: --early_stopping_patience {patience}."
     run.console.say(f"\n{done}")
     run.console.say("\n".join(result.sentences()), style="bold")
     run.console.say(f"In {run.args.output_dir}: the adapter, report.html (the run as a page), run.json (all figures).")
