@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,35 @@ def run_apart(module: str, words: Sequence[str], *, what: str, out: Path) -> Non
     print(line, flush=True)
     with out.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
+
+
+def run_benchmark(
+    parser: argparse.ArgumentParser,
+    contenders: Sequence[str],
+    *,
+    needed: Sequence[str],
+    run_one: Callable[[argparse.Namespace], dict[str, Any]],
+    run_all: Callable[[argparse.Namespace], None],
+    table: Callable[[list[dict[str, Any]]], str],
+) -> None:
+    """Do what a benchmark's command line asks for: train all contenders or one of them, or print a table of runs.
+
+    needed   flags without which nothing can be trained
+    run_one  trains the contender of --one in this process, as run_apart calls it; its figures are printed as JSON
+    run_all  trains all of them
+    """
+    parser.add_argument("--table", type=Path, help="print the table of such a file and train nothing")
+    parser.add_argument("--one", choices=contenders, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    missing = [f"--{name}" for name in needed if getattr(options, name) is None]
+    if options.table:
+        print(table([json.loads(line) for line in options.table.read_text(encoding="utf-8").splitlines()]))
+    elif missing:
+        parser.error(f"missing: {', '.join(missing)}")
+    elif options.one:
+        print(json.dumps(run_one(options)))
+    else:
+        run_all(options)
 
 
 def common(out: str) -> dict[str, Any]:

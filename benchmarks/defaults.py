@@ -77,7 +77,7 @@ def formula_settings(base: str, records: int) -> Settings:
     from transformers import TrainingArguments
 
     from atomtune.model.base_shape import base_shape
-    from atomtune.settings.fields import LoraSettings
+    from atomtune.settings.run_settings import LoraSettings
     from atomtune.train.defaults import (
         MOST_EPOCHS,
         SHORT_RUN_STEPS,

@@ -50,7 +50,7 @@ from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import keep_soft_caps, quiet_libraries
 from atomtune.model.lora_targets import match_targets
 from atomtune.model.loss import innermost, target_nats
-from atomtune.settings.fields import LoraSettings
+from atomtune.settings.run_settings import LoraSettings
 from atomtune.verify import Result, in_batches, one_at_a_time
 from benchmarks.tiny_configs import LEFT_OUT, SIZE, WORDS, Values, families
 

@@ -266,7 +266,7 @@ def equality(job: Figures, base: Path, folder: Path, scratch: Path) -> Figures:
     """Run the comparison of `atomtune verify` for each dtype and layout, and for trees also with spans."""
     from atomtune.console import Console
     from atomtune.model import liger, row_attention
-    from atomtune.settings.fields import VerifySettings
+    from atomtune.settings.command_settings import VerifySettings
     from atomtune.verify import Check
 
     small = scratch / "base"

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contender import device, finish, peak_memory_mb, run_apart
+from benchmarks.contender import device, finish, peak_memory_mb, run_apart, run_benchmark
 from benchmarks.quality import encoded
 from benchmarks.replay import padded_loss
 
@@ -222,17 +222,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--out", type=Path, default=Path("metamath.jsonl"))
-    parser.add_argument("--table", type=Path, help="print the table of such a file and train nothing")
-    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.table:
-        print(table([json.loads(line) for line in options.table.read_text(encoding="utf-8").splitlines()]))
-    elif options.base is None:
-        parser.error("--base is needed")
-    elif options.one:
-        print(json.dumps(run_one(options)))
-    else:
-        run_all(options)
+    run_benchmark(parser, CONTENDERS, needed=["base"], run_one=run_one, run_all=run_all, table=table)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.contender import ALPHA, BATCH, RANK, Clock, common, finish, lora, peak_memory_mb, plain_model, run_apart
+from benchmarks.contender import (
+    ALPHA,
+    BATCH,
+    RANK,
+    Clock,
+    common,
+    finish,
+    lora,
+    peak_memory_mb,
+    plain_model,
+    run_apart,
+    run_benchmark,
+)
 
 CONTENDERS = ("atomtune", "trl")
 HELD_OUT, MAX_TOKENS = 100, 512
@@ -196,18 +208,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("quality.jsonl"))
-    parser.add_argument("--table", type=Path, help="print the table of such a file and train nothing")
-    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.table:
-        print(table([json.loads(line) for line in options.table.read_text(encoding="utf-8").splitlines()]))
-    elif options.base is None or options.data is None:
-        parser.error("--base and --data are needed")
-    elif options.one:
-        print(json.dumps(run_one(options)))
-    else:
-        run_all(options)
+    run_benchmark(parser, CONTENDERS, needed=["base", "data"], run_one=run_one, run_all=run_all, table=table)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ TOP = {
 FLOORS = (
     ("catalogue",),
     ("errors", "choices", "language", "process", "shared_prefix"),
-    ("console",),
+    ("console", "durations"),
     ("disk", "limits", "extras", "hub_reach"),
     ("settings",),
     ("data", "engines", "pages"),

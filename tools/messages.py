@@ -18,6 +18,8 @@ from atomtune.sweep.trials import Status
 SOURCE = FOLDER.parent
 CATALOGUE = FOLDER / "zh.json"
 
+#: Files with settings' classes, whose docstrings are headings in the help.
+WITH_HEADINGS = (SOURCE / "settings" / "command_settings.py", SOURCE / "settings" / "run_settings.py")
 #: Files whose texts stay English or have their own translation, and why.
 NOT_SPOKEN = {
     "data/encoding/sandbox.py": "refusals of a template's code, in jinja's words",
@@ -49,7 +51,7 @@ def messages_of(file: Path) -> list[str]:
     """The texts of one file, in its order; values filled in at run time appear as names in braces."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     texts: dict[str, None] = {}
-    if file == SOURCE / "settings" / "fields.py":
+    if file in WITH_HEADINGS:
         texts |= dict.fromkeys(_headings(tree))
     for node, is_message in _strings(tree):
         text = template_of(node).strip()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from atomtune.console import Console
-from atomtune.settings.fields import LoadSettings
+from atomtune.settings.command_settings import LoadSettings
 from atomtune.settings.read import GROUPS, read, read_settings
 
 if TYPE_CHECKING:

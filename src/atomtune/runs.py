@@ -17,7 +17,7 @@ from atomtune.language import message, translated
 from atomtune.model.file_schemas import RunRecordFile
 from atomtune.model.json_files import checked
 from atomtune.pages import label, picture
-from atomtune.settings.fields import RunsSettings
+from atomtune.settings.command_settings import RunsSettings
 
 #: How many levels below the folder runs are searched: runs/day/name.
 DEPTH = 3

@@ -31,6 +31,7 @@ from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.ledger import Ledger, about_broken, refuse_unusable
 from atomtune.data.reading.sources import distinct_names
 from atomtune.data.records import Example
+from atomtune.durations import rough_duration
 from atomtune.errors import BadSettings, CheckFailed
 from atomtune.language import translated
 from atomtune.model import liger
@@ -63,7 +64,8 @@ from atomtune.model.loss import target_log_probabilities, target_nats
 from atomtune.model.memory import free_memory, is_out_of_memory
 from atomtune.model.rotary import refuse_mixed
 from atomtune.model.token_rows import refuse_tokens_without_row
-from atomtune.settings.fields import LoraSettings, ModelSettings, RecordSettings, VerifySettings
+from atomtune.settings.command_settings import VerifySettings
+from atomtune.settings.run_settings import LoraSettings, ModelSettings, RecordSettings
 from atomtune.settings.spelled import words_of
 
 #: Bytes of a number in bfloat16 and float16.
@@ -286,8 +288,8 @@ def _say_how_long(model: CausalLM, examples: Sequence[Example], console: Console
     if seconds >= LONG_SECONDS:
         trainable, total = parameter_counts(model)
         console.say(
-            f"this takes about {seconds:,.0f} s: an adapter of {trainable:,} weights on {total - trainable:,} of the "
-            "base, three times over each record; --records takes fewer …"
+            f"this takes about {rough_duration(seconds)}: an adapter of {trainable:,} weights on {total - trainable:,} "
+            "of the base, three times over each record; --records takes fewer …"
         )
 
 

@@ -22,7 +22,7 @@ from atomtune.engines.transformers_in_process import TransformersInProcess
 from atomtune.errors import BadModel
 from atomtune.model.adapter_folder import base_of
 from atomtune.model.load import load_tokenizer
-from atomtune.settings.fields import CertifySettings
+from atomtune.settings.command_settings import CertifySettings
 from tests.conftest import DIALOGUES, write_jsonl
 from tests.tiny import build
 from tests.walk.test_pages import wrong_next_steps

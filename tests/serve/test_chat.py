@@ -20,7 +20,7 @@ from atomtune import load
 from atomtune.cli import main
 from atomtune.console import Console, program
 from atomtune.serve.chat import TerminalChat, side_by_side
-from atomtune.settings.fields import ChatSettings
+from atomtune.settings.command_settings import ChatSettings
 from tests.conftest import DIALOGUES, write_jsonl
 
 

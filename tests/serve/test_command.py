@@ -23,7 +23,7 @@ from atomtune.errors import BadSettings
 from atomtune.model.adapter_folder import short_names
 from atomtune.model.generate import prompt_ids
 from atomtune.serve.command import service_of
-from atomtune.settings.fields import ServeSettings
+from atomtune.settings.command_settings import ServeSettings
 from tests.adapters import base_apart
 from tests.engines.test_server_process import gone
 

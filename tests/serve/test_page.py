@@ -17,7 +17,8 @@ import pytest
 
 from atomtune import load
 from atomtune.engines.server_process import free_port
-from atomtune.settings.fields import LARGEST_SEED, WebSettings
+from atomtune.settings.command_settings import WebSettings
+from atomtune.settings.declare import LARGEST_SEED
 from tests.conftest import DIALOGUES
 from tests.trained import train_by_heart
 

@@ -8,7 +8,7 @@ import yaml
 
 from atomtune.errors import BadSettings
 from atomtune.language import in_chinese
-from atomtune.settings.fields import ChatSettings
+from atomtune.settings.command_settings import ChatSettings
 from atomtune.settings.flags import types_of
 from atomtune.settings.library import library_types
 from atomtune.settings.names import ELSEWHERE, RENAMED, SYNONYMS, advice

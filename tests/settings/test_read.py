@@ -11,7 +11,7 @@ import yaml
 from transformers import SchedulerType, TrainingArguments, training_args
 
 from atomtune.errors import BadSettings
-from atomtune.settings.fields import ChatSettings, EvaluateSettings, MergeSettings
+from atomtune.settings.command_settings import ChatSettings, EvaluateSettings, MergeSettings
 from atomtune.settings.flags import types_of
 from atomtune.settings.library import library_settings, library_types
 from atomtune.settings.names import RENAMED

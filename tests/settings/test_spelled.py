@@ -4,15 +4,9 @@ from dataclasses import fields
 
 import pytest
 
-from atomtune.settings.fields import (
-    InspectSettings,
-    LoraSettings,
-    ModelSettings,
-    RecordSettings,
-    TokenizerSettings,
-    VerifySettings,
-)
+from atomtune.settings.command_settings import InspectSettings, VerifySettings
 from atomtune.settings.read import read_settings, read_train
+from atomtune.settings.run_settings import LoraSettings, ModelSettings, RecordSettings, TokenizerSettings
 from atomtune.settings.spelled import words_of
 
 NAMED = ["--dataset_path", "a b.jsonl", "c.jsonl", "--model_path", "base"]

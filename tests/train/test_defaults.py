@@ -7,8 +7,8 @@ from transformers import TrainingArguments
 
 from atomtune.errors import BadSettings
 from atomtune.model.base_shape import NO_LIMIT, BaseShape, tokens_in_memory
-from atomtune.settings.fields import LoraSettings
 from atomtune.settings.read import read_train
+from atomtune.settings.run_settings import LoraSettings
 from atomtune.train.arguments import trainer_arguments
 from atomtune.train.defaults import (
     FEW_STEPS,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -627,6 +628,16 @@ def test_the_end_by_patience_is_reported_with_the_present_length(worst, tmp_path
     said = " ".join(capsys.readouterr().out.split())
     assert f"Done: {steps} steps, all done before. Ended before step 9: --early_stopping_patience 1." in said
     assert "Nothing is left to train: --early_stopping_patience 1 has ended the run." in said
+
+
+def test_the_end_by_patience_is_reported_in_chinese(worst, tmp_path, capsys):
+    # Regression: "完成：3 步 in 2 s, 3.1 examples/s. Ended before step 6: …".
+    (command, _), out = worst, tmp_path / "out"
+    early = [*command, "--output_dir", str(out), "--learning_rate", "1e-12", "--early_stopping_patience", "1"]
+    assert main([*early, "--language", "zh"]) == 0
+    done, ended = re.findall("完成：.*|没有到第.*", capsys.readouterr().out)
+    assert re.fullmatch(r"完成：\d+ 步，用时 [\d 分秒]+，每秒 [\d.]+ 个样本。", done)
+    assert ended == "没有到第 6 步就结束了：--early_stopping_patience 1。"
 
 
 def test_changed_library_versions_are_reported(whole, tmp_path, capsys, monkeypatch):

@@ -40,7 +40,7 @@ from atomtune.model.fingerprint import is_at_hand, refuse_other_base
 from atomtune.model.generate import stop_ids
 from atomtune.model.load import BaseSpec, dtype_name, load_base, load_dequantized, quiet_libraries, stored_dtype
 from atomtune.model.memory import free_memory
-from atomtune.settings.fields import CertifySettings, base_of_adapter
+from atomtune.settings.command_settings import CertifySettings, base_of_adapter
 from atomtune.settings.spelled import base_words
 
 #: How many records are read at most to choose prompts from.

@@ -34,7 +34,8 @@ from atomtune.model.adapter_folder import CONFIG, adapter_file, refuse_empty_fol
 from atomtune.model.base_shape import refuse_too_few_positions
 from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import pad_id_of, quiet_libraries, read_config
-from atomtune.settings.fields import EvaluateSettings, RecordSettings
+from atomtune.settings.command_settings import EvaluateSettings
+from atomtune.settings.run_settings import RecordSettings
 from atomtune.settings.spelled import base_words
 
 #: A terminal of this many columns or more always gets a table.

@@ -9,6 +9,7 @@ from atomtune.batch.collate import Collator
 from atomtune.console import Console, progress_bar
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.reply import read_reply
+from atomtune.durations import rough_duration
 from atomtune.evaluate.answers import chrf, exactly_equal, thinks
 from atomtune.evaluate.likelihood import TargetScores, score_targets
 from atomtune.evaluate.metrics import AnswerResult, RecordResult, Score
@@ -92,12 +93,11 @@ class _Clock:
         if self.has_announced:
             return
         self.has_announced = True
-        minutes = (time.monotonic() - self.began) * (self.shares - 1) / 60
-        about = "Less than a minute" if minutes < 1 else f"About {round(minutes + 0.5)} minutes"
+        left = rough_duration((time.monotonic() - self.began) * (self.shares - 1))
         if self.stops:
-            self.console.say(f"{about} for these records. Ctrl-C ends it early and keeps what is done.")
+            self.console.say(f"About {left} for these records. Ctrl-C ends it early and keeps what is done.")
         else:
-            self.console.say(f"{about} for these records.")
+            self.console.say(f"About {left} for these records.")
 
 
 def _batch_of_all_models(

@@ -20,7 +20,7 @@ from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
 from atomtune.model.load import dtype_name, load_base, load_tokenizer
 from atomtune.model.token_rows import guard_embedding
-from atomtune.settings.fields import EvaluateSettings
+from atomtune.settings.command_settings import EvaluateSettings
 
 #: Tokens of the longest example, if no training of ours set a limit.
 LONGEST = 2048

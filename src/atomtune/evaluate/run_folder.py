@@ -9,7 +9,7 @@ from atomtune.choices import RUN_RECORD
 from atomtune.errors import BadData, BadModel
 from atomtune.model.file_schemas import RunRecordFile
 from atomtune.model.json_files import checked, refusal
-from atomtune.settings.fields import RecordSettings
+from atomtune.settings.run_settings import RecordSettings
 
 
 @dataclass(frozen=True)

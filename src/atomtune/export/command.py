@@ -25,7 +25,7 @@ from atomtune.model.adapter_folder import WEIGHTS, base_of, template_of
 from atomtune.model.base_as_trained import adapter_and_base
 from atomtune.model.fingerprint import say_unchecked
 from atomtune.model.load import quiet_libraries
-from atomtune.settings.fields import CertifySettings, ExportSettings, MergeSettings, base_of_adapter
+from atomtune.settings.command_settings import CertifySettings, ExportSettings, MergeSettings, base_of_adapter
 from atomtune.settings.spelled import base_words
 
 

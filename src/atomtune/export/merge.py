@@ -42,7 +42,7 @@ from atomtune.model.load import (
     quiet_libraries,
     stored_dtype,
 )
-from atomtune.settings.fields import MergeSettings, base_of_adapter
+from atomtune.settings.command_settings import MergeSettings, base_of_adapter
 from atomtune.settings.spelled import base_words
 
 CPU = torch.device("cpu")

@@ -21,7 +21,8 @@ from atomtune.inspect.tokens import TokenDecoder, show
 from atomtune.language import translated
 from atomtune.model.base_shape import base_shape
 from atomtune.model.load import load_tokenizer, quiet_libraries
-from atomtune.settings.fields import InspectSettings, RecordSettings, TokenizerSettings
+from atomtune.settings.command_settings import InspectSettings
+from atomtune.settings.run_settings import RecordSettings, TokenizerSettings
 from atomtune.settings.spelled import words_of
 
 #: Tokens shown of each mode: the modes differ at the end of the prompt.

@@ -25,7 +25,7 @@ from atomtune.data.reading.sources import distinct_names, size_of
 from atomtune.data.records import Example, Record, RefusalKind
 from atomtune.inspect.checks import Finding, Tokens, findings_of, read_tokens
 from atomtune.inspect.histogram import Limit, limit_at, suggested
-from atomtune.settings.fields import InspectSettings
+from atomtune.settings.command_settings import InspectSettings
 from atomtune.shared_prefix import shared_length
 
 #: A max_tokens larger than any record: nothing is shortened or refused for its length.

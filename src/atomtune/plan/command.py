@@ -18,6 +18,7 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.ledger import refuse_broken, refuse_unusable
 from atomtune.data.reading.sources import size_of
+from atomtune.durations import rough_duration
 from atomtune.errors import BadSettings
 from atomtune.language import listed, translated
 from atomtune.model.adapter import LoraSpec
@@ -375,7 +376,7 @@ def _say(forecast: Forecast, console: Console, *, quantized: bool) -> None:
     if not quantized and not forecast.fits[f"{CARDS[-2]} GB GPU"]:
         console.say("--quantize nf4 keeps the base in a quarter of the memory.")
     console.say(
-        f"\nTime: about {_duration(forecast.seconds)} on {forecast.device} (matrix products in "
+        f"\nTime: about {rough_duration(forecast.seconds)} on {forecast.device} (matrix products in "
         f"{dtype_name(forecast.dtype)}: {forecast.rate / 1e12:.2f} TFLOP/s). Loading, evaluation and saving are "
         "extra.\nThese are estimates; docs/guide.md says how far they were off."
     )
@@ -406,11 +407,3 @@ def _activations(memory: StepMemory) -> str:
         share = f"{memory.recomputed:.0%}"
         return translated(f"{share} recomputed")
     return translated("recomputed" if memory.recomputed else "kept")
-
-
-def _duration(duration: float) -> str:
-    if duration < 90:
-        return f"{duration:.0f} seconds"
-    if duration < 90 * 60:
-        return f"{duration / 60:.0f} minutes"
-    return f"{duration / 3600:.1f} hours"

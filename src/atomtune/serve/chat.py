@@ -19,7 +19,7 @@ from atomtune.model.load import dtype_name
 from atomtune.serve.conversation import Conversation
 from atomtune.serve.tuned_model import Reply, TunedModel, load_tuned
 from atomtune.serve.typed_input import TypedInput, lines_of_pipe
-from atomtune.settings.fields import ChatSettings
+from atomtune.settings.command_settings import ChatSettings
 
 #: Commands that a user can type, and what they do.
 COMMANDS = {

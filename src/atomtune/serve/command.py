@@ -36,7 +36,7 @@ from atomtune.model.fingerprint import refuse_other_base, say_unchecked
 from atomtune.model.generate import stop_ids_on
 from atomtune.model.load import device_in_use, dtype_name, quiet_libraries, resolve_dtype
 from atomtune.serve.address import only_this_machine, own_address
-from atomtune.settings.fields import CertifySettings, ServeSettings
+from atomtune.settings.command_settings import CertifySettings, ServeSettings
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ from atomtune.serve.side_by_side import (
     models_by_mode,
 )
 from atomtune.serve.tuned_model import TunedModel
-from atomtune.settings.fields import LARGEST_SEED, WebSettings
+from atomtune.settings.command_settings import WebSettings
+from atomtune.settings.declare import LARGEST_SEED
 
 #: Words of the page by key; a Chinese browser gets those of the Chinese catalogue.
 WORDS = {

@@ -30,7 +30,7 @@ from atomtune.model.generate import Sampling, answer_ids, prompt_ids, ready_to_a
 from atomtune.model.load import load_base, quiet_libraries
 from atomtune.model.token_rows import guard_embedding
 from atomtune.serve.answer_text import AnswerText
-from atomtune.settings.fields import ChatSettings, LoadSettings
+from atomtune.settings.command_settings import ChatSettings, LoadSettings
 from atomtune.settings.read import read_settings
 
 #: Tokens kept free for the answer when a long conversation is shortened.

@@ -10,7 +10,7 @@ from atomtune.extras import refuse_missing_packages
 from atomtune.language import message
 from atomtune.serve.address import only_this_machine, own_address
 from atomtune.serve.tuned_model import load_tuned
-from atomtune.settings.fields import WebSettings
+from atomtune.settings.command_settings import WebSettings
 
 if TYPE_CHECKING:
     from atomtune.serve.page import Page

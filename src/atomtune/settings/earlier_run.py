@@ -13,8 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from atomtune.choices import RUN_RECORD
 from atomtune.disk import read_json_object
 from atomtune.errors import BadSettings
+from atomtune.settings.declare import is_secret
 from atomtune.settings.entry import DEFAULT, FOUND, OF_THE_DEMO, OWN_DEFAULT, Entry
-from atomtune.settings.fields import is_secret
 
 #: Sources of values that the run chose itself, and finds again; the demo sets its own.
 _LEFT_TO_THE_RUN = (DEFAULT, OWN_DEFAULT, OF_THE_DEMO)

@@ -1,4 +1,4 @@
-"""Read: fills the classes of settings/fields.py from flags and YAML, or from a function's keywords, and checks them.
+"""Read: fills the settings' classes from flags and YAML, or from a function's keywords, and checks them.
 
 Later ones win: default < YAML < flag or keyword; where each value was set is recorded. All problems are reported at
 once, before data or model are read. Settings of transformers.TrainingArguments keep their names.
@@ -17,36 +17,38 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from atomtune.errors import BadSettings
+from atomtune.settings.command_settings import (
+    CertifySettings,
+    ChatSettings,
+    EvaluateSettings,
+    ExportSettings,
+    InspectSettings,
+    MergeSettings,
+    PlanOutput,
+    RunsSettings,
+    ServeSettings,
+    SweepChoices,
+    TrainOutput,
+    VerifySettings,
+    WebSettings,
+)
 from atomtune.settings.contradictions import contradictions
 from atomtune.settings.earlier_run import entries_of_earlier_run
 from atomtune.settings.entry import OF_THE_DEMO, OWN_DEFAULT, Entry
 from atomtune.settings.environment import cache_notices, environment_problems, waiting_notice
 from atomtune.settings.expect import choices_in, expected, field_infos
-from atomtune.settings.fields import (
-    AUTOMATIC,
-    CHANGED_DEFAULTS,
-    CertifySettings,
-    ChatSettings,
-    DataSettings,
-    EvaluateSettings,
-    ExportSettings,
-    InspectSettings,
-    LoraSettings,
-    MergeSettings,
-    ModelSettings,
-    PlanOutput,
-    RunSettings,
-    RunsSettings,
-    ServeSettings,
-    SweepChoices,
-    TrainerSettings,
-    TrainOutput,
-    VerifySettings,
-    WebSettings,
-)
 from atomtune.settings.flags import EntryReader, types_of
 from atomtune.settings.library import choices_of, library_settings, library_types
 from atomtune.settings.names import value_advice
+from atomtune.settings.run_settings import (
+    AUTOMATIC,
+    CHANGED_DEFAULTS,
+    DataSettings,
+    LoraSettings,
+    ModelSettings,
+    RunSettings,
+    TrainerSettings,
+)
 from atomtune.settings.train_settings import PlanSettings, SweepSettings, TrainSettings
 from atomtune.settings.tried import NOT_SHARED, as_words, not_comparable, points_of, values_tried
 

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Any
 
-from atomtune.settings.fields import TokenizerSettings
+from atomtune.settings.run_settings import TokenizerSettings
 
 
 def words_of(settings: Any, *groups: type[Any]) -> list[str]:

@@ -1,7 +1,6 @@
 """Train settings: all settings of a run and where each was set, and those of a plan and of a sweep.
 
-The groups hold a value for each field in `fields.py`. The settings of the library's Trainer are in `trainer`, under its
-own names.
+The groups are classes of run_settings.py. The settings of the library's Trainer are in `trainer`, under its own names.
 """
 
 from collections.abc import Mapping
@@ -10,8 +9,9 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
+from atomtune.settings.declare import is_secret
 from atomtune.settings.entry import DEFAULT, FOUND
-from atomtune.settings.fields import DataSettings, LoraSettings, ModelSettings, RunSettings, is_secret
+from atomtune.settings.run_settings import DataSettings, LoraSettings, ModelSettings, RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)

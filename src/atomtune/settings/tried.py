@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from atomtune.settings.fields import DataSettings, SweepChoices, is_secret
+from atomtune.settings.command_settings import SweepChoices
+from atomtune.settings.declare import is_secret
 from atomtune.settings.flags import types_of
+from atomtune.settings.run_settings import DataSettings
 
 #: Settings that the sweep itself sets for its trials.
 NOT_SHARED = ("output_dir", "resume")

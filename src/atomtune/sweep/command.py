@@ -15,6 +15,7 @@ from atomtune.choices import RUN_RECORD
 from atomtune.console import Console, print_json, progress_bar
 from atomtune.data.reading.sources import among_records
 from atomtune.disk import held, numbered, read_json_object
+from atomtune.durations import duration, rough_duration
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed, Stopped, UserError
 from atomtune.extras import refuse_missing_packages
 from atomtune.language import message, translated
@@ -238,8 +239,8 @@ def _say_beginning(sweep: Sweep, search: Search, folder: Path, console: Console)
     if sweep.seconds_expected:
         left = (search.total - done) * sweep.seconds_expected
         text += translated(
-            f": about {_duration(sweep.seconds_expected)} each and {_duration(left)} in all; evaluation and saving are "
-            "extra"
+            f": about {rough_duration(sweep.seconds_expected)} each and {rough_duration(left)} in all; evaluation and "
+            "saving are extra"
         )
     console.say(translated(f"{text}. Ctrl-C keeps what is done; --resume continues.\n"))
 
@@ -319,9 +320,9 @@ def _say_trial(sweep: Sweep, trial: Trial, search: Search, console: Console, *, 
             text = f"failed: {trial.reason}"
     seconds = [other.seconds for other in sweep.trials if other.seconds]
     left = max(search.total - sum(other.status in DONE or other.number in attempted for other in sweep.trials), 0)
-    remaining = f"; about {_duration(left * sum(seconds) / len(seconds))} left" if left and seconds else ""
+    remaining = f"; about {rough_duration(left * sum(seconds) / len(seconds))} left" if left and seconds else ""
     text, remaining = translated(text), translated(remaining)
-    console.say(f"{trial.name}  {trial.words()}  {text} ({_duration(trial.seconds)}{remaining})")
+    console.say(f"{trial.name}  {trial.words()}  {text} ({duration(trial.seconds)}{remaining})")
 
 
 def _stopped(folder: Path) -> Sweep:
@@ -347,9 +348,3 @@ def _write_best(sweep: Sweep, folder: Path) -> None:
     assert sweep.best is not None
     comment = f"The best settings of {len(sweep.trials)} trials, those of {sweep.best.name}: {sweep.best.words()}"
     write_settings(folder / BEST, {**sweep.shared, **sweep.best.settings}, comment=comment)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -10,6 +10,7 @@ from rich.table import Table
 from atomtune.choices import NOISE
 from atomtune.console import Console, program
 from atomtune.disk import write_text
+from atomtune.durations import duration
 from atomtune.language import message, translated
 from atomtune.pages import picture, rendered
 from atomtune.sweep.trials import Sweep, Trial
@@ -94,7 +95,7 @@ def rows(sweep: Sweep) -> list[list[str]]:
         loss = "–" if trial.eval_loss is None else f"{trial.eval_loss:.4f}"
         tried = [trial.settings.get(name, "–") for name in names]
         step = "–" if trial.best_step is None else f"{trial.best_step:,}"
-        table.append([trial.name, *tried, loss, step, f"{trial.seconds:.0f} s", translated(trial.status)])
+        table.append([trial.name, *tried, loss, step, duration(trial.seconds), translated(trial.status)])
     return table
 
 

@@ -1,7 +1,7 @@
 """Defaults: values for settings on `auto`, derived from the records and the base, each with a reason.
 
-Defaults that are the same for every run are in settings/fields.py. The measurements behind the numbers here are in
-docs/defaults.md; benchmarks/defaults.py made them. A resumed run keeps the values of the original run, which are in
+Defaults that are the same for every run are in settings/run_settings.py. The measurements behind the numbers here are
+in docs/defaults.md; benchmarks/defaults.py made them. A resumed run keeps the values of the original run, which are in
 the manifests of its checkpoints, except for when it evaluates and saves.
 """
 
@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from atomtune.errors import BadSettings
 from atomtune.model.base_shape import BaseShape, base_shape
-from atomtune.settings.fields import LoraSettings
+from atomtune.settings.run_settings import LoraSettings
 from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.arguments import needs_records, trainer_arguments
 from atomtune.train.run_context import RunContext

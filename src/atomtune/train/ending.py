@@ -10,6 +10,7 @@ from atomtune.console import program
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import printable
 from atomtune.disk import publish
+from atomtune.durations import duration
 from atomtune.hub_reach import endpoint_shown
 from atomtune.model.adapter import refuse_empty
 from atomtune.model.adapter_folder import CERTIFICATE, WEIGHTS
@@ -182,11 +183,11 @@ def _say(run: RunContext, trainer: LoraTrainer, result: Outcome) -> None:
     work, steps = trainer.work, trainer.state.global_step
     pace = ", all done before"
     if steps > trainer.first_step:
-        pace = f" in {work.elapsed():.0f} s, {work.examples / max(work.elapsed(), 1e-9):.1f} examples/s"
+        pace = f" in {duration(work.elapsed())}, {work.examples / max(work.elapsed(), 1e-9):.1f} examples/s"
     done = f"Done: {steps:,} steps{pace}."
     patience = run.settings.run.early_stopping_patience
     if patience and steps < trainer.state.max_steps:
-        done += f" Ended before step {trainer.state.max_steps:,}: --early_stopping_patience {patience}."
+        done += f"\nEnded before step {trainer.state.max_steps:,}: --early_stopping_patience {patience}."
     run.console.say(f"\n{done}")
     run.console.say("\n".join(result.sentences()), style="bold")
     run.console.say(f"In {run.args.output_dir}: the adapter, report.html (the run as a page), run.json (all figures).")

@@ -22,7 +22,7 @@ from atomtune.model.load import read_config
 from atomtune.model.load_errors import explained
 from atomtune.model.lora_targets import ALL_LINEAR, match_targets
 from atomtune.model.weight_sizes import without_weights
-from atomtune.settings.fields import LoraSettings, ModelSettings
+from atomtune.settings.run_settings import LoraSettings, ModelSettings
 from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.checkpoint.start import foreign_files
 from atomtune.train.layout import layout_problems, why_padded_by_settings

@@ -11,6 +11,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from atomtune.disk import write_text
+from atomtune.durations import duration
 from atomtune.language import message
 from atomtune.pages import rendered
 from atomtune.settings.entry import DEFAULT
@@ -77,13 +78,5 @@ def _work(record: Mapping[str, Any]) -> Iterator[Row]:
         note = f"{padded / computed:.1f} times as many if every record were padded to the longest"
         yield "tokens of padded batches", f"{padded:,}", note
     if record["seconds"]:
-        yield message("time"), _duration(record["seconds"]), f"{record['examples_per_second']:.1f} examples a second"
+        yield message("time"), duration(record["seconds"]), f"{record['examples_per_second']:.1f} examples a second"
     yield message("memory"), decimal(record["peak_memory_bytes"]), "at the peak"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

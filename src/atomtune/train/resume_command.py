@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Sequence
 
 from atomtune.console import as_command
-from atomtune.settings.fields import is_secret
+from atomtune.settings.declare import is_secret
 from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.run_context import RunContext
 
