@@ -25,7 +25,7 @@ test-slow: $(VENV)/installed-slow
 # And what takes longest without them: the whole demo, the tutorial's data set, the notebook, a sweep that is stopped, the map,
 # every signal that stops a run, ranks that no longer answer, streams that are closed.
 USE := $(addprefix tests/,certify engines export serve plan sweep evaluate/test_lm_eval_tasks.py walk/test_guide.py)
-LONG := $(patsubst %,tests/test_%.py,map limits) tests/settings/test_environment.py \
+LONG := $(patsubst %,tests/test_%.py,map limits hub_reach console) tests/settings/test_environment.py \
 	$(patsubst %,tests/walk/test_%.py,demo train examples streams ranks sharded_state resume same_run faults output_folder layout)
 test-use: $(VENV)/installed-slow
 	$(BIN)/python tools/real_material.py $(REAL)
