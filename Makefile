@@ -24,9 +24,9 @@ test-slow: $(VENV)/installed-slow
 # each skipped where it is missing: certificates, export, serve, the page, lm-eval, every line of the guide's section 13.
 # And what takes longest without them: the whole demo, the tutorial's data set, the notebook, a sweep that is stopped, the map,
 # every signal that stops a run, ranks that no longer answer, streams that are closed.
-USE := $(addprefix tests/,certify engines export serve plan sweep evaluate/test_lm_eval_tasks.py walk/test_guide.py)
+USE := $(addprefix tests/,certify engines export serve plan sweep evaluate walk/test_guide.py)
 LONG := $(patsubst %,tests/test_%.py,map limits hub_reach console) tests/settings/test_environment.py \
-	$(patsubst %,tests/walk/test_%.py,demo train examples streams ranks sharded_state resume same_run faults output_folder layout)
+	$(patsubst %,tests/walk/test_%.py,defaults demo train examples streams ranks sharded_state resume same_run faults output_folder layout)
 test-use: $(VENV)/installed-slow
 	$(BIN)/python tools/real_material.py $(REAL)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m 'slow or extra' -rs $(USE) $(LONG)

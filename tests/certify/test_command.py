@@ -220,6 +220,7 @@ def test_a_missing_adapter_error_names_adapter_path_not_served(tmp_path, capsys)
     assert f"--adapter_path {tmp_path / 'none'}: no such file or folder" in error and "--served" not in error
 
 
+@pytest.mark.slow
 def test_certifying_an_nf4_run_on_unquantized_weights_is_reported(trained_in_nf4, tmp_path, capsys):
     """No engine quantizes the base as the run did, so all use other weights than in training; not so a merged model."""
     _, run = trained_in_nf4
@@ -238,6 +239,7 @@ def test_certificates_of_other_engines_stay(adapter):
     ]
 
 
+@pytest.mark.slow
 def test_an_answer_whose_stop_token_reaches_the_token_limit_passes(by_heart, adapter):
     """Engines that stop at the limit report that, even if the last token was the stop token: the certificate failed."""
     tokenizer = load_tokenizer(str(by_heart), trust_remote_code=False)
@@ -289,6 +291,7 @@ def trained_on(models, folder: Path, *more: str) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_held_out_records_are_asked_although_two_sources_have_the_same_file_name(models, tmp_path, monkeypatch):
     """Regression: their origins have a part of the path, and none was found under the file name alone."""
     paths = []

@@ -146,6 +146,7 @@ def test_the_markdown_report_has_every_figure_and_the_records(report):
     assert "Better: " in text and "same.jsonl:" in text
 
 
+@pytest.mark.slow
 def test_several_adapters_of_different_templates_are_compared(by_heart, models, tmp_path):
     """Each answers with the template it was trained with; the one that learned these records is better."""
     other = train_by_heart(models("llama"), tmp_path, DIALOGUES[:4], steps=1)

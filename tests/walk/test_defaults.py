@@ -121,8 +121,8 @@ def test_too_similar_records_are_not_held_out_and_this_is_reported(models, tmp_p
     [
         (["--num_train_epochs", "1"], ["--num_train_epochs", "3"], ("epoch", "epoch")),
         ([], ["--save_steps", "5"], ("steps", "steps")),
-        ([], ["--eval_steps", "5"], ("steps", "steps")),
-        (["--save_steps", "5"], [], ("epoch", "epoch")),
+        pytest.param([], ["--eval_steps", "5"], ("steps", "steps"), marks=pytest.mark.slow),
+        pytest.param(["--save_steps", "5"], [], ("epoch", "epoch"), marks=pytest.mark.slow),
     ],
     ids=["longer", "saves", "evaluations", "saves no longer set"],
 )

@@ -29,7 +29,7 @@ def record_of(out) -> dict:
         pytest.param(["--gradient_checkpointing", "true"], marks=pytest.mark.slow),
         ["--gradient_accumulation_steps", "2"],
         pytest.param(["--label_smoothing_factor", "0.1"], marks=pytest.mark.slow),
-        ["--per_device_train_batch_size", "1"],
+        pytest.param(["--per_device_train_batch_size", "1"], marks=pytest.mark.slow),
         pytest.param(["--max_seq_length", "40"], marks=pytest.mark.slow),
     ],
     ids=["checkpointing", "accumulation", "smoothing", "one record a batch", "shortened"],

@@ -17,7 +17,7 @@ import torch
 
 from atomtune.cli import main
 
-STEPS = 60
+STEPS = 40
 
 
 def arguments(base: Path, data: Path, out: Path, *more: str) -> list[str]:
