@@ -15,6 +15,8 @@ STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 )
 _PR_SET_PDEATHSIG = 1
+#: Looked up before any fork, because that needs the loader's lock, which another thread may hold during a fork.
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 @contextlib.contextmanager
@@ -40,10 +42,6 @@ def signals_wait() -> Iterator[None]:
             signal.signal(number, handler)
         for number in received:
             signal.raise_signal(number)
-
-
-#: Looked up before any fork, because that needs the loader's lock, which another thread may hold during a fork.
-_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def _end_with_parent() -> None:
