@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
@@ -214,6 +215,32 @@ def assert_stopped(signalled: Callable[[], object], monkeypatch, capsys) -> None
     assert main(["plan"]) == 75
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err and "stopped by a signal" in printed.err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows sends no signals to others")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("module", ["atomtune.cli", "rich"])
+def test_a_signal_while_the_command_starts_is_a_stop(name, module):
+    # Ctrl-C in the first quarter of a second showed Python's own traceback.
+    code = f"""
+import os, runpy, signal, sys
+class Signals:
+    def find_spec(self, name, path, target=None):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.{name})
+sys.meta_path.insert(0, Signals())
+sys.argv[1:] = ["--help"]
+runpy.run_module("atomtune", run_name="__main__", alter_sys=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (75, "\natomtune: stopped by a signal.\n")
+
+
+def test_the_installed_command_starts_like_the_module():
+    scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "scripts"
+    ]
+    assert scripts == {"atomtune": "atomtune.__main__:main"}
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])

@@ -139,6 +139,26 @@ def test_an_empty_folder_of_the_users_own_stays_when_the_command_fails(tmp_path)
     assert tmp_path.is_dir() and is_free(tmp_path)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="descriptors of folders are opened only there")
+@pytest.mark.parametrize("call", ["unlink", "close", "rmdir"])
+def test_a_stop_signal_during_a_clean_up_is_a_stop_and_leaves_nothing(tmp_path, monkeypatch, call):
+    # An exception right after os.close made shutil.rmtree close again: "Bad file descriptor", exit code 1.
+    def before_and_signal(*words: object, **more: object) -> None:
+        original(*words, **more)
+        signal.raise_signal(signal.SIGINT)
+
+    original, out = getattr(os, call), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), filled(out, last="config.json") as folder:
+        (folder / "deep" / "er").mkdir(parents=True)
+        (folder / "deep" / "er" / "a").write_text("a")
+        (folder / "deep" / "b").write_text("b")
+        monkeypatch.setattr(os, call, before_and_signal)
+        raise ZeroDivisionError
+    monkeypatch.undo()
+    assert not out.exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -213,6 +213,17 @@ def test_english_is_what_is_spoken_unless_another_language_is_chosen():
             "1 other tensors are copied, 1 adapted matrices end there",
             "1 other tensor is copied, 1 adapted matrix ends there",
         ),
+        (
+            "1 of 41 evaluation records are repeated; 1 of those used are cut",
+            "1 of 41 evaluation records is repeated; 1 of those used is cut",
+        ),
+        (
+            "1 of its tensors are renamed, 1 of these were waiting",
+            "1 of its tensors is renamed, 1 of these was waiting",
+        ),
+        ("1 of 3 greedy answers differ", "1 of 3 greedy answers differs"),
+        ("1 prompt tokens cut, 1 such steps were skipped", "1 prompt token cut, 1 such step was skipped"),
+        ("activations of 1 of 3 layers are recomputed, 21 of 41 records are", None),
         ("11 records, 2.1 tokens, 0.1 seconds, 1,001 steps, a-1 rows", None),
         ("1 records.jsonl, line 1: records, data/1 records/x, 1 recordsmith", None),
         ("answered in 1 of 2 records", None),

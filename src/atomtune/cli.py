@@ -1,4 +1,3 @@
-# PYTHON_ARGCOMPLETE_OK
 """CLI: reads the settings, calls a command's module, prints.
 
 Modules are imported late, so that --help loads no torch.

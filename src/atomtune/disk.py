@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from atomtune.errors import BadSettings
 from atomtune.language import message
+from atomtune.process import signals_wait
 
 try:
     import fcntl
@@ -257,7 +258,7 @@ def held(folder: Path, holder: str) -> Iterator[None]:
             yield
         finally:
             if is_new and identity_of(folder) == ours and all(path.name == _LOCK for path in folder.iterdir()):
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_tree(folder)
             if descriptor is not None:
                 os.close(descriptor)
     finally:
@@ -293,12 +294,13 @@ def filled(folder: Path, *, last: str) -> Iterator[Path]:
         yield staging
         publish(staging, folder, last=last)
     finally:
-        remove_tree(staging)
-        if is_new:
-            with contextlib.suppress(OSError):  # not empty: the files were written
-                folder.rmdir()
-        if lock is not None:
-            os.close(lock)
+        with signals_wait():
+            remove_tree(staging)
+            if is_new:
+                with contextlib.suppress(OSError):  # not empty: the files were written
+                    folder.rmdir()
+            if lock is not None:
+                os.close(lock)
 
 
 def _locked(folder: Path) -> int | None:
@@ -342,7 +344,8 @@ class TemporaryFolder:
         return True
 
     def remove(self) -> None:
-        self._folder.cleanup()
+        with signals_wait():
+            self._folder.cleanup()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -363,6 +366,20 @@ def _remove_orphans(kind: str) -> None:
                 remove_tree(folder)
             finally:
                 os.close(opened)
+
+
+@contextlib.contextmanager
+def scratch_folder(kind: str, *, within: Path | None = None) -> Iterator[Path]:
+    """Yield a new folder that is removed at the end, also if a stop signal comes meanwhile.
+
+    kind    beginning of its name
+    within  where it is; None: among the temporary files
+    """
+    folder = Path(tempfile.mkdtemp(dir=within, prefix=kind))
+    try:
+        yield folder
+    finally:
+        remove_tree(folder)
 
 
 def publish(staging: Path, folder: Path, *, last: str) -> None:
@@ -416,11 +433,16 @@ def new_folder(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder as far as possible; of a symbolic link only the link itself."""
-    if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove a folder as far as possible; of a symbolic link only the link itself.
+
+    A stop signal waits until then: an exception inside shutil.rmtree may make it close a descriptor twice, which is an
+    OSError instead.
+    """
+    with signals_wait():
+        if path.is_symlink() or path.is_file():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -20,13 +20,19 @@ FOLDER = Path(__file__).parent / "locale"
 
 #: Nouns with counts and the verbs after them: `1 other tensors are`. A file name, `1 records.txt`, does not match.
 _NOUNS = (
-    "adapters answers batches bytes calls cells characters columns conversations copies epochs examples files GPUs "
-    "groups hours labels layers lines matrices minutes models numbers parameters places positions processes prompts "
-    "questions records rows seconds settings steps targets tensors texts tokens trials turns updates weights"
+    "adapters answers batches bytes calls cells characters columns conversations copies cores epochs examples files "
+    "GPUs groups hours labels layers lines matrices minutes models numbers parameters places positions processes "
+    "prompts questions records rows seconds settings steps targets tensors texts tokens trials turns updates weights"
 )
+_KINDS = "adapted evaluation exact general greedy held-out learned more other prompt similar such target"
+_ANY_NOUN = rf"(?:(?:{'|'.join(_KINDS.split())}) )?(?:{'|'.join(_NOUNS.split())})"
 _ONE_OF_A_KIND = re.compile(
-    rf"(?<![\w.,:/-])1 ((?:(?:adapted|exact|general|held-out|learned|other|similar) )?)({'|'.join(_NOUNS.split())})\b"
-    r"(?![./\w-]\w)(?: (are|were|have|do|make|hold|end|come)\b)?"
+    rf"(?<![\w.,:/-])1 ({_ANY_NOUN})\b(?![./\w-]\w)(?: (are|were|have|do|make|hold|end|come)\b)?"
+)
+#: The verb after `1 of 3 records are`, `1 of those are`; not in `activations of 1 of 3 layers are`.
+_ONE_OF_SEVERAL = re.compile(
+    rf"(?<![\w.,:/-])(?<!\bof )(1 of (?:(?:the|its|these|those) )?(?:[\d,]+ )?(?:{_ANY_NOUN}|used)?) ?"
+    r"\b(are|were|have|differ)\b"
 )
 _IRREGULAR = {"matrices": "matrix", "copies": "copy", "batches": "batch", "processes": "process"}
 _VERBS = {"are": "is", "were": "was", "have": "has", "do": "does"}
@@ -35,12 +41,16 @@ _VERBS = {"are": "is", "were": "was", "have": "has", "do": "does"}
 def singular(text: str) -> str:
     """English with counts of one corrected: `1 records are held out` → `1 record is held out`."""
 
-    def mended(match: re.Match[str]) -> str:
-        adjective, noun, verb = match.groups()
-        text = f"1 {adjective}{_IRREGULAR.get(noun, noun.removesuffix('s'))}"
+    def one(match: re.Match[str]) -> str:
+        nouns, verb = match.groups()
+        kind, space, noun = nouns.rpartition(" ")
+        text = f"1 {kind}{space}{_IRREGULAR.get(noun, noun.removesuffix('s'))}"
         return text if verb is None else f"{text} {_VERBS.get(verb, verb + 's')}"
 
-    return _ONE_OF_A_KIND.sub(mended, text)
+    def one_of_several(match: re.Match[str]) -> str:
+        return f"{match[1].rstrip()} {_VERBS.get(match[2], match[2] + 's')}"
+
+    return _ONE_OF_SEVERAL.sub(one_of_several, _ONE_OF_A_KIND.sub(one, text))
 
 
 _language = "en"  # the language in use

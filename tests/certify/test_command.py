@@ -257,7 +257,8 @@ def test_an_unwritable_certificate_folder_is_refused_before_loading(adapter, mon
 
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     assert certify(adapter) == 2
-    assert f"--adapter_path {adapter}: its certificate cannot be written there: Read-only" in told(capsys)
+    assert f"--adapter_path {adapter}: its certificate cannot be written there: Read-only" in (text := told(capsys))
+    assert "Copy the model to a folder that can be written." in text
     assert not (adapter / "certificate.json").exists()
 
 

@@ -347,7 +347,7 @@ def test_a_full_disk_is_reported_before_the_base_is_loaded(by_heart, dialogues, 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     told = capsys.readouterr()
-    assert f"--output_dir {tmp_path / 'out'} cannot be written: File too large." in told.err
+    assert f"--output_dir {tmp_path / 'out'} cannot be written: File too large. Pass another one." in told.err
     assert "loading" not in told.out
 
 

@@ -102,6 +102,14 @@ CONVERSATIONS = [
 ]
 
 
+def asked(client: "openai.OpenAI", model: str, **more: object) -> str:
+    return (
+        client.chat.completions.create(model=model, messages=CONVERSATIONS[0], max_tokens=40, **more)
+        .choices[0]
+        .message.content
+    )
+
+
 def assert_answers_as_chat(served: Served, tuned, model: str) -> None:
     for messages in CONVERSATIONS:
         whole, streamed, counted = answers(served.client(), model, messages)
@@ -117,6 +125,10 @@ def test_an_openai_client_gets_chats_answers_from_transformers_serve(adapter):
     with Served("--adapter_path", str(adapter), "--prompts", "4") as served:
         assert "serves the tuned model" in served.printed
         assert_answers_as_chat(served, load(adapter, dtype="float32"), adapter.name)
+        # Regression: that a request's temperature has no effect was said nowhere.
+        hot = [asked(served.client(), adapter.name, temperature=2, seed=seed) for seed in range(3)]
+        assert len(set(hot)) == 1
+        assert "ignores temperature, top_p and seed of a request" in served.printed
         children = served.children()
         assert children
     assert served.process.returncode == 0 and all(map(gone, children))

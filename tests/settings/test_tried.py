@@ -45,6 +45,11 @@ def test_an_unknown_name_in_try_is_not_reported_as_a_syntax_error():
     assert "expected NAME=A,B" in problems("--try", "8,32")
 
 
+def test_two_spellings_of_one_number_are_one_value():
+    assert tried("--try", "learning_rate=1e-4,0.0001,1E-4,3e-4") == {"learning_rate": ("1e-4", "3e-4")}
+    assert tried("--try", "lora_targets=q_proj,k_proj,q_proj") == {"lora_targets": ("q_proj", "k_proj")}
+
+
 def test_every_combination_appears_once():
     points = points_of({"a": ("1", "2"), "b": ("x", "y", "z")})
     assert sorted((point["a"], point["b"]) for point in points) == [(a, b) for a in "12" for b in "xyz"]

@@ -24,6 +24,12 @@ def test_a_grid_gives_each_combination_once_and_passes_over_what_was_tried():
     ]  # fmt: skip
 
 
+def test_a_resumed_grid_knows_its_values_in_another_spelling():
+    grid = Grid({"learning_rate": ("0.0001", "3e-4")})
+    done = [Trial(1, {"learning_rate": "1e-4"}, "finished")]
+    assert grid.next(done) == {"learning_rate": "3e-4"}
+
+
 def trials_of(search: Sampled, *, known: list[Trial]) -> list[Trial]:
     """Trials whose loss is lowest at a learning rate of 1e-4."""
     trials = list(known)

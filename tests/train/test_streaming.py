@@ -116,7 +116,7 @@ def test_records_read_but_not_trained_on_are_reported(models, files, tmp_path):
     early, late = records
     assert early["records_waiting"] == early["records_used"] - 8 > 0
     assert late["records_waiting"] == 0
-    said = [any("are not learned" in notice for notice in record["notices"]) for record in records]
+    said = [any("were still waiting to be shuffled" in notice for notice in record["notices"]) for record in records]
     assert said == [True, False]
 
 

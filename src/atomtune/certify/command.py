@@ -73,7 +73,12 @@ def certify(settings: CertifySettings) -> int:
     setting = "--served" if settings.served else "--adapter_path"
     engines = engines_for(served, settings.engine, setting=setting)
     if why := why_unwritable(_certificate_of(served).parent):
-        raise BadSettings([f"{setting} {served}: its certificate cannot be written there: {why}."])
+        raise BadSettings(
+            [
+                f"{setting} {served}: its certificate cannot be written there: {why}. Copy the model to a folder that "
+                "can be written."
+            ]
+        )
     side = trained_side(settings, console)
     outcomes = [certify_served(side, served, engine, settings, console) for engine in engines]
     file = write_certificate(outcomes, served)

@@ -50,7 +50,7 @@ from atomtune.data.reading.sources import (
 )
 from atomtune.data.records import Example, Record, Refusal
 from atomtune.data.workers import in_order, workers_here
-from atomtune.disk import sha256_of, sync, text_of
+from atomtune.disk import scratch_folder, sha256_of, sync, text_of
 from atomtune.errors import BadData, BadSettings
 from atomtune.limits import try_in_child_process
 
@@ -345,8 +345,8 @@ def _write_entry(entry: Path, name: str, ledger: Ledger, parts: Iterable[Encoded
     """
     _prepare(entry.parent)
     _sweep(entry.parent)
-    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".new-") as scratch:
-        folder = Path(scratch) / entry.name
+    with scratch_folder(".new-", within=entry.parent) as scratch:
+        folder = scratch / entry.name
         folder.mkdir()  # permissions from the umask, for a shared cache; the temporary folder itself is private
         writer = ArrowWriter(path=str(folder / EXAMPLES), features=FEATURES)
         for part in parts:
@@ -364,7 +364,7 @@ def _write_entry(entry: Path, name: str, ledger: Ledger, parts: Iterable[Encoded
         (folder / CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
         for path in (folder / EXAMPLES, folder / LEDGER, folder / CHECKSUMS, folder):
             sync(path)
-        return _put(folder, entry, Path(scratch))
+        return _put(folder, entry, scratch)
 
 
 def _put(folder: Path, place: Path, scratch: Path) -> Path:

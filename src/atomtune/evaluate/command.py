@@ -107,7 +107,7 @@ def beside_others(folder: Path, report: Report) -> Path:
 def refuse_unwritable(folder: Path) -> None:
     """Raise BadSettings if the reports cannot be written; else that would show only after all answers are generated."""
     if why := why_unwritable(folder, n_bytes=_ROOM_FOR_REPORTS):
-        raise BadSettings([f"--output_dir {folder} cannot be written: {why}."])
+        raise BadSettings([f"--output_dir {folder} cannot be written: {why}. Pass another one."])
 
 
 def measure(settings: EvaluateSettings, console: Console) -> Report:

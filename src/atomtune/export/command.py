@@ -1,12 +1,11 @@
 """Export: an adapter in the form that another program needs, and the check that the program serves the tuned model."""
 
 import shlex
-import tempfile
 from pathlib import Path
 
 from atomtune.certify.command import certify_served, refuse_failed, trained_side, write_certificate
 from atomtune.console import Console, as_command
-from atomtune.disk import is_free
+from atomtune.disk import is_free, scratch_folder
 from atomtune.errors import BadSettings, Stopped
 from atomtune.export.gguf import (
     adds_bos,
@@ -74,8 +73,8 @@ def _to_gguf(settings: ExportSettings, console: Console) -> None:
     refuse_unknown_architecture(base_path, trust_remote_code=settings.trust_remote_code)
     name = adapter.resolve().name
     file = out / f"{name}-{settings.quantize}.gguf"
-    with filling(out, last=file.name) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
-        merged = Path(scratch) / name  # the converter names the model after its folder
+    with filling(out, last=file.name) as folder, scratch_folder("scratch-", within=folder) as scratch:
+        merged = scratch / name  # the converter names the model after its folder
         write_merged(_merge_settings(settings), merged, console, unrounded=("--quantize", "f32"))
         copy_sentencepiece(base_path, merged)
         template, _ = template_of(adapter, model_path=settings.model_path, trust_remote_code=settings.trust_remote_code)

@@ -109,13 +109,13 @@ def write_merged(
     _say_checked(weights, measures, trained.spec.dtype, console, unrounded=unrounded)
     if copied.carried:
         console.say(
-            f"{len(copied.carried):,} tensors that transformers does not load "
-            f"({', '.join(_first_parts(copied.carried))}) are copied from the base unchanged."
+            f"copied from the base unchanged: {len(copied.carried):,} tensors that transformers does not load "
+            f"({', '.join(_first_parts(copied.carried))})."
         )
     if copied.unrounded:
         console.say(
-            f"{len(copied.unrounded):,} tensors that the base's files hold in more bits than the rest are written "
-            "like that too, because servers may use them unrounded."
+            f"not rounded, because servers may use the unrounded values: {len(copied.unrounded):,} tensors that the "
+            "base's files hold in more bits than the rest."
         )
 
 

@@ -159,7 +159,7 @@ def show(console: Console, examples: Sequence[Example], decoder: TokenDecoder, *
         console.print(coloured(example.ids[first:], example.learn[first:], decoder, colour=colour, width=console.width))
     for origin, count in of_record.items():
         if count > _SHOWN_OF_A_RECORD:
-            console.say(f"\n{origin}  {count - _SHOWN_OF_A_RECORD:,} more examples of this record are not shown")
+            console.say(f"\n{origin}  {count - _SHOWN_OF_A_RECORD:,} more examples of this record, not shown")
 
 
 def _first_of_each_record(examples: Sequence[Example]) -> Iterator[Example]:

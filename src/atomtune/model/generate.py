@@ -100,11 +100,19 @@ def stop_ids(model: CausalLM, template: Template) -> list[int]:
 
 def stop_ids_on(base_path: str, template: Template, *, trust_remote_code: bool = False) -> list[int]:
     """The same for a base that is not loaded."""
+    return _stop_ids(_generation_config(base_path, trust_remote_code=trust_remote_code), template)
+
+
+def samples_by_itself(model_path: str, *, trust_remote_code: bool = False) -> bool:
+    """Whether a model that is not loaded has `do_sample` in its generation config."""
+    return bool(_generation_config(model_path, trust_remote_code=trust_remote_code).do_sample)
+
+
+def _generation_config(model_path: str, *, trust_remote_code: bool) -> GenerationConfig:
     try:
-        config = GenerationConfig.from_pretrained(base_path)
+        return GenerationConfig.from_pretrained(model_path)
     except OSError:  # without a generation config, loading would derive one from the model config
-        config = GenerationConfig.from_model_config(read_config(base_path, trust_remote_code=trust_remote_code))
-    return _stop_ids(config, template)
+        return GenerationConfig.from_model_config(read_config(model_path, trust_remote_code=trust_remote_code))
 
 
 def _stop_ids(config: GenerationConfig, template: Template) -> list[int]:

@@ -33,7 +33,7 @@ from atomtune.errors import BadSettings
 from atomtune.language import message
 from atomtune.model.adapter_folder import AdapterMetadata, base_of, repeated, short_names, templates_of
 from atomtune.model.fingerprint import refuse_other_base, say_unchecked
-from atomtune.model.generate import stop_ids_on
+from atomtune.model.generate import samples_by_itself, stop_ids_on
 from atomtune.model.load import device_in_use, dtype_name, quiet_libraries, resolve_dtype
 from atomtune.serve.address import only_this_machine, own_address
 from atomtune.settings.command_settings import CertifySettings, ServeSettings
@@ -296,6 +296,12 @@ def _engine_command(service: Service, folder: Path, settings: ServeSettings, con
     dtype = resolve_dtype(settings.dtype, device_in_use(), notice=console.notice)
     address |= {"dtype": dtype_name(dtype), "trust_remote_code": settings.trust_remote_code}
     if service.engine == "transformers":
+        if not samples_by_itself(str(folder), trust_remote_code=settings.trust_remote_code):
+            console.notice(
+                "every answer takes the most likely tokens: transformers serve ignores temperature, top_p and seed of "
+                'a request unless "do_sample" is true in the model\'s generation_config.json. vLLM and llama.cpp '
+                "follow them."
+            )
         return transformers_serve.command(folder.name, **address)
     adapters = [ServedAdapter(model.name, model.folder.resolve()) for model in service.models] if service.base else []
     address["reads_calls"] = _call_reader(service.template, console)

@@ -66,7 +66,8 @@ def values_tried(
         if name is not None:
             values = tried.get(name, ())
             new = value if equals else word
-            tried[name] = values if new in values else (*values, new)
+            known_already = number_or_word(new) in map(number_or_word, values)
+            tried[name] = values if known_already else (*values, new)
     for name, values in tried.items():
         problems += _misfits(name, values, trials=choices.trials)
     return tried
@@ -87,6 +88,14 @@ def _misfits(name: str, values: tuple[str, ...], *, trials: int) -> Iterator[str
         low, high = ends_of(ranges[0])
         if low >= high:
             yield f"--try {name}={ranges[0]}: expected LOW{RANGE}HIGH, the lower number first."
+
+
+def number_or_word(value: str) -> float | str:
+    """The number that a value spells, so that `1e-4` and `0.0001` are one value; any other value as it is."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def is_range(value: str) -> bool:

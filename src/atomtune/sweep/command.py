@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,7 +13,7 @@ from pathlib import Path
 from atomtune.choices import RUN_RECORD
 from atomtune.console import Console, print_json, progress_bar
 from atomtune.data.reading.sources import among_records
-from atomtune.disk import held, numbered, read_json_object
+from atomtune.disk import held, numbered, read_json_object, scratch_folder
 from atomtune.durations import duration, rough_duration
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed, Stopped, UserError
 from atomtune.extras import refuse_missing_packages
@@ -175,8 +174,8 @@ def _forecast(shared: Mapping[str, object]) -> Mapping[str, float]:
     It encodes the records, once for all trials. Raises the error that the run would raise.
     """
     # Not in the sweep's folder, where a killed command would leave it, and no sweep could begin.
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "plan.yaml"
+    with scratch_folder("atomtune-plan-") as scratch:
+        file = scratch / "plan.yaml"
         write_settings(file, shared, comment="The settings that all trials share.")
         done = subprocess.run(
             [sys.executable, "-m", "atomtune", "plan", str(file), "--json"],

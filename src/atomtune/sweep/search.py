@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from atomtune.settings.tried import ends_of, is_range, points_of
+from atomtune.settings.tried import ends_of, is_range, number_or_word, points_of
 from atomtune.sweep.trial_process import Progress
 from atomtune.sweep.trials import Trial
 
@@ -36,8 +36,8 @@ class Grid:
         self.total = len(self.points)
 
     def next(self, trials: Sequence[Trial]) -> dict[str, str] | None:
-        before = [trial.settings for trial in trials]
-        return next((point for point in self.points if point not in before), None)
+        before = [_meaning(trial.settings) for trial in trials]
+        return next((point for point in self.points if _meaning(point) not in before), None)
 
     def watching(self, trial: Trial, trials: Sequence[Trial]) -> Watch:
         return lambda progress: False
@@ -123,6 +123,11 @@ class Sampled:
             return word
         value = min(max(float(word), distribution.low), distribution.high)
         return round(value) if isinstance(distribution, optuna.distributions.IntDistribution) else value
+
+
+def _meaning(settings: Mapping[str, str]) -> dict[str, float | str]:
+    """Equal for settings that differ only in the spelling of numbers, as those of a sweep that is resumed may."""
+    return {name: number_or_word(value) for name, value in settings.items()}
 
 
 def middle_of(written: str) -> str:

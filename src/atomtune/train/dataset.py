@@ -297,8 +297,8 @@ def _say_fewer(run: RunContext, split: Split, *, wanted: int, by_itself: bool) -
         )
     if len(split.held_out) != wanted and not by_itself:
         run.console.notice(
-            f"--eval_size asks for {wanted:,} records; {len(split.held_out):,} are held out, because records that are "
-            "nearly the same are kept together."
+            f"--eval_size asks for {wanted:,} records, and {len(split.held_out):,} records are held out, because those "
+            "that are nearly the same are kept together."
         )
 
 
@@ -312,9 +312,9 @@ def _say_overlap(run: RunContext, learned: list[datasets.Dataset], evaluate: dat
     run.record.update(**{_LIKE_TRAINED_ONES: origins})
     if origins:
         run.console.notice(
-            f"{len(origins):,} of {len(evaluate):,} evaluation records are nearly the same as a training record or ask "
-            f"the same: {first_few(origins, all_in=RUN_RECORD)}. Their loss shows what was memorised, not what was "
-            "learned."
+            f"{len(origins):,} of {len(evaluate):,} evaluation records are nearly the same as a training record, at "
+            f"least in the question: {first_few(origins, all_in=RUN_RECORD)}. Their loss shows what was memorised, not "
+            "what was learned."
         )
 
 

@@ -71,9 +71,9 @@ def _say_waiting(run: RunContext, trainer: LoraTrainer, ledger: Ledger) -> None:
     run.record.update(records_waiting=waiting)
     if waiting:
         run.console.notice(
-            f"{waiting:,} of the {ledger.records_used:,} records that the stream read were still waiting to be "
-            "shuffled at the end, so they are not learned. A larger --max_steps includes them; a smaller "
-            "--shuffle_buffer holds fewer back."
+            f"the stream read {ledger.records_used:,} records; {waiting:,} of these were still waiting to be shuffled "
+            "at the end, and so not learned. A larger --max_steps includes them; a smaller --shuffle_buffer holds "
+            "fewer back."
         )
 
 

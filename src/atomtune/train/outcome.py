@@ -102,8 +102,8 @@ class Outcome:
                 )
             case "too short" | "level" if 2 * self.broken > self.answers and not self.as_before:
                 text = (
-                    f"The held-out loss fell, but {self.broken} of the {self.answers} answers shown are empty, repeat "
-                    "themselves or run on without an end: read them before you use the adapter. More records help "
+                    "The held-out loss fell, but most answers shown are empty, repeat themselves or run on without an "
+                    f"end ({self.broken} of {self.answers}): read them before you use the adapter. More records help "
                     "most; else try half the --learning_rate."
                 )
             case "too short" if self.as_before:

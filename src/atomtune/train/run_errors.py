@@ -26,10 +26,14 @@ def told_to_user(error: BaseException, args: TrainingArguments, *, again: str) -
     folder = Path(args.output_dir)
     newest_whole = next((path for path in checkpoints(folder) if not damage(path)), None)
     if lost := lost_processes(error, args) or lost_worker(error, workers=args.dataloader_num_workers):
-        return RunFailed(f"{lost}\nLast complete checkpoint: {newest_whole or 'none'}. {again}")
+        if newest_whole is None:
+            return RunFailed(
+                "\n".join([lost, "There is no checkpoint yet, so nothing is kept.", _from_the_start(folder)])
+            )
+        return RunFailed(f"{lost}\nLast complete checkpoint: {newest_whole}. {again}")
     if isinstance(error, KeyboardInterrupt):
         signal_name = error.args[0] if error.args else "SIGINT"
-        return _stopped_at_once(signal_name, newest_whole, folder, again)
+        return _stopped_at_once(signal_name, newest_whole, folder, again, processes=args.world_size)
     if disk_failed(error):
         full = _full_folder(error, folder)
         reason = disk_reason(error, full)
@@ -59,10 +63,23 @@ def _full_folder(error: BaseException, output_dir: Path) -> Path:
     return min(there, key=lambda path: shutil.disk_usage(path).free, default=output_dir)
 
 
-def _stopped_at_once(signal_name: str, newest_whole: Path | None, folder: Path, again: str) -> Stopped:
+def _stopped_at_once(
+    signal_name: str, newest_whole: Path | None, folder: Path, again: str, *, processes: int
+) -> Stopped:
     if newest_whole is None:
-        return Stopped(
-            f"{signal_name} received; stopped at once. There is no checkpoint yet, so nothing is kept.\nThe same "
-            f"command starts over (--output_dir {folder})."
+        lines = [
+            f"{signal_name} received; stopped at once. There is no checkpoint yet, so nothing is kept.",
+            _from_the_start(folder),
+        ]
+    else:
+        lines = [f"{signal_name} received; stopped at once. The last complete checkpoint is {newest_whole}.", again]
+    if signal_name == "SIGTERM" and processes > 1:  # this process cannot tell the two apart
+        lines.append(
+            "If nobody stopped the run, another of its processes has ended, and its output says why: torchrun then "
+            "sends SIGTERM to the others."
         )
-    return Stopped(f"{signal_name} received; stopped at once. The last complete checkpoint is {newest_whole}.\n{again}")
+    return Stopped("\n".join(lines))
+
+
+def _from_the_start(folder: Path) -> str:
+    return f"The same command starts over (--output_dir {folder})."

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from atomtune.data.encoding.answers import answer_at, answers_of
-from atomtune.data.encoding.chat_template import Template
+from atomtune.data.encoding.chat_template import CannotExpress, Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.encoding.cuts import cuts_of
 from atomtune.data.encoding.prompts import prompts_of
@@ -28,6 +28,16 @@ TRIMMED_LAST = EMPTY_THOUGHTS_LAST.replace(
 NUMBERED_LAST = WITH_CALLS.replace(
     CONTENT, "{{ messages | length if m.role == 'assistant' and loop.last and not add_generation_prompt }}" + CONTENT
 )
+#: Answers begin with empty thoughts, but only in a conversation with a question (Qwen3).
+THOUGHTS_AFTER_QUESTIONS = CHATML.replace(
+    CONTENT,
+    "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' and 'user' in messages | map(attribute='role') }}" + CONTENT,
+)
+#: Questions and answers take turns (Gemma).
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != loop.index0 is even %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+) + CHATML
 
 
 @pytest.fixture
@@ -89,6 +99,30 @@ def test_a_template_that_trims_only_the_last_answer_writes_each_answer_as_the_la
     prompts = prompts_of(cuts, record.learned)
     answers = list(answers_of(cuts, record.learned, prompts))
     assert answers == [answer_at(templated, at, prompt) for at, prompt in zip(record.learned, prompts, strict=True)]
+
+
+def test_an_answer_without_a_question_has_no_thoughts_that_the_template_would_not_write():
+    template = load_template("auto", tokenizer_of("bytes", THOUGHTS_AFTER_QUESTIONS))
+    assert template.form is not None and template.form.lead == "<think>\n\n</think>\n\n"
+    record = Record((Turn("system", "s"), Turn("assistant", "a")), "a:1")
+    templated = TemplatedRecord(template, record)
+    assert answer_at(templated, 1, cuts_of(templated).prompt(1)) == ("a", "<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        (Turn("user", "q"), Turn("assistant", "a1")),
+        (Turn("user", "q"), Turn("tool", "t")),
+        (Turn("user", "q"), Turn("system", "s")),
+    ],
+)
+def test_an_answer_is_refused_at_any_place_where_the_template_refuses_it(before):
+    template = load_template("auto", tokenizer_of("bytes", ALTERNATING))
+    templated = TemplatedRecord(template, Record((*before, Turn("assistant", "a2")), "a:1"))
+    prompt = cuts_of(templated).prompt(2)  # the template refuses nothing yet
+    with pytest.raises(CannotExpress, match="roles must alternate"):
+        answer_at(templated, 2, prompt)
 
 
 def test_a_text_record_is_its_own_answer_with_control_strings_escaped():

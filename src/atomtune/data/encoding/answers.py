@@ -48,9 +48,11 @@ def _form_of(templated: TemplatedRecord, at: int, prompt: Prompt[str]) -> Answer
     """How the answer at `at` is written; None if it must be rendered to see that."""
     turn, template = templated.record.turns[at], templated.template
     is_plain = not (turn.reasoning or turn.calls or mentions_thoughts(turn.text))
-    # After a tool result, some templates end the prompt differently than after a question.
+    # The form is that of an answer to a question. Without a question, after another answer or after a tool result, some
+    # templates write an answer differently (Qwen3), or refuse the conversation once the answer is there (Gemma).
+    answers_a_question = at > 0 and templated.record.turns[at - 1].role == "user"
     ends_as_usual = not templated.variables and prompt.asks.endswith(template.asks)
-    return template.form if is_plain and ends_as_usual else None
+    return template.form if is_plain and answers_a_question and ends_as_usual else None
 
 
 def _answers_in_history(cuts: Cuts, learned: Sequence[int], prompts: Sequence[Prompt[str]]) -> dict[int, WrittenAnswer]:

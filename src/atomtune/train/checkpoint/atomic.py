@@ -24,6 +24,7 @@ from atomtune.disk import (
     sync_tree,
     write_json,
 )
+from atomtune.process import signals_wait
 from atomtune.train.checkpoint.state import state_files
 
 MANIFEST = "manifest.json"
@@ -53,10 +54,11 @@ def staged(final: Path, *, clears: bool) -> Iterator[Path]:
         yield staging
     finally:
         if clears:
-            if replaced.is_dir() and not replaced.is_symlink() and not final.exists():
-                replaced.rename(final)
-            remove_tree(replaced)
-            remove_tree(staging)
+            with signals_wait():
+                if replaced.is_dir() and not replaced.is_symlink() and not final.exists():
+                    replaced.rename(final)
+                remove_tree(replaced)
+                remove_tree(staging)
 
 
 def clear_staging(folder: Path) -> None:
