@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+# As pip does, but on all cores. Some packages hold files for other versions of Python, which do not compile.
+COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 
 .PHONY: demo test test-slow test-use certify-vllm check house bench token-truth reliability soak fuzz test-oldest clean
 
@@ -10,8 +12,8 @@ demo: $(VENV)/installed
 	$(BIN)/atomtune train
 	@echo "To use the command atomtune in this shell:  . $(VENV)/bin/activate"
 
-# Ten minutes on two idle cores with AVX-512, twenty-five on two slow ones with AVX2.
-test: $(VENV)/installed-test check
+# Less than a quarter of an hour on two slow cores with AVX2, and half of that on two with AVX-512.
+test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow'
 
 # Real models and tokenizers (fetched once, skipped without a network), and a part of the soak: up to 25 minutes more.
@@ -23,10 +25,11 @@ test-slow: $(VENV)/installed-slow
 # The way of a tuned model to its users, as far as `make test` leaves it out: with the real engines, a browser and SmolLM2,
 # each skipped where it is missing: certificates, export, serve, the page, lm-eval, every line of the guide's section 13.
 # And what takes longest without them: the whole demo, the tutorial's data set, the notebook, a sweep that is stopped, the map,
-# every signal that stops a run, ranks that no longer answer, streams that are closed.
+# every signal that stops a run, ranks that no longer answer, streams that are closed, the further cases of long tests.
 USE := $(addprefix tests/,certify engines export serve plan sweep evaluate walk/test_guide.py)
-LONG := $(patsubst %,tests/test_%.py,map limits hub_reach console) tests/settings/test_environment.py \
-	$(patsubst %,tests/walk/test_%.py,defaults demo train examples streams ranks sharded_state resume same_run faults output_folder layout)
+LONG := $(patsubst %,tests/test_%.py,map limits hub_reach console) tests/settings/test_environment.py tests/model/test_token_rows.py \
+	$(patsubst %,tests/walk/test_%.py,bad_data defaults demo examples faults layout output_folder ranks resume same_run \
+	same_run_evaluated sharded_state small_files streams train verify vision_checkpoints)
 test-use: $(VENV)/installed-slow
 	$(BIN)/python tools/real_material.py $(REAL)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m 'slow or extra' -rs $(USE) $(LONG)
@@ -80,18 +83,22 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP_INSTALL) -e .
+	$(COMPILE)
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(PIP_INSTALL) -e '.[test]'
+	$(COMPILE)
 	touch $@
 
 $(VENV)/installed-slow: $(VENV)/installed-test
 	$(PIP_INSTALL) -e '.[test,slow]'
+	$(COMPILE)
 	touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed
 	$(PIP_INSTALL) -e '.[bench]'
+	$(COMPILE)
 	touch $@
 
 .venv-oldest/installed: pyproject.toml tools/oldest.py

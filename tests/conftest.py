@@ -127,6 +127,7 @@ def shorten_runs() -> None:
 
     Untrained models answer up to the limit, so samples are short, and only the first run's picture is drawn.
     """
+    from atomtune.disk import replacing
     from atomtune.train import progress, samples
 
     samples.LONGEST_ANSWER = 8
@@ -134,7 +135,8 @@ def shorten_runs() -> None:
 
     def draw_once(history: list[dict], path: Path, *, title: str = "") -> None:
         if drawn:
-            path.write_bytes(drawn[0])
+            with replacing(path) as file:
+                file.write(drawn[0])
         else:
             draw(history, path, title=title)
             drawn.append(path.read_bytes())

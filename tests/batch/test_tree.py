@@ -223,7 +223,7 @@ ODD = {
 @every_layout
 @pytest.mark.parametrize("kind", ODD)
 def test_unusual_batches_satisfy_every_row_invariant(layout, kind):
-    @settings(derandomize=True, database=None, deadline=None, max_examples=60)
+    @settings(derandomize=True, database=None, deadline=None, max_examples=30)
     @given(records(ODD[kind]))
     def obeys(examples):
         assert_lawful(layout(examples), examples)

@@ -304,6 +304,7 @@ def test_held_out_records_are_asked_although_two_sources_have_the_same_file_name
     assert held_out and prompts_of(run, monkeypatch) - {OUR_OWN} == held_out
 
 
+@pytest.mark.slow
 def test_prompts_of_our_own_are_announced_if_the_runs_records_are_gone(models, tmp_path, capsys, monkeypatch):
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
     run = trained_on(models, tmp_path, "--dataset_path", str(data), "--eval_size", "2")

@@ -1,5 +1,6 @@
 """The run does what was planned: the same steps and layout, and about the same tokens."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -8,8 +9,17 @@ import pytest
 from transformers import AutoConfig
 
 from atomtune.cli import main
+from atomtune.plan import command
 from tests.conftest import DIALOGUES, write_jsonl
 from tests.tiny import CHATML, SIZE, build, tokenizer_of
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rate_measured_once():
+    """The plans of this file use one measurement of the device, which takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "matmul_rate", functools.cache(command.matmul_rate))
+        yield
 
 
 def planned(capsys, *flags: str) -> dict:

@@ -153,7 +153,7 @@ def test_a_file_without_usable_records_fails_every_command_the_same_way(models, 
     assert lines[-1].endswith("records.jsonl: none of 3 records can be used. Fix the records listed above.")
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify"])
+@pytest.mark.parametrize("command", ["inspect", pytest.param("verify", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("records", [[BROKEN], [TOO_LONG], [BROKEN, TOO_LONG], []], ids=["bad", "long", "both", "none"])
 def test_the_suggested_train_command_runs(models, tmp_path, capsys, command, records):
     data = write_jsonl(tmp_path / "records.jsonl", [*GOOD, *records])

@@ -127,7 +127,7 @@ def test_a_named_checkpoint_is_resumed_in_another_folder(whole, tmp_path, way):
     ("saves", "saved", "logged"),
     [
         (["--save_steps", "4"], "checkpoint-8", [1, 3, 4, 6, 8, 9, 10]),
-        (["--save_strategy", "epoch"], "checkpoint-5", [1, 3, 5, 6, 9, 10]),
+        pytest.param(["--save_strategy", "epoch"], "checkpoint-5", [1, 3, 5, 6, 9, 10], marks=pytest.mark.slow),
         (
             [
                 *("--save_strategy", "best", "--eval_size", "8", "--eval_strategy", "steps", "--eval_steps", "4"),
@@ -176,7 +176,7 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_further_steps(models, 
     ("records", "batch", "length", "steps"),
     [
         (40, 4, ["--max_steps", "20"], 20),
-        (40, 4, ["--num_train_epochs", "2"], 20),
+        pytest.param(40, 4, ["--num_train_epochs", "2"], 20, marks=pytest.mark.slow),
         (25, 1, ["--num_train_epochs", "1.36"], 34),  # its end, 1 + 9 / 25 epochs, is less than 1.36 in Python
     ],
     ids=["steps", "epochs", "a part of an epoch"],
@@ -318,7 +318,11 @@ def test_a_missing_optimizer_is_reported_and_lora_settings_are_kept(models, dial
 
 
 @pytest.mark.parametrize(
-    "schedule", [("--lr_scheduler_type", "linear", "--warmup_steps", "4"), ("--lr_scheduler_type", "cosine")]
+    "schedule",
+    [
+        ("--lr_scheduler_type", "linear", "--warmup_steps", "4"),
+        pytest.param(("--lr_scheduler_type", "cosine"), marks=pytest.mark.slow),
+    ],
 )
 def test_resume_without_optimizer_continues_the_learning_rate_schedule(models, dialogues, tmp_path, schedule):
     # Once it rose again from 0 and ended at its highest value.
@@ -338,6 +342,7 @@ def _rates(checkpoint: Path) -> list[float]:
     return [entry["learning_rate"] for entry in log if "learning_rate" in entry]
 
 
+@pytest.mark.slow
 def test_a_plateau_schedule_that_restarts_on_resume_is_reported(models, dialogues, tmp_path, capsys):
     plateau = ("--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_size", "4", "--eval_strategy", "steps")
     command = arguments(models("llama"), dialogues, tmp_path / "out", "--save_only_model", *plateau)
@@ -553,6 +558,7 @@ def test_a_stop_does_not_load_the_best_checkpoint(worst, tmp_path, monkeypatch, 
     assert "stopped after step 3 with a checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_only_a_step_with_a_checkpoint_is_kept_as_the_best(worst, tmp_path, monkeypatch):
     # Once an evaluation between two checkpoints was reported as the one that is kept.
     (command, _), whole, out = worst, tmp_path / "whole", tmp_path / "out"

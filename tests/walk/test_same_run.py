@@ -73,6 +73,7 @@ SLOW = (
     "rebalanced",
     "other optimizer",
     "dora",
+    "best",
 )
 
 
@@ -116,7 +117,7 @@ def signalled(out: Path, number: int, step: int) -> threading.Thread:
     return thread
 
 
-LONG = ["--max_steps", "40", "--eval_size", "7", "--eval_strategy", "steps", "--eval_steps", "4"]
+LONG = ["--max_steps", "30", "--eval_size", "7", "--eval_strategy", "steps", "--eval_steps", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_a_run_stopped_by_any_stop_signal_resumes_to_the_same_result(models, lon
     assert f"{number.name} received; stopped after step" in capsys.readouterr().err
     stopped = record(out)
     assert stopped["status"] == "preempted"
-    assert 9 <= stopped["steps"] < 40
+    assert 9 <= stopped["steps"] < 30
     assert not (out / "adapter_model.safetensors").exists(), "an unfinished run leaves no final adapter"
     assert main(command(base, data, out, *LONG, "--resume")) == 0
     same_run(out, whole)
@@ -161,6 +162,7 @@ def test_a_run_stopped_three_times_gives_the_same_result(models, dialogues, tmp_
     same_run(out, whole)
 
 
+@pytest.mark.slow
 def test_an_evaluation_interrupted_by_a_stop_is_repeated_on_resume(models, dialogues, tmp_path, monkeypatch):
     base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
     flags = ["--max_steps", "6", "--eval_size", "20", "--eval_strategy", "steps", "--eval_steps", "3"]

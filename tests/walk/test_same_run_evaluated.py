@@ -212,6 +212,7 @@ def test_resuming_from_every_checkpoint_gives_the_undisturbed_result(models, fil
 @pytest.mark.parametrize(
     "source", ["stored", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SOURCES if kind != "stored")]
 )
+@pytest.mark.slow
 def test_evaluation_does_not_change_the_trained_adapter(models, files, tmp_path, evaluation, source):
     if not can_be(evaluation, "every step", "plain", source):
         pytest.skip("a stream has no epochs")

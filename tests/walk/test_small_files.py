@@ -138,7 +138,15 @@ def test_an_opt_base_is_trained(models, tmp_path):
     assert record["status"] == "finished" and record["layout"] == "tree"
 
 
-@pytest.mark.parametrize("name", [b"a\xff.jsonl", b"two\nlines.jsonl", b"$x$_$.jsonl", b"\x1b[31m.jsonl"], ids=ascii)
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"a\xff.jsonl",
+        b"two\nlines.jsonl",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in (b"$x$_$.jsonl", b"\x1b[31m.jsonl")),
+    ],
+    ids=ascii,
+)
 def test_a_file_of_any_name_is_trained_on(models, dialogues, tmp_path, capsys, name):
     # A name that is not UTF-8 could not be written to run.json, and one of two lines was not found in origins.
     data = tmp_path / os.fsdecode(name)

@@ -69,7 +69,7 @@ def test_prompt_and_target_tokens_are_counted_for_one_pass(models, dialogues, tm
     assert (record_of(out)["prompt_tokens"], record_of(out)["target_tokens"]) == (prompt_tokens, targets)
 
 
-@pytest.mark.parametrize("size", ["0.1", "4"])
+@pytest.mark.parametrize("size", [pytest.param("0.1", marks=pytest.mark.slow), "4"])
 def test_evaluation_loss_is_averaged_per_target_token_not_per_batch(models, dialogues, tmp_path, size):
     """The evaluation loss is that of plain transformers, one record at a time."""
     out = tmp_path / "out"

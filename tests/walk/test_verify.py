@@ -81,7 +81,7 @@ def positions_by_index(row, **settings):
     return replace(plan, position=torch.arange(len(plan.position)))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("planted", [all_see_all, positions_by_index])
 def test_a_planted_attention_fault_exits_with_4(  # noqa: PLR0917  # pytest passes fixtures
     models, dialogues, monkeypatch, capsys, planted, dtype
@@ -223,6 +223,7 @@ def test_without_memory_for_float32_the_16_bit_verdict_stands(models, dialogues,
     assert "the memory does not hold the base in float32" in said and "DOES NOT HOLD" in said
 
 
+@pytest.mark.slow
 def test_verify_keeps_one_base_in_memory_at_a_time(models, dialogues, no_noise, one_base_at_a_time):
     # Adapter and fused layers refer to themselves, so four bases were in memory at the end.
     assert main(command(models("llama"), dialogues, *IN_16_BITS)) == 0
@@ -267,7 +268,7 @@ def test_a_fault_in_ligers_kernels_exits_with_4(models, dialogues, capsys, liger
     assert "DOES NOT HOLD" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (1.3, 4)])
+@pytest.mark.parametrize(("factor", "code"), [(1.0, 0), pytest.param(1.3, 4, marks=pytest.mark.slow)])
 def test_train_with_verify_compares_ligers_kernels(models, dialogues, tmp_path, liger_kernels, factor, code):  # noqa: PLR0917  # pytest passes fixtures
     liger_kernels(factor)
     assert train(models("llama"), dialogues, tmp_path / "out", "--verify", "--dtype", "float32") == code
@@ -307,7 +308,9 @@ def train(base, data, out, *more) -> int:
     return main([*walk, "--max_steps", "2", *more])
 
 
-@pytest.mark.parametrize(("flags", "layout"), [([], "tree"), (["--neftune_noise_alpha", "5"], "padded")])
+@pytest.mark.parametrize(
+    ("flags", "layout"), [([], "tree"), pytest.param(["--neftune_noise_alpha", "5"], "padded", marks=pytest.mark.slow)]
+)
 def test_train_with_verify_writes_the_result_to_run_json(models, dialogues, tmp_path, flags, layout):
     assert train(models("llama"), dialogues, tmp_path / "out", "--verify", "--dtype", "float64", *flags) == 0
     found = json.loads((tmp_path / "out" / "run.json").read_text())["verified"]

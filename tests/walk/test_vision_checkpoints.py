@@ -102,6 +102,7 @@ def test_chat_answers_from_the_merged_folder_as_from_the_adapter(trained, merged
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_certify_holds_for_the_adapter_and_the_merged_folder(trained, merged):
     words = ["certify", "--adapter_path", str(trained[2]), "--dtype", "float32", "--engine", "in-process"]
     words += ["--max_new_tokens", "4"]

@@ -482,7 +482,7 @@ RECORDS = VALUES | st.dictionaries(st.sampled_from(WORDS), CHATS | VALUES, max_s
 
 
 @pytest.mark.parametrize("name", SIGNS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(values=st.lists(RECORDS, max_size=8), data=st.data())
 def test_any_value_becomes_a_record_or_a_refusal(name, values, data):
     signs = {key: data.draw(CHATS | st.text(min_size=1, max_size=9) | VALUES) for key in SIGNS[name]}
