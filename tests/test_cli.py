@@ -59,7 +59,10 @@ def test_no_command_prints_the_overview():
     assert answered()[:2] == answered("--help")[:2]
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS))
+@pytest.mark.parametrize(
+    "command",
+    [name if name in ("train", "chat") else pytest.param(name, marks=pytest.mark.slow) for name in sorted(COMMANDS)],
+)
 def test_help_of_a_command_names_its_settings_and_loads_no_torch(command):
     # Importing torch and transformers takes seconds, which --help must not.
     code, out, err, modules = answered(command, "--help")

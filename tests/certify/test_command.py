@@ -153,6 +153,7 @@ def test_an_engine_that_serves_a_zeroed_adapter_is_caught(by_heart, adapter, cap
     assert certificate_in(adapter)["differs_from_base"] == 0
 
 
+@pytest.mark.slow
 def test_adapter_keys_that_the_engine_does_not_match_are_caught(by_heart, adapter, capsys):
     """As happens to the adapter of a text model on a vision-language class: it is loaded and ignored."""
     file = adapter / "adapter_model.safetensors"

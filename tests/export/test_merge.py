@@ -192,6 +192,7 @@ def test_a_merge_that_is_killed_leaves_no_model_and_the_next_one_works(trained, 
     assert (out / "config.json").is_file() and not list(out.glob(".*"))
 
 
+@pytest.mark.slow
 def test_merge_quantizes_the_base_in_the_dtype_of_training(models, tmp_path):
     # Regression: training quantized float16 files in bfloat16, merge in float16; one weight in 170 differed.
     pytest.importorskip("bitsandbytes")

@@ -84,7 +84,7 @@ def relative_difference(ours: dict, theirs: dict) -> float:
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "tree"])
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize(
     ("optimizer", "tolerance"), [("sgd", 1e-6), pytest.param("adamw_torch", 1e-4, marks=pytest.mark.slow)]
 )

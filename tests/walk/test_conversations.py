@@ -21,7 +21,7 @@ from atomtune.data.records import Example
 from tests.tiny import CHATML, GEMMA, tokenizer_of
 
 #: For each tokenizer and template; `make fuzz` uses more.
-CONVERSATIONS = int(os.environ.get("ATOMTUNE_FUZZ", "100"))
+CONVERSATIONS = int(os.environ.get("ATOMTUNE_FUZZ", "60"))
 TOKENIZERS = {
     "sentencepiece": ("sentencepiece", None),
     "sentencepiece with turns": ("sentencepiece", GEMMA),

@@ -67,6 +67,7 @@ def test_a_run_reports_whether_it_worked(models, numbers, tmp_path, capsys):
     assert {sample["reference"] for sample in record["samples"]} <= held_out
 
 
+@pytest.mark.slow
 def test_a_far_too_high_learning_rate_is_reported_before_the_run(models, numbers, tmp_path, capsys):
     for rate, is_told in (("0.05", False), ("0.07", True)):  # by default the run would take 6e-3
         words = [*command(models("llama"), numbers, tmp_path / rate), "--learning_rate", rate, "--max_steps", "1"]
@@ -120,7 +121,7 @@ def test_too_similar_records_are_not_held_out_and_this_is_reported(models, tmp_p
     ("before", "after", "strategies"),
     [
         (["--num_train_epochs", "1"], ["--num_train_epochs", "3"], ("epoch", "epoch")),
-        ([], ["--save_steps", "5"], ("steps", "steps")),
+        pytest.param([], ["--save_steps", "5"], ("steps", "steps"), marks=pytest.mark.slow),
         pytest.param([], ["--eval_steps", "5"], ("steps", "steps"), marks=pytest.mark.slow),
         pytest.param(["--save_steps", "5"], [], ("epoch", "epoch"), marks=pytest.mark.slow),
     ],

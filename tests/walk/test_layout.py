@@ -133,6 +133,7 @@ def test_a_layout_that_would_not_be_exact_is_refused_before_a_step(models, dialo
     assert "--layout padded" in said
 
 
+@pytest.mark.slow
 def test_activation_recomputation_depends_on_the_chosen_layouts_token_count(models, tmp_path, monkeypatch, capsys):
     # Counted as padded, a tree would be recomputed on a card with enough room, and lose two fifths of its speed.
     data = tmp_path / "styled.jsonl"

@@ -41,7 +41,9 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if number % 2 else name for number, name in enumerate(NAMES)]
+)
 def test_nothing_behind_a_link_is_written_moved_or_removed(models, dialogues, undisturbed, tmp_path, name):
     # In a shared output folder, somebody may create links with the names that a run uses.
     elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"

@@ -177,7 +177,8 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_further_steps(models, 
     [
         (40, 4, ["--max_steps", "20"], 20),
         pytest.param(40, 4, ["--num_train_epochs", "2"], 20, marks=pytest.mark.slow),
-        (25, 1, ["--num_train_epochs", "1.36"], 34),  # its end, 1 + 9 / 25 epochs, is less than 1.36 in Python
+        # Its end, 1 + 9 / 25 epochs, is less than 1.36 in Python.
+        pytest.param(25, 1, ["--num_train_epochs", "1.36"], 34, marks=pytest.mark.slow),
     ],
     ids=["steps", "epochs", "a part of an epoch"],
 )
@@ -503,6 +504,7 @@ def damaged_after_training(monkeypatch, checkpoint: Path) -> None:
     monkeypatch.setattr(trainer.LoraTrainer, "_finalize_training", torn)
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_that_is_damaged_during_the_run_fails_it(worst, tmp_path, monkeypatch, capsys):
     (command, _), out = worst, tmp_path / "out"
     damaged_after_training(monkeypatch, out / "checkpoint-1")
@@ -586,6 +588,7 @@ def test_the_best_is_compared_by_the_present_metric(models, dialogues, tmp_path,
     assert outcome["best_step"] == outcome["kept_step"] > 2
 
 
+@pytest.mark.slow
 def test_counts_go_on_with_restored_callback_states(models, dialogues, tmp_path, monkeypatch):
     # With that flag the library replaces callbacks, and the counts of the steps after a resume were lost.
     flags = ["--max_steps", "6", "--restore_callback_states_from_checkpoint", "true"]
@@ -621,6 +624,7 @@ def test_fewer_steps_than_the_checkpoint_has_end_the_run_without_mentioning_pati
     assert "Ended before" not in said
 
 
+@pytest.mark.slow
 def test_the_end_by_patience_is_reported_with_the_present_length(worst, tmp_path, capsys):
     (command, _), out = worst, tmp_path / "out"
     early = [*command, "--output_dir", str(out), "--learning_rate", "1e-12", "--early_stopping_patience", "1"]

@@ -334,6 +334,7 @@ def test_resuming_with_a_changed_base_config_is_refused(models, dialogues, tmp_p
     assert "the base's config.json (SHA-256): " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_resuming_with_one_changed_row_of_base_weights_is_refused(models, dialogues, tmp_path, capsys):
     # The fingerprint covers the first and the middle row of a weight; this row is neither.
     base, out = tmp_path / "base", tmp_path / "out"
@@ -376,6 +377,7 @@ def test_resume_anyway_applies_the_new_settings(models, dialogues, two_steps, tm
     assert {group["weight_decay"] for group in optimizer["param_groups"]} == {0.5, 0.0}, "0 for what has one dimension"
 
 
+@pytest.mark.slow
 def test_settings_that_may_change_on_resume_take_effect(models, dialogues, tmp_path):
     base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
     assert main(command(base, dialogues, whole, "--max_steps", "8")) == 0

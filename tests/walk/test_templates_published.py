@@ -196,7 +196,9 @@ def assert_ids_of_the_encoder(
     return ledger
 
 
-@pytest.mark.parametrize("name", MISTRAL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "mistral-tekken" else name for name in MISTRAL]
+)
 def test_training_ids_for_mistral_match_its_own_encoder(name: str, tmp_path: Path) -> None:
     # Catches lost ids of calls, a system text in another question, a missing or added space, and a tokenizer that reads
     # [INST] as text.
@@ -263,7 +265,7 @@ def mistral_with_its_own_template(name: str, folder: Path) -> Template:
     return load_template("auto", tokenizer)
 
 
-@pytest.mark.parametrize("name", ["mistral-v3", "mistral-tekken"])
+@pytest.mark.parametrize("name", ["mistral-v3", pytest.param("mistral-tekken", marks=pytest.mark.slow)])
 def test_mistrals_published_template_gives_the_ids_of_its_encoder(name: str, tmp_path: Path) -> None:
     # Catches ids of calls that do not reach the template, which then refuses the record; and tools or a system text
     # that move once the answer is there.

@@ -1,6 +1,7 @@
 """`atomtune verify` and `train --verify`: correct computations hold, and planted faults are found."""
 
 import contextlib
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -25,8 +26,17 @@ def command(base, data, *more) -> list[str]:
     return ["verify", "--model_path", str(base), "--dataset_path", str(data), *more]
 
 
-@pytest.mark.parametrize("layout", ["auto", "packed", "padded"])
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+#: The pairs that `make test` tries; `make test-use` tries the others.
+FAST = (("float64", "auto"), ("float32", "packed"), ("float32", "padded"), ("bfloat16", "auto"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow)
+        for pair in itertools.product(("float64", "float32", "bfloat16"), ("auto", "packed", "padded"))
+    ],
+)
 def test_the_fast_path_passes_verification_and_the_table_reports_it(models, dialogues, capsys, layout, dtype):
     flags = ["--layout", layout, "--dtype", dtype, "--records", "12", "--per_device_train_batch_size", "8"]
     assert main(command(models("llama"), dialogues, *flags)) == 0

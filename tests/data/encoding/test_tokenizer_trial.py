@@ -65,6 +65,7 @@ def test_a_pattern_that_backtracks_for_hours_is_detected(folder, pattern, monkey
     assert isinstance(tripped, Tripped) and tripped.cause == "time"
 
 
+@pytest.mark.slow
 def test_a_slow_tokenizer_is_reported_by_name_before_records_are_read(folder, tmp_path, capsys):
     with_pattern(folder, BAD[0])
     data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)

@@ -118,6 +118,7 @@ def test_json_lines_with_a_parquet_name_are_read_as_json_lines(tmp_path: Path):
     assert list(read_values(tmp_path / "a.parquet")) == [RawRecord({"a": 1}, "a.parquet:1")]
 
 
+@pytest.mark.slow
 def test_one_large_row_group_is_read_in_little_memory(tmp_path: Path):
     # 190 MiB of incompressible text in one row group. pyarrow's defaults keep the group: 150 MiB more.
     path = tmp_path / "big.parquet"

@@ -311,6 +311,7 @@ def test_a_folders_hash_depends_only_on_file_contents_and_names(tmp_path: Path):
     assert len(set(seen)) == 3
 
 
+@pytest.mark.slow
 def test_a_hub_data_set_has_the_same_hash_in_every_process(tmp_path: Path):
     # A random hash would make the store useless, and a resumed run would refuse its own data.
     repository(tmp_path)
