@@ -28,9 +28,9 @@ test-slow: $(VENV)/installed-slow
 # every signal that stops a run, ranks that no longer answer, streams that are closed, the further cases of long tests.
 USE := $(addprefix tests/,certify engines export serve plan sweep evaluate walk/test_guide.py)
 LONG := $(addprefix tests/,data $(patsubst %,test_%.py,cli console hub_reach limits map) model/test_token_rows.py \
-	settings/test_environment.py train/test_trainer.py) \
-	$(patsubst %,tests/walk/test_%.py,bad_data defaults demo examples faults layout output_folder ranks resume same_run \
-	same_run_evaluated sharded_state small_files streams templates_published train verify vision_checkpoints)
+	settings/test_environment.py train) \
+	$(patsubst %,tests/walk/test_%.py,bad_data defaults demo examples faults hybrids layout output_folder ranks resume same_run \
+	same_run_evaluated sharded_state small_files streams template_variables templates_published train verify vision_checkpoints)
 test-use: $(VENV)/installed-slow
 	$(BIN)/python tools/real_material.py $(REAL)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m 'slow or extra' -rs $(USE) $(LONG)

@@ -39,6 +39,7 @@ def test_hybrid_models_train_in_the_tree_layout(trained):
     assert report["tokens_computed"] < 0.7 * report["tokens_padded"]
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_gives_the_same_adapter_and_losses(trained, tmp_path):
     _, _, command, whole = trained
     out = tmp_path / "out"
@@ -82,6 +83,7 @@ def test_the_merged_model_answers_like_the_adapter(trained, tmp_path, capsys):
         assert not torch.allclose(plain(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_depend_on_the_batch_size(trained, tmp_path):
     """A row with one record has no other records that could leak into it, and no branch."""
     _, _, command, out = trained

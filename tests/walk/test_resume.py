@@ -70,10 +70,11 @@ def same_run(out: Path, whole: Path) -> None:
         assert ours[key] == theirs[key], key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code", "status"), [
     (signal.SIGTERM, 75, "preempted"),
-    pytest.param(signal.SIGINT, 75, "preempted", marks=pytest.mark.slow),
-    pytest.param(signal.SIGKILL, -signal.SIGKILL, "running", marks=pytest.mark.slow),
+    (signal.SIGINT, 75, "preempted"),
+    (signal.SIGKILL, -signal.SIGKILL, "running"),
 ])  # fmt: skip
 def test_a_stopped_run_resumes_bit_identically(whole, tmp_path, capsys, number, code, status):  # noqa: PLR0917
     base, data, undisturbed = whole
@@ -576,6 +577,7 @@ def test_only_a_step_with_a_checkpoint_is_kept_as_the_best(worst, tmp_path, monk
     same_run(out, whole)
 
 
+@pytest.mark.slow
 def test_the_best_is_compared_by_the_present_metric(models, dialogues, tmp_path, monkeypatch):
     # Once a resumed run compared perplexities with the best loss, so that no later step was better.
     flags = ["--eval_size", "8", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]

@@ -185,6 +185,7 @@ def test_an_evaluation_interrupted_by_a_stop_is_repeated_on_resume(models, dialo
     same_run(out, whole)
 
 
+@pytest.mark.slow
 def test_reaching_max_minutes_stops_the_run_resumably(models, dialogues, tmp_path, capsys):
     base, whole, out = models("llama"), tmp_path / "whole", tmp_path / "out"
     flags = ["--max_steps", "5"]

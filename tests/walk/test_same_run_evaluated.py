@@ -190,6 +190,7 @@ def test_a_run_stopped_anywhere_resumes_to_the_undisturbed_result(  # noqa: PLR0
 
 
 @pytest.mark.parametrize("way", WAYS if EVERY else SOME, ids=", ".join)
+@pytest.mark.slow
 def test_resuming_from_every_checkpoint_gives_the_undisturbed_result(models, files, undisturbed, tmp_path, way):
     # As a kill between that save and the next leaves the folder.
     base, whole, flags = models("llama"), undisturbed(way), flags_of(*way)

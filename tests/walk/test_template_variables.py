@@ -160,6 +160,7 @@ def rendered(out: Path) -> str:
     return template.tokenizer.decode(prompt_ids(template, [{"role": "user", "content": "Hi"}]))
 
 
+@pytest.mark.slow
 def test_an_adapter_and_a_resumed_run_keep_the_variables_and_the_date(base, tmp_path, capsys):
     calm = ("--chat_template_kwargs", '{"calm": true}')
     assert train_on(base, tmp_path, *calm, "--template_date", "2031-01-31", "--max_steps", "1") == 0

@@ -48,6 +48,7 @@ def test_the_fast_path_passes_verification_and_the_table_reports_it(models, dial
     assert "is equal to plain transformers + PEFT" in said
 
 
+@pytest.mark.slow
 def test_an_8_bit_base_passes_verification(models, dialogues, capsys):
     # What LLM.int8 takes out of its 8 bits depends on the batch: every layout failed, and the advice was another one.
     pytest.importorskip("bitsandbytes")
@@ -198,6 +199,7 @@ def no_noise(monkeypatch):
 IN_16_BITS = ("--dtype", "bfloat16", "--records", "12")
 
 
+@pytest.mark.slow
 def test_plain_runs_that_agree_by_chance_cause_no_false_failure(models, dialogues, capsys, no_noise):
     assert main(command(models("llama"), dialogues, *IN_16_BITS)) == 0
     said = capsys.readouterr().out
@@ -206,6 +208,7 @@ def test_plain_runs_that_agree_by_chance_cause_no_false_failure(models, dialogue
     assert "sensitive to rounding" in said and "is equal to plain transformers + PEFT" in said
 
 
+@pytest.mark.slow
 def test_a_fault_only_in_16_bit_exits_with_4(models, dialogues, monkeypatch, capsys, no_noise):
     right = fused_lora._LowRank.backward
 

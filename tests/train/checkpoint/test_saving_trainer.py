@@ -131,6 +131,7 @@ def test_the_final_adapter_is_the_average_without_checkpoints_too(models, dialog
     assert sums(adapter(tmp_path / "none").values()) == sums(averages(tmp_path / "some" / "checkpoint-6"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_run(models, dialogues, tmp_path, evaluated):
     flags = ("--max_steps", "6", "--save_steps", "3", *EVALUATES)
     train(models("llama"), dialogues, tmp_path / "whole", *flags)
