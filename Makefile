@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 	$(BIN)/atomtune train
 	@echo "To use the command atomtune in this shell:  . $(VENV)/bin/activate"
 
-# Less than a quarter of an hour on two slow cores with AVX2, and half of that on two with AVX-512.
+# A quarter of an hour on two slow cores with AVX2, less on faster ones.
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow'
 
