@@ -32,7 +32,7 @@ from atomtune.model.token_rows import guard_embedding
 from atomtune.train.checkpoint.start import step_of
 
 #: Alterations per file.
-ALTERED = int(os.environ.get("ATOMTUNE_FUZZ", "15"))
+ALTERED = int(os.environ.get("ATOMTUNE_FUZZ", "27"))
 MOST_SECONDS = 10
 CPU = torch.device("cpu")
 
