@@ -8,7 +8,15 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 
 from atomtune.choices import CHECKS, Dtype, EngineName, ExportTarget, FormatChoice, GgufFormat, Quantize, ServeEngine
-from atomtune.settings.declare import STRICT, answer_setting, other_base_setting, seed_setting, setting
+from atomtune.settings.declare import (
+    STRICT,
+    answer_setting,
+    keys_setting,
+    other_base_setting,
+    roles_setting,
+    seed_setting,
+    setting,
+)
 from atomtune.settings.run_settings import LoraSettings, ModelSettings, RecordSettings, TokenizerSettings
 
 
@@ -157,15 +165,8 @@ class EvaluateSettings(TrainedModelSettings):
         None, "records to evaluate on; without it, those that the first adapter's run held out", value="FILE"
     )
     format: FormatChoice = setting("auto", "format of the records; auto detects it from the first records of each file")
-    keys: list[str] = setting(
-        [],
-        "rename keys of your records, for example question=instruction answer=output",
-        value="THEIRS=OURS",
-        rare=True,
-    )
-    roles: list[str] = setting(
-        [], "rename roles of your conversations, for example bot=assistant", value="THEIRS=OURS", rare=True
-    )
+    keys: list[str] = keys_setting()
+    roles: list[str] = roles_setting()
     template: str = setting("auto", "chat template of a base without an adapter; an adapter brings its own", rare=True)
     chat_template_kwargs: str | None = setting(
         None, "variables of that template, as a JSON object; an adapter brings its own", value="JSON", rare=True

@@ -64,6 +64,18 @@ def answer_setting(default: int, text: str) -> Any:
     return setting(default, text, at_least=1, at_most=LONGEST_ANSWER, unit="tokens")
 
 
+def keys_setting() -> Any:
+    """Other names for the keys of records."""
+    text = "rename keys of your records, for example question=instruction answer=output"
+    return setting([], text, value="THEIRS=OURS", rare=True)
+
+
+def roles_setting() -> Any:
+    """Other names for the roles of conversations."""
+    text = "rename roles of your conversations, for example bot=assistant"
+    return setting([], text, value="THEIRS=OURS", rare=True)
+
+
 def is_secret(name: str) -> bool:
     """Whether a setting's value must never be written to a file or printed."""
     return name.endswith(("_token", "_key", "_secret", "_password"))

@@ -21,7 +21,14 @@ from atomtune.choices import (
     Overlength,
     Quantize,
 )
-from atomtune.settings.declare import LARGEST_SEED, STRICT, seed_setting, setting
+from atomtune.settings.declare import (
+    LARGEST_SEED,
+    STRICT,
+    keys_setting,
+    roles_setting,
+    seed_setting,
+    setting,
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -37,15 +44,8 @@ class RecordSettings:
     format: FormatChoice = setting(
         "auto", "format of the records; auto detects it from the first records of each file", rare=True
     )
-    keys: list[str] = setting(
-        [],
-        "rename keys of your records, for example question=instruction answer=output",
-        value="THEIRS=OURS",
-        rare=True,
-    )
-    roles: list[str] = setting(
-        [], "rename roles of your conversations, for example bot=assistant", value="THEIRS=OURS", rare=True
-    )
+    keys: list[str] = keys_setting()
+    roles: list[str] = roles_setting()
     mix: list[float] = setting(
         [],
         "with several files: how many times per epoch each file's records are used, in the order of the files, for "
