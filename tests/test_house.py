@@ -25,6 +25,7 @@ FLOORS = (
     ("errors", "choices", "language", "process", "shared_prefix"),
     ("console", "durations"),
     ("disk", "limits", "extras", "hub_reach"),
+    ("folders",),
     ("settings",),
     ("data", "engines", "pages"),
     ("analysis", "batch"),

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from atomtune.cli import main
-from atomtune.disk import held
+from atomtune.folders import held
 from tests.conftest import DIALOGUES, write_jsonl
 
 

@@ -11,8 +11,8 @@ from rich.table import Column, Table
 from atomtune.choices import EXPORTED_FOR, RUN_RECORD
 from atomtune.console import WIDE, Console, print_json
 from atomtune.data.reading.raw import printable
-from atomtune.disk import was_left
 from atomtune.errors import BadModel, BadSettings
+from atomtune.folders import was_left
 from atomtune.language import message, translated
 from atomtune.model.file_schemas import RunRecordFile
 from atomtune.model.json_files import checked

@@ -50,8 +50,9 @@ from atomtune.data.reading.sources import (
 )
 from atomtune.data.records import Example, Record, Refusal
 from atomtune.data.workers import in_order, workers_here
-from atomtune.disk import scratch_folder, sha256_of, sync, text_of
+from atomtune.disk import sha256_of, sync, text_of
 from atomtune.errors import BadData, BadSettings
+from atomtune.folders import scratch_folder
 from atomtune.limits import try_in_child_process
 
 FEATURES = datasets.Features(

@@ -15,8 +15,9 @@ from typing import Any
 from transformers.utils import cached_file
 
 from atomtune.choices import TOKENIZER_FILES
-from atomtune.disk import TemporaryFolder, read_json_object
+from atomtune.disk import read_json_object
 from atomtune.errors import BadModel
+from atomtune.folders import TemporaryFolder
 
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIG = "config.json"

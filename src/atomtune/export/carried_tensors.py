@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from atomtune.disk import open_to_umask
+from atomtune.folders import open_to_umask
 from atomtune.model.adapter import same_bits
 from atomtune.model.fingerprint import INDEX, weight_files
 from atomtune.model.load import OLD_BUFFERS

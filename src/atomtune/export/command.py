@@ -5,7 +5,6 @@ from pathlib import Path
 
 from atomtune.certify.command import certify_served, refuse_failed, trained_side, write_certificate
 from atomtune.console import Console, as_command
-from atomtune.disk import is_free, scratch_folder
 from atomtune.errors import BadSettings, Stopped
 from atomtune.export.gguf import (
     adds_bos,
@@ -19,6 +18,7 @@ from atomtune.export.merge import write_merged
 from atomtune.export.ollama import model_name, modelfile, ollama_template
 from atomtune.export.output_folder import filling
 from atomtune.export.peft_keys import rewrite_keys
+from atomtune.folders import is_free, scratch_folder
 from atomtune.language import translated
 from atomtune.model.adapter_folder import WEIGHTS, base_of, template_of
 from atomtune.model.base_as_trained import adapter_and_base

@@ -18,13 +18,13 @@ from rich.filesize import decimal
 from atomtune.choices import Quantize
 from atomtune.console import Console, as_command
 from atomtune.data.encoding.chat_template import Template
-from atomtune.disk import is_free
 from atomtune.errors import BadModel, BadSettings, CheckFailed, RunFailed, listing
 from atomtune.export.carried_tensors import carry_over, changed, keep_unrounded
 from atomtune.export.merged_answers import PROBES, compare_answers, refuse_other_answers, refuse_other_prompts
 from atomtune.export.merged_weights import Weights, compare_weights, merge_weights, refuse_other_weights
 from atomtune.export.output_folder import NOT_KEPT, filling
 from atomtune.export.weighted import Weighted, load_weighted, weighted
+from atomtune.folders import is_free
 from atomtune.language import translated
 from atomtune.model.adapter import refuse_damaged, why_not_merged
 from atomtune.model.adapter_folder import AdapterMetadata, template_of

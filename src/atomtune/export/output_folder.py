@@ -4,8 +4,9 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from atomtune.disk import disk_failed, disk_reason, filled, is_without_temporary_folder
+from atomtune.disk import disk_failed, disk_reason, is_without_temporary_folder
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed
+from atomtune.folders import filled
 
 #: Last sentence of the message of a failed check.
 NOT_KEPT = "The merged model is not kept."

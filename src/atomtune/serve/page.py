@@ -29,8 +29,9 @@ from atomtune.choices import RUN_RECORD
 from atomtune.console import shortened
 from atomtune.data.encoding.chat_template import OWN
 from atomtune.data.formats.schema import THINKING
-from atomtune.disk import TemporaryFolder, read_json_object
+from atomtune.disk import read_json_object
 from atomtune.errors import AtomtuneError
+from atomtune.folders import TemporaryFolder
 from atomtune.language import in_chinese, message, spoken, translated
 from atomtune.model.generate import Sampling
 from atomtune.model.load import dtype_name

@@ -13,10 +13,11 @@ from pathlib import Path
 from atomtune.choices import RUN_RECORD
 from atomtune.console import Console, print_json, progress_bar
 from atomtune.data.reading.sources import among_records
-from atomtune.disk import held, numbered, read_json_object, scratch_folder
+from atomtune.disk import read_json_object
 from atomtune.durations import duration, rough_duration
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode, RunFailed, Stopped, UserError
 from atomtune.extras import refuse_missing_packages
+from atomtune.folders import held, numbered, scratch_folder
 from atomtune.language import message, translated
 from atomtune.process import end_with_parent
 from atomtune.settings.flags import types_of

@@ -9,8 +9,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from atomtune.disk import numbered
 from atomtune.errors import BadSettings
+from atomtune.folders import numbered
 from atomtune.settings.contradictions import FOLLOWS_THE_LOSS, needs_evaluations
 from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.ranks import join_job

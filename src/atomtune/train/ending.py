@@ -9,8 +9,8 @@ from typing import Any
 from atomtune.console import program
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import printable
-from atomtune.disk import publish
 from atomtune.durations import duration
+from atomtune.folders import publish
 from atomtune.hub_reach import endpoint_shown
 from atomtune.model.adapter import refuse_empty
 from atomtune.model.adapter_folder import CERTIFICATE, WEIGHTS

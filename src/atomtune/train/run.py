@@ -22,9 +22,9 @@ from atomtune.console import Console, print_json
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.tokenizer import Tokenizer
-from atomtune.disk import held
 from atomtune.errors import AtomtuneError, BadSettings, RunFailed, Stopped, UserError
 from atomtune.export.model_card import model_card
+from atomtune.folders import held
 from atomtune.model import liger
 from atomtune.model.adapter import has_expert_layers
 from atomtune.model.adapter_folder import AdapterMetadata

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from atomtune import __version__
 from atomtune.choices import RUN_RECORD
-from atomtune.disk import identity_of, read_json_object, write_json
+from atomtune.disk import read_json_object, write_json
 from atomtune.errors import BadSettings
+from atomtune.folders import identity_of
 from atomtune.language import message
 from atomtune.pages import label, picture
 

@@ -12,18 +12,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from atomtune.disk import (
-    numbered,
-    only_finite,
-    open_to_umask,
-    read_json_object,
-    remove_tree,
-    remove_unfinished,
-    sha256_of,
-    sync,
-    sync_tree,
-    write_json,
-)
+from atomtune.disk import only_finite, read_json_object, remove_tree, remove_unfinished, sha256_of, sync, write_json
+from atomtune.folders import numbered, open_to_umask, sync_tree
 from atomtune.process import signals_wait
 from atomtune.train.checkpoint.state import state_files
 

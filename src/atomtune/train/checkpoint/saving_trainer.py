@@ -13,8 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import ExportableState
 
-from atomtune.disk import disk_failed, disk_reason, identity_of, new_folder, write_text
+from atomtune.disk import disk_failed, disk_reason, write_text
 from atomtune.errors import BadModel, RunFailed, listing
+from atomtune.folders import identity_of, new_folder
 from atomtune.model.adapter import fill_again, refuse_not_finite, refuse_unlike
 from atomtune.model.adapter_folder import AdapterMetadata
 from atomtune.train.checkpoint.atomic import checkpoints, damage, rotate, seal, staged
