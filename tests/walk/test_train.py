@@ -42,22 +42,6 @@ def test_a_run_writes_all_promised_files_and_figures(models, dialogues, tmp_path
     assert record["settings"]["max_steps"] == {"value": 6, "source": "--max_steps"}
 
 
-def test_a_warmup_that_outlasts_the_run_is_reported(models, dialogues, tmp_path, capsys):
-    # The learning rate once silently stayed at a thousandth of the requested one.
-    for steps, is_said in (("2", True), ("1", False)):
-        words = command(models("llama"), dialogues, tmp_path / steps, "--max_steps", "2", "--learning_rate", "0.01")
-        assert main([*words, "--warmup_steps", steps]) == 0
-        assert ("never reaches 0.01" in capsys.readouterr().out) == is_said
-
-
-def test_a_warmup_that_the_schedule_leaves_out_is_reported(models, dialogues, tmp_path, capsys):
-    words = command(models("llama"), dialogues, tmp_path / "out", "--max_steps", "2", "--logging_steps", "1")
-    assert main([*words, "--lr_scheduler_type", "constant", "--warmup_steps", "2", "--learning_rate", "0.01"]) == 0
-    said = capsys.readouterr().out
-    assert "--warmup_steps has no effect with --lr_scheduler_type constant;" in said
-    assert "never reaches" not in said
-
-
 def test_prompt_and_target_tokens_are_counted_for_one_pass(models, dialogues, tmp_path):
     out = tmp_path / "out"
     assert main(command(models("llama"), dialogues, out, "--max_steps", "1")) == 0

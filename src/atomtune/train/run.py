@@ -35,7 +35,6 @@ from atomtune.model.recompute import recompute_first
 from atomtune.model.rotary import refuse_mixed
 from atomtune.model.step_graphs import StepGraphs
 from atomtune.model.token_rows import guard_embedding, refuse_tokens_without_row, say_untrained_stop
-from atomtune.settings.contradictions import FOLLOWS_THE_LOSS
 from atomtune.settings.environment import is_first_process
 from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.arguments import lengths, lengths_set, trainer_arguments
@@ -56,14 +55,11 @@ from atomtune.train.resume_command import how_to_resume
 from atomtune.train.run_context import RunContext
 from atomtune.train.run_errors import told_to_user
 from atomtune.train.run_identity import day_of, identity, refuse_another_run, with_downloaded_weights
-from atomtune.train.run_length import run_length
+from atomtune.train.run_notices import say_changed_length, say_contradictions, say_length
 from atomtune.train.run_report import RunRecord, read_record
 from atomtune.train.samples import Samples
 from atomtune.train.streaming import Stream
 from atomtune.train.trainer import LoraTrainer
-
-#: More passes over the records than this are probably a mistake, because the adapter memorises the records.
-MANY_PASSES = 30
 
 
 def train(settings: TrainSettings) -> int:
@@ -193,9 +189,8 @@ def _run(run: RunContext, began: float) -> None:
     run, data = prepared.run, prepared.data
     trainer = _load_trainer(prepared, began)
     _refuse_unused_settings(run, trainer)
-    _say_length(run, data)
-    _say_worst(run)
-    _say_two_averages(run)
+    say_length(run, None if isinstance(data.train, Stream) else len(data.train))
+    say_contradictions(run)
     if run.args.should_save:
         check_space(run, trainer.model, prepared.tokenizer)
 
@@ -226,7 +221,7 @@ def _prepare(run: RunContext) -> _Prepared:
     if run.resumed:
         anyway = run.settings.run.resume_anyway
         best = best_to_keep(run.resumed.checkpoint, run.args, anyway=anyway, notice=run.console.notice)
-    _say_changed_length(run)
+    say_changed_length(run)
     if run.settings.run.verify:
         check_equal(run, data, pad_id=pad_id_of(tokenizer))
     return _Prepared(run, tokenizer, template, data, run_identity, best)
@@ -352,68 +347,6 @@ def _refuse_unused_settings(run: RunContext, trainer: LoraTrainer) -> None:
             )
     if trainer.is_deepspeed_enabled and run.resumed:
         run.console.notice("DeepSpeed's own states hold pickles; resume from checkpoints of your own making only.")
-
-
-def _say_changed_length(run: RunContext) -> None:
-    before = run.earlier_record.get("lengths")
-    if run.resumed and before and before != lengths(run.args):
-        run.console.notice(
-            "the run's length changed, so the learning-rate schedule is stretched to the new length from here."
-        )
-
-
-def _say_two_averages(run: RunContext) -> None:
-    """Give a notice if the optimizer averages weights and the learning rate falls as well."""
-    optimizer, schedule = (str(getattr(name, "value", name)) for name in (run.args.optim, run.args.lr_scheduler_type))
-    if optimizer.startswith("schedule_free") and not schedule.startswith("constant"):
-        run.console.notice(
-            f"--optim {optimizer} averages the weights instead of lowering the learning rate, and "
-            f"--lr_scheduler_type {schedule} lowers it too, so that late steps count for little. Pass "
-            "--lr_scheduler_type constant."
-        )
-
-
-def _say_worst(run: RunContext) -> None:
-    if run.args.load_best_model_at_end and run.args.greater_is_better:
-        run.console.notice(
-            "--greater_is_better true keeps the worst checkpoint: for a loss and a perplexity, lower is better."
-        )
-
-
-def _say_length(run: RunContext, data: Data) -> None:
-    """Print how many steps and epochs come, and give notices about repeated records, warm-up and many passes."""
-    if isinstance(data.train, Stream):
-        return
-    args, records = run.args, len(data.train)
-    length = run_length(records, args)
-    steps = length.steps
-    if args.max_steps <= 0:
-        per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-        epochs = "1 epoch" if args.num_train_epochs == 1 else f"{args.num_train_epochs:g} epochs"
-        run.console.say(f"\nTraining: {steps:,} steps of {min(per_step, records):,} records, {epochs} of {records:,}.")
-    repeated = -records % (args.per_device_train_batch_size * args.world_size)
-    if args.world_size > 1 and repeated and args.accelerator_config.even_batches and not args.dataloader_drop_last:
-        run.console.notice(
-            f"{repeated:,} of {records:,} records are repeated at the end of each epoch, so that all "
-            f"{args.world_size} processes have full batches. A single process would not repeat them."
-        )
-    warmup = args.get_warmup_steps(steps)
-    if warmup and args.lr_scheduler_type in ("constant", *FOLLOWS_THE_LOSS):
-        run.console.notice(
-            f"--warmup_steps has no effect with --lr_scheduler_type {args.lr_scheduler_type.value}; "
-            "constant_with_warmup is constant after a warm-up."
-        )
-    elif warmup >= steps:
-        run.console.notice(
-            f"the learning rate warms up over the first {warmup:,} steps (--warmup_steps), and the run has {steps:,}: "
-            f"it never reaches {args.learning_rate:g}."
-        )
-    passes = length.epochs  # a step uses no record twice
-    if args.max_steps > 0 and passes > MANY_PASSES:
-        run.console.notice(
-            f"--max_steps {args.max_steps:,} goes through the {records:,} records {passes:,.0f} times; "
-            "two to five passes are usual (--num_train_epochs 3)."
-        )
 
 
 def _fit(run: RunContext, trainer: LoraTrainer, data: Data, picture: LossPicture) -> None:

@@ -112,17 +112,6 @@ def test_the_saved_adapter_is_the_average_that_was_evaluated(models, dialogues, 
         assert sums(adapter(checkpoint).values()) == sums(averages(checkpoint)), checkpoint.name
 
 
-@pytest.mark.parametrize("schedule", ["linear", "constant"])
-def test_a_decaying_learning_rate_with_an_averaging_optimizer_is_reported(
-    models, dialogues, tmp_path, evaluated, schedule
-):
-    words = ["train", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "1"]
-    words += ["--output_dir", str(tmp_path), "--optim", "schedule_free_sgd", "--lr_scheduler_type", schedule]
-    assert main([*words, "--eval_size", "0"]) == 0
-    notices = json.loads((tmp_path / "run.json").read_text())["notices"]
-    assert any("so that late steps count for little" in notice for notice in notices) == (schedule == "linear")
-
-
 def test_the_final_adapter_is_the_average_without_checkpoints_too(models, dialogues, tmp_path, evaluated):
     train(
         models("llama"), dialogues, tmp_path / "none", "--max_steps", "6", "--save_strategy", "no", "--eval_size", "0"
