@@ -249,7 +249,9 @@ def evaluate(adapter_path: Paths = (), *, verbose: bool = False, **settings: Any
     """
     console = Console(speaks=verbose)
     parsed = read("evaluate", {"adapter_path": adapter_path or None, **settings}, notice=console.notice)
-    from atomtune.evaluate.command import measure, refuse_unwritable, say_report, write_reports
+    from atomtune.evaluate.command import measure
+    from atomtune.evaluate.report_files import refuse_unwritable, write_reports
+    from atomtune.evaluate.terminal import say_report
 
     if parsed.output_dir:
         refuse_unwritable(Path(parsed.output_dir))
