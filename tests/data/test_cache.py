@@ -417,8 +417,8 @@ def test_a_ledger_of_another_version_is_refused():
         Ledger.from_json(values)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
 def test_a_record_that_hangs_the_tokenizer_is_named(tmp_path, monkeypatch):
     # Only after a Q does the tokenizer try all ways to split a run of x, 300 times; single runs do not show it.
     monkeypatch.setattr(workers, "PATIENCE_SECONDS", 0.5)

@@ -87,8 +87,8 @@ def with_equal_rows(folder: Path, *, tied: bool = False) -> tuple[int, int]:
     return stop, other
 
 
-@pytest.mark.parametrize(("targets", "stops"), [("all-linear", False), ("all-linear,lm_head", True)])
 @pytest.mark.slow
+@pytest.mark.parametrize(("targets", "stops"), [("all-linear", False), ("all-linear,lm_head", True)])
 def test_an_untrained_stop_token_is_learned_only_with_lora_on_lm_head(tmp_path, capsys, targets, stops):
     # The remedy in the notice. Two equal rows have equal logits, whatever LoRA changes in the layers before.
     stop, other = with_equal_rows(tmp_path / "base")

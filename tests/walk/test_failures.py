@@ -404,8 +404,8 @@ def test_a_checkpoint_with_non_finite_weights_is_not_saved(models, dialogues, tm
     assert {path.name for path in out.glob("*checkpoint*")} == {"checkpoint-1", "checkpoint-2"}
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 @pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_under_the_dataset_cache_is_named(models, dialogues, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -442,11 +442,11 @@ def test_a_disk_that_fills_up_after_the_last_save_leaves_a_finished_run(
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 @pytest.mark.parametrize(
     ("mounted", "found"), [("ro", "Read-only file system"), ("size=64k", "there was no room for a batch")]
 )
-@pytest.mark.slow
 def test_unusable_shared_memory_is_not_reported_as_a_full_disk(models, dialogues, tmp_path, mounted, found):
     """Once the output folder was blamed; and if only a batch found no room, the run waited for it forever."""
     script = f'mount -t tmpfs -o {mounted} tmpfs /dev/shm && exec "$@" || exit 99'

@@ -62,8 +62,8 @@ def in_a_process(script: str, *arguments: object) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_killed_at_any_point_of_a_save_resumes_bit_identically(models, dialogues, tmp_path):
     assert "points" in in_a_process(POINTS, models("llama"), dialogues, tmp_path, 1 if ALL else 14)
 

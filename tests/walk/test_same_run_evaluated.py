@@ -189,8 +189,8 @@ def test_a_run_stopped_anywhere_resumes_to_the_undisturbed_result(  # noqa: PLR0
             assert ((out / "adapter_model.safetensors").read_bytes(), history(out)) == expected, out.name
 
 
-@pytest.mark.parametrize("way", WAYS if EVERY else SOME, ids=", ".join)
 @pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS if EVERY else SOME, ids=", ".join)
 def test_resuming_from_every_checkpoint_gives_the_undisturbed_result(models, files, undisturbed, tmp_path, way):
     # As a kill between that save and the next leaves the folder.
     base, whole, flags = models("llama"), undisturbed(way), flags_of(*way)
@@ -207,13 +207,13 @@ def test_resuming_from_every_checkpoint_gives_the_undisturbed_result(models, fil
         assert ((out / "adapter_model.safetensors").read_bytes(), history(out)) == expected, out.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "evaluation", ["by steps", *(pytest.param(when, marks=pytest.mark.slow) for when in ("by epoch", "at the start"))]
 )
 @pytest.mark.parametrize(
     "source", ["stored", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SOURCES if kind != "stored")]
 )
-@pytest.mark.slow
 def test_evaluation_does_not_change_the_trained_adapter(models, files, tmp_path, evaluation, source):
     if not can_be(evaluation, "every step", "plain", source):
         pytest.skip("a stream has no epochs")

@@ -134,8 +134,8 @@ def test_label_smoothing_and_a_scheduler_of_the_library_pass_through(models, dia
     assert record_of(tmp_path / "out")["train_loss"] != record_of(tmp_path / "plain")["train_loss"]
 
 
-@pytest.mark.skipif(not SHARED_DATA.is_file(), reason=f"the real data set is not at {SHARED_DATA}")
 @pytest.mark.slow
+@pytest.mark.skipif(not SHARED_DATA.is_file(), reason=f"the real data set is not at {SHARED_DATA}")
 def test_the_tutorials_dataset_trains_with_the_tutorials_flags(tmp_path, capsys):
     """3,729 records, one epoch, an Atom-shaped model of about 2M weights: counts add up and the loss falls."""
     base = tmp_path / "base"
