@@ -94,8 +94,10 @@ class Clock:
 
 def encoded(base: Path, data: Path) -> list[dict[str, list[int]]]:
     """Every record as token ids and a mask of the target tokens, encoded by atomtune."""
-    from atomtune.data.cache import Rules, as_examples, examples_of
+    from atomtune.data.cache import examples_of
+    from atomtune.data.encoded_source import Rules
     from atomtune.data.encoding.choose_template import load_template
+    from atomtune.data.example_table import as_examples
     from atomtune.model.load import load_tokenizer
 
     template = load_template("atom", load_tokenizer(str(base)))

@@ -97,7 +97,7 @@ def seconds_of_records(folder: Path, rounds: int, *, limits: bool) -> float:
     """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    from atomtune.data import cache
+    from atomtune.data import encoded_source
     from atomtune.data.encoding import jinja_render
     from atomtune.data.encoding.choose_template import load_template
     from atomtune.data.ledger import Ledger
@@ -110,7 +110,7 @@ def seconds_of_records(folder: Path, rounds: int, *, limits: bool) -> float:
 
     if not limits:
         jinja_render.compiled = compiled  # type: ignore[assignment]
-        cache.workers_here = lambda: 0  # type: ignore[attr-defined]
+        encoded_source.workers_here = lambda: 0  # type: ignore[attr-defined]
     template = load_template("auto", load_tokenizer(str(folder)))
     draw = random.Random(0)
     with tempfile.TemporaryDirectory() as name:
@@ -120,8 +120,8 @@ def seconds_of_records(folder: Path, rounds: int, *, limits: bool) -> float:
 
         def encoded() -> float:
             before = sum(os.times()[:4])
-            rules = cache.Rules(max_tokens=10**6)
-            parts = list(cache.encoded(file, template, rules, Ledger()))
+            rules = encoded_source.Rules(max_tokens=10**6)
+            parts = list(encoded_source.encoded(file, template, rules, Ledger()))
             assert sum(len(part.table) for part in parts) == len(values)
             return sum(os.times()[:4]) - before
 

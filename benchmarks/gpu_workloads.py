@@ -206,8 +206,10 @@ def load_random_weights() -> None:
 
 def encoded(base: Path, data: Path) -> list[Any]:
     """Every record as an atomtune Example, the same for all contenders."""
-    from atomtune.data.cache import Rules, as_examples, examples_of
+    from atomtune.data.cache import examples_of
+    from atomtune.data.encoded_source import Rules
     from atomtune.data.encoding.choose_template import load_template
+    from atomtune.data.example_table import as_examples
     from atomtune.model.load import load_tokenizer
 
     template = load_template("atom", load_tokenizer(str(base)))

@@ -71,7 +71,8 @@ def bare(base: Path, data: Path, count: int) -> float:
 
 def encode(base: Path, data: Path, cache: Path) -> dict[str, Any]:
     """Start a run, up to the examples: seconds, records per second, and memory of this process and its children."""
-    from atomtune.data.cache import Rules, examples_of
+    from atomtune.data.cache import examples_of
+    from atomtune.data.encoded_source import Rules
     from atomtune.data.encoding.choose_template import load_template
     from atomtune.model.load import load_tokenizer
 

@@ -60,8 +60,10 @@ def encoded(
     base: Path, data: Path, *, template: str = "auto", max_tokens: int = MAX_TOKENS
 ) -> list[dict[str, list[int]]]:
     """Every record as token ids and a mask of the target tokens, by default with the base's own template."""
-    from atomtune.data.cache import Rules, as_examples, examples_of
+    from atomtune.data.cache import examples_of
+    from atomtune.data.encoded_source import Rules
     from atomtune.data.encoding.choose_template import load_template
+    from atomtune.data.example_table import as_examples
     from atomtune.model.load import load_tokenizer
 
     loaded = load_template(template, load_tokenizer(str(base)))

@@ -25,9 +25,11 @@ from atomtune.batch.row import padded_tokens
 from atomtune.batch.targets import TargetPlaces
 from atomtune.choices import Layout
 from atomtune.console import Console, as_command
-from atomtune.data.cache import EncodedData, Rules, as_examples, concatenate, examples_of
+from atomtune.data.cache import EncodedData, concatenate, examples_of
+from atomtune.data.encoded_source import Rules
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.example_table import as_examples
 from atomtune.data.ledger import Ledger, about_broken, refuse_unusable
 from atomtune.data.reading.sources import distinct_names
 from atomtune.data.records import Example

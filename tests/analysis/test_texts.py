@@ -12,7 +12,7 @@ import pytest
 from atomtune.analysis.texts import own_text, sampled_rows
 from atomtune.analysis.unicode_scripts import SCRIPTS, letters_of
 from atomtune.choices import CHECKS
-from atomtune.data.cache import as_table
+from atomtune.data.example_table import as_table
 from atomtune.data.ledger import Ledger
 from atomtune.data.records import Example, Record, Refusal, RefusalKind, Turn
 from atomtune.inspect.checks import findings_of, near_or_equal, read_tokens

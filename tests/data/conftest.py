@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from atomtune.data import cache
-from atomtune.data.cache import Rules, examples_of
+from atomtune.data import encoded_source
+from atomtune.data.cache import examples_of
+from atomtune.data.encoded_source import Rules
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from tests.conftest import DIALOGUES, write_jsonl
@@ -21,7 +22,7 @@ def no_encoding(monkeypatch):
     def refuse(*_args, **_kwargs):
         raise EncodedAgainError
 
-    return lambda: monkeypatch.setattr(cache, "Encoder", refuse)
+    return lambda: monkeypatch.setattr(encoded_source, "Encoder", refuse)
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def test_a_custom_lm_eval_task_shows_what_the_adapter_learned(lm_eval, guard, tm
 def test_prompt_and_answer_get_the_same_token_ids_as_in_training(lm_eval, models, family, name, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from atomtune.data.cache import Rules
+    from atomtune.data.encoded_source import Rules
     from atomtune.data.encoding.choose_template import load_template
     from atomtune.evaluate.lm_eval_tasks import ChatModel
     from atomtune.evaluate.models import Subject

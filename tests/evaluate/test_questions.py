@@ -1,6 +1,6 @@
 """Questions: each learned answer of a record, with the prompt that a server would be sent for it."""
 
-from atomtune.data.cache import Rules
+from atomtune.data.encoded_source import Rules
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.records import Example, Record, Turn
 from atomtune.evaluate.questions import answer_text, eval_record, read_records

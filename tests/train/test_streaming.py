@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from atomtune.cli import main
-from atomtune.data.cache import Rules
+from atomtune.data.encoded_source import Rules
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.errors import BadData
 from atomtune.train.streaming import Stream

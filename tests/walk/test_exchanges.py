@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from atomtune.data.cache import as_examples, as_table
 from atomtune.data.encoding.chat_template import CannotExpress, Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.encoding.encode import encode
+from atomtune.data.example_table import as_examples, as_table
 from atomtune.data.formats.detect import Schema
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord

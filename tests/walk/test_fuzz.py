@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from atomtune.data.cache import Rules, examples_of
+from atomtune.data.cache import examples_of
+from atomtune.data.encoded_source import Rules
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.formats.detect import to_record
 from atomtune.data.records import Refusal

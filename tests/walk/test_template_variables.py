@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from atomtune.cli import main
-from atomtune.data.cache import Rules, examples_of
+from atomtune.data.cache import examples_of
+from atomtune.data.encoded_source import Rules
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.encoding.encode import encode
 from atomtune.data.encoding.omissions import NOT_WRITTEN

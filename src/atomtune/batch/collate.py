@@ -127,7 +127,7 @@ def _targets(rows: Sequence[Row]) -> _Targets:
 class Collator:
     """A DataLoader's collate_fn: rows of the example cache → the Batch of a layout.
 
-    as_examples     the Examples of one stored row (data/cache.py)
+    as_examples     the Examples of one stored row (data/example_table.py)
     windows         the sliding windows of the model's layers; None: full attention
     cut             how a row's attention is computed: blocks on a CPU, spans on a GPU
     mixers          how layers that carry a state from token to token compute a row; None if the model has none

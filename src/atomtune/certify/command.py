@@ -13,7 +13,8 @@ from atomtune.certify.prompts import OUR_OWN, CertPrompt, choose_prompts
 from atomtune.certify.reference import Expected, expect
 from atomtune.choices import EngineName
 from atomtune.console import Console, as_command
-from atomtune.data.cache import Rules, examples_of, records_of
+from atomtune.data.cache import examples_of
+from atomtune.data.encoded_source import Rules, records_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.template_probes import probed
 from atomtune.data.reading.hub import is_hub_name

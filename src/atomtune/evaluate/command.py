@@ -9,7 +9,7 @@ from typing import Any
 from atomtune.batch.collate import Collator
 from atomtune.choices import Layout
 from atomtune.console import Console, as_command
-from atomtune.data.cache import as_examples
+from atomtune.data.example_table import as_examples
 from atomtune.disk import sha256_of
 from atomtune.errors import BadSettings, Stopped
 from atomtune.evaluate.evaluation import Evaluation, EvaluationOptions, evaluate_records

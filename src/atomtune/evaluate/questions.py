@@ -6,8 +6,10 @@ They come from the Examples that training would make of the same record, so that
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from atomtune.data.cache import EncodedData, Rules, as_examples, concatenate, examples_of, records_of
+from atomtune.data.cache import EncodedData, concatenate, examples_of
+from atomtune.data.encoded_source import Rules, records_of
 from atomtune.data.encoding.chat_template import Template, tool_name
+from atomtune.data.example_table import as_examples
 from atomtune.data.reading.sources import distinct_names
 from atomtune.data.records import Example, Record, learned_spans
 from atomtune.data.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from atomtune.batch.cost import sample_rows
 from atomtune.console import Console
-from atomtune.data.cache import Rules
+from atomtune.data.encoded_source import Rules
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import Ledger, listed_refusals, refuse_unusable
 from atomtune.errors import BadData, BadSettings

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from atomtune.batch.cost import sample_rows
 from atomtune.console import Console, as_command, print_json
-from atomtune.data.cache import Rules, records_of
+from atomtune.data.encoded_source import Rules, records_of
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.formats.schema import THINKING
 from atomtune.data.ledger import about_broken, refuse_unusable

@@ -18,8 +18,10 @@ from atomtune.analysis.texts import Texts, texts_of_rows
 from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, sample_rows
 from atomtune.choices import Check
 from atomtune.console import Console
-from atomtune.data.cache import EncodedData, Rules, as_examples, concatenate, examples_of, records_of
+from atomtune.data.cache import EncodedData, concatenate, examples_of
+from atomtune.data.encoded_source import Rules, records_of
 from atomtune.data.encoding.chat_template import Template
+from atomtune.data.example_table import as_examples
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.sources import distinct_names, size_of
 from atomtune.data.records import Example, Record, RefusalKind

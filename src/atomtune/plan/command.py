@@ -13,9 +13,11 @@ from transformers import TrainingArguments
 from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, heaviest_of_the_run, sample_rows
 from atomtune.choices import Layout
 from atomtune.console import Console, as_command, print_json
-from atomtune.data.cache import EncodedData, Rules, as_examples, concatenate, examples_of
+from atomtune.data.cache import EncodedData, concatenate, examples_of
+from atomtune.data.encoded_source import Rules
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.example_table import as_examples
 from atomtune.data.ledger import refuse_broken, refuse_unusable
 from atomtune.data.reading.sources import size_of
 from atomtune.durations import rough_duration

@@ -18,7 +18,8 @@ from atomtune.analysis.texts import Texts, texts_of_rows
 from atomtune.batch.cost import sample_rows
 from atomtune.choices import RUN_RECORD
 from atomtune.console import Console
-from atomtune.data.cache import EncodedData, Rules, concatenate, examples_of, records_of
+from atomtune.data.cache import EncodedData, concatenate, examples_of
+from atomtune.data.encoded_source import Rules, records_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import Ledger, first_few, refuse_broken, refuse_unusable
 from atomtune.data.reading.sources import distinct_names, fingerprint_of, joint_fingerprint, note_on_splits, size_of

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from atomtune.batch.collate import Collator
 from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, heaviest_of_the_run
 from atomtune.choices import Layout, LayoutChoice
-from atomtune.data.cache import as_examples
+from atomtune.data.example_table import as_examples
 from atomtune.data.records import Example
 from atomtune.errors import BadSettings
 from atomtune.model.causal_lm import CausalLM

@@ -15,8 +15,8 @@ from typing import Any
 import datasets
 from rich.table import Table
 
-from atomtune.data.cache import as_examples
 from atomtune.data.encoding.chat_template import Template
+from atomtune.data.example_table import as_examples
 from atomtune.data.records import Record, Turn, learned_spans
 from atomtune.language import translated
 from atomtune.model.adapter import answering_as

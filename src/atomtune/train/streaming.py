@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from atomtune.data.cache import Rules, encoded
+from atomtune.data.encoded_source import Rules, encoded
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import Ledger, refuse_unusable
 from atomtune.data.reading.sources import distinct_names, stamp_of

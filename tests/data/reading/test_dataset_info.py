@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from atomtune.data.cache import Rules, examples_of, records_of
+from atomtune.data.cache import examples_of
+from atomtune.data.encoded_source import Rules, records_of
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.reading.dataset_info import ListedFile, listed_files
 from atomtune.data.reading.sources import size_of
