@@ -40,11 +40,11 @@ from atomtune.plan.estimate import (
 from atomtune.plan.model_size import ModelSize, measure
 from atomtune.settings.train_settings import PlanSettings, TrainSettings
 from atomtune.train.arguments import trainer_arguments
-from atomtune.train.dataset import source_names
 from atomtune.train.defaults import DataSize, derive, records_to_hold_out
 from atomtune.train.layout import SAVING, layout_problems, why_padded_by_settings
 from atomtune.train.resume_command import without_start
 from atomtune.train.run_length import run_length
+from atomtune.train.source_names import source_names
 
 #: Memory of common GPUs in GB, as they are sold: 2^30 bytes each.
 CARDS = (8, 12, 16, 24, 32, 48, 80, 141)

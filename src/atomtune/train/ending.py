@@ -16,7 +16,6 @@ from atomtune.model.adapter import refuse_empty
 from atomtune.model.adapter_folder import CERTIFICATE, WEIGHTS
 from atomtune.model.memory import peak_bytes
 from atomtune.train.checkpoint.atomic import staged
-from atomtune.train.dataset import like_trained_ones
 from atomtune.train.hub_upload import HubUpload
 from atomtune.train.outcome import Outcome, outcome
 from atomtune.train.progress import LossPicture
@@ -24,6 +23,7 @@ from atomtune.train.report_page import write_page
 from atomtune.train.run_context import RunContext
 from atomtune.train.run_report import PICTURE, histories
 from atomtune.train.samples import Sample, Samples, all_as_before, table_of, to_run_json
+from atomtune.train.split import like_trained_ones
 from atomtune.train.trainer import LoraTrainer
 
 

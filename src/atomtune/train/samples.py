@@ -24,9 +24,10 @@ from atomtune.model.generate import prompt_ids, stop_ids
 from atomtune.model.greedy_batch import generate_answers
 from atomtune.model.load import pad_id_of
 from atomtune.settings.read import DEMO_FOLDER
-from atomtune.train.dataset import Data, evaluation_records, like_trained_ones
+from atomtune.train.dataset import Data, evaluation_records
 from atomtune.train.random_state import random_state_kept
 from atomtune.train.run_context import RunContext
+from atomtune.train.split import like_trained_ones
 
 #: Number of prompts; most tokens of an answer and of a prompt; most seconds for all answers.
 SAMPLES, LONGEST_ANSWER, LONGEST_PROMPT, SECONDS = 3, 60, 1000, 30.0
