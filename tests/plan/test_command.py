@@ -50,6 +50,22 @@ def test_the_plan_matches_the_run(models, dialogues, tmp_path, capsys, flags):
     assert plan["tokens_padded"] == pytest.approx(record["tokens_padded"], rel=0.2)
 
 
+@pytest.mark.parametrize("mix", [("2", "0.5"), ("0", "1.5")], ids=" ".join)
+def test_the_plan_of_a_mix_matches_the_run(models, tmp_path, capsys, mix):
+    files = [
+        write_jsonl(tmp_path / name, [{"instruction": f"{name} {n * 7919}", "output": answer} for n in range(count)])
+        for name, count, answer in (("short.jsonl", 20, "Yes."), ("long.jsonl", 40, "No, never. " * 9))
+    ]
+    run = ("--model_path", str(models("llama")), "--dataset_path", *map(str, files), "--mix", *mix)
+    run = (*run, "--eval_size", "4", "--num_train_epochs", "1", "--per_device_train_batch_size", "4")
+    plan = planned(capsys, *run)
+    assert main(["train", *run, "--output_dir", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert plan["records_held_out"] == len(record["records_held_out"]) == 4
+    assert plan["steps"] == pytest.approx(record["steps"], abs=1)
+    assert plan["tokens_padded"] == pytest.approx(record["tokens_padded"], rel=0.2)
+
+
 def test_a_base_without_shared_row_support_is_planned_padded_with_the_reason(dialogues, tmp_path, capsys):
     # Llama 4's chunked attention: the plan once promised a tree that its run did not use.
     tokenizer = tokenizer_of("bytes", CHATML)

@@ -1,7 +1,6 @@
 """Plan: the command, which estimates a run from the command line that the run would have."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +12,9 @@ from transformers import TrainingArguments
 from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, heaviest_of_the_run, sample_rows
 from atomtune.choices import Layout
 from atomtune.console import Console, as_command, print_json
-from atomtune.data.cache import EncodedData, concatenate, examples_of
-from atomtune.data.encoded_source import Rules
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.example_table import as_examples
-from atomtune.data.ledger import refuse_broken, refuse_unusable
-from atomtune.data.reading.sources import size_of
 from atomtune.durations import rough_duration
 from atomtune.errors import BadSettings
 from atomtune.language import listed, translated
@@ -27,6 +22,7 @@ from atomtune.model.adapter import LoraSpec
 from atomtune.model.base_shape import base_shape
 from atomtune.model.load import device_in_use, dtype_name, load_tokenizer, quiet_libraries, resolve_dtype
 from atomtune.model.memory import USABLE, USABLE_ON_GPU, free_bytes, held_bytes, input_bytes, layers_to_recompute
+from atomtune.plan.epoch import Epoch, encoded, epoch_of
 from atomtune.plan.estimate import (
     CUDA_CONTEXT,
     StepMemory,
@@ -39,12 +35,11 @@ from atomtune.plan.estimate import (
 )
 from atomtune.plan.model_size import ModelSize, measure
 from atomtune.settings.train_settings import PlanSettings, TrainSettings
-from atomtune.train.arguments import trainer_arguments
+from atomtune.train.arguments import shuffling_seed, trainer_arguments
 from atomtune.train.defaults import DataSize, derive, records_to_hold_out
 from atomtune.train.layout import SAVING, layout_problems, why_padded_by_settings
 from atomtune.train.resume_command import without_start
 from atomtune.train.run_length import run_length
-from atomtune.train.source_names import source_names
 
 #: Memory of common GPUs in GB, as they are sold: 2^30 bytes each.
 CARDS = (8, 12, 16, 24, 32, 48, 80, 141)
@@ -122,9 +117,8 @@ def plan(settings: PlanSettings) -> int:
 
     Raises BadSettings, BadData or BadModel as the run would, as far as that is known without the weights.
     """
-    for name in ("streaming", "mix"):
-        if getattr(settings.train.data, name):
-            raise BadSettings([f"plan counts every record once. Leave --{name} out."])
+    if settings.train.data.streaming:
+        raise BadSettings(["plan reads all records, which --streaming avoids. Leave --streaming out."])
     quiet_libraries()
     console = Console(stderr=settings.json)
     forecast = forecast_of(settings.train, console)
@@ -144,12 +138,12 @@ def forecast_of(settings: TrainSettings, console: Console) -> Forecast:
     model = settings.model
     tokenizer = load_tokenizer(str(model.model_path), trust_remote_code=model.trust_remote_code)
     template = load_template(settings.data.template, tokenizer, **settings.data.template_options())
-    settings, data = _as_it_would_run(settings, template, console)
+    settings, epoch = _as_it_would_run(settings, template, console)
     args = trainer_arguments(settings)
     lora = LoraSpec(**settings.lora.lora())
     measured = measure(str(model.model_path), lora, trust_remote_code=model.trust_remote_code)
     size = replace(measured, why_padded=why_padded_by_settings(args) or measured.why_padded)
-    run = _run_size(settings, args, data, why_padded=size.why_padded)
+    run = _run_size(settings, args, epoch, why_padded=size.why_padded)
 
     here = _Here.of(settings)
     device, memory = str(here.device), here.memory(settings, size, run)
@@ -178,69 +172,47 @@ def forecast_of(settings: TrainSettings, console: Console) -> Forecast:
         seconds=seconds(size, work, recomputed=memory.recomputed, kind=here.device.type, rate=rate),
         rate=rate,
         learning_rate=float(args.learning_rate),
-        held_out=len(data.examples) - _learned(data, settings.data.eval_size or 0),
+        held_out=epoch.held_out(settings.data.eval_size or 0),
     )
 
 
-def _as_it_would_run(
-    settings: TrainSettings, template: Template, console: Console
-) -> tuple[TrainSettings, EncodedData]:
+def _as_it_would_run(settings: TrainSettings, template: Template, console: Console) -> tuple[TrainSettings, Epoch]:
     """The settings with the values that the run would derive, and its encoded records."""
     model = settings.model
     use_cpu = bool(settings.trainer.get("use_cpu"))
     shape = base_shape(str(model.model_path), trust_remote_code=model.trust_remote_code, use_cpu=use_cpu)
     if settings.data.max_seq_length is None:
         settings = replace(settings, data=replace(settings.data, max_seq_length=shape.longest))
-    data = _encoded(settings.data.dataset_paths, settings, template, console)
-    hold_out = records_to_hold_out(settings, len(data.examples), derived_before={})
-    learned = _learned(data, hold_out)
-    held_out = len(data.examples) - learned
+    args = trainer_arguments(settings)
+    epoch = epoch_of(settings, template, console, seed=shuffling_seed(args))
+    eval_size = records_to_hold_out(settings, epoch.records, derived_before={})
+    held_out = epoch.held_out(eval_size)
     if settings.data.eval_path:
-        held_out = len(_encoded([settings.data.eval_path], settings, template, console).examples)
+        (evaluation,) = encoded([settings.data.eval_path], settings, template, console)
+        held_out = len(evaluation.examples)
     size = DataSize(
-        records=learned,
+        records=epoch.learned(eval_size),
         held_out=held_out,
-        eval_size=hold_out,
-        longest_tokens=data.ledger.longest_tokens,
+        eval_size=eval_size,
+        longest_tokens=epoch.longest_tokens,
     )
-    derived = derive(settings, trainer_arguments(settings), size, shape)
-    return settings.with_derived({**derived.values, "eval_size": hold_out}, derived.reasons), data
+    derived = derive(settings, args, size, shape)
+    return settings.with_derived({**derived.values, "eval_size": eval_size}, derived.reasons), epoch
 
 
-def _encoded(paths: Sequence[str], settings: TrainSettings, template: Template, console: Console) -> EncodedData:
-    """Encode the examples of the run, which then finds them in the cache. Raises BadData as the run would."""
-    rules, names = Rules(**settings.data.rules()), source_names(settings)
-    parts = []
-    for path in paths:
-        name = names[path]
-        with console.reading_progress(size_of(path), f"reading {name}") as progress:
-            parts.append(examples_of(path, template, rules, name=name, advance=progress.advance))
-    data = concatenate(parts)
-    ledger = data.ledger
-    refuse_unusable(ledger, paths)
-    refuse_broken(ledger, skip_bad=settings.data.skip_bad)
-    console.say(
-        f"{ledger.records_read:,} records read, {len(ledger.records_refused):,} refused; "
-        f"{ledger.prompt_tokens:,} prompt and {ledger.target_tokens:,} target tokens."
-    )
-    return data
-
-
-def _run_size(
-    settings: TrainSettings, args: TrainingArguments, data: EncodedData, *, why_padded: str | None
-) -> RunSize:
+def _run_size(settings: TrainSettings, args: TrainingArguments, epoch: Epoch, *, why_padded: str | None) -> RunSize:
     """Estimate the computation from sampled batches, scaled to the number of records that the run sees.
 
     why_padded  the reason for padded rows, if there is one
     """
     per_batch = args.per_device_train_batch_size
-    rows = sample_rows(len(data.examples), per_batch * SAMPLED_BATCHES, seed=args.seed)
-    batches = batches_of(data.examples.select(rows), per_batch, as_examples)
+    rows = sample_rows(len(epoch.rows), per_batch * SAMPLED_BATCHES, seed=args.seed)
+    batches = batches_of(epoch.rows.select(rows), per_batch, as_examples)
     sampled = LayoutTokens.of(batches)
     layout = _layout(settings, sampled, why_padded)
     computed = sampled.of_layout(layout)
     examples = [example for batch in batches for example in batch]
-    records = _learned(data, settings.data.eval_size or 0)
+    records = epoch.learned(settings.data.eval_size or 0)
     steps = run_length(records, args).steps
     per_step = per_batch * args.gradient_accumulation_steps * args.world_size
     # The last batch of an epoch may be smaller than the others; with --max_steps that is ignored.
@@ -253,10 +225,10 @@ def _run_size(
         steps=steps,
         tokens_computed=round(computed * share),
         tokens_padded=round(sampled.padded * share),
-        targets=round(data.ledger.target_tokens * seen / len(data.examples)),
+        targets=round(epoch.target_tokens * seen / len(epoch.rows)),
         # With causal attention, a token sees half of its example on average.
         mean_context=sum(len(example.ids) for example in examples) / len(examples) / 2,
-        heaviest=heaviest_of_the_run(sampled, layout, per_batch=per_batch, longest_tokens=data.ledger.longest_tokens),
+        heaviest=heaviest_of_the_run(sampled, layout, per_batch=per_batch, longest_tokens=epoch.longest_tokens),
         batches=batch_count,
         lengths=math.ceil(sampled.lengths[layout] / len(batches) * batch_count),
     )
@@ -273,13 +245,6 @@ def _layout(settings: TrainSettings, sampled: LayoutTokens, reason: str | None) 
     if choice == "auto":
         return "padded" if reason else sampled.cheapest()
     return choice
-
-
-def _learned(data: EncodedData, hold_out: float) -> int:
-    """The number of records that are not held out; the run's may differ, as it keeps near-duplicates together."""
-    records = len(data.examples)
-    held_out = round(hold_out * records) if hold_out < 1 else int(hold_out)
-    return max(1, records - held_out)
 
 
 @dataclass(frozen=True, kw_only=True)

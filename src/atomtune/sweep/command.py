@@ -36,8 +36,6 @@ RATE_FACTOR = 3
 #: With --trials and without --try: learning rates up to this factor from the derived one, and these values.
 RATE_REACH = 10
 USUAL_RANGES = {"lora_rank": ("4", "8", "16", "32", "64"), "lora_dropout": ("0", "0.05", "0.1")}
-#: `plan` counts every record once, so it cannot estimate runs with these settings.
-NOT_PLANNED = ("streaming", "mix")
 
 
 def sweep(settings: SweepSettings) -> int:
@@ -130,11 +128,9 @@ def _refuse_other_settings(settings: SweepSettings, before: Sweep) -> None:
 def _planned(settings: SweepSettings, console: Console) -> Sweep:
     """A new sweep, with the time a trial takes and the values to try if the user named none."""
     tried = dict(settings.tried)
-    if any(getattr(settings.train.data, name) for name in NOT_PLANNED):
+    if settings.train.data.streaming:  # plan would read all records first
         if "learning_rate" not in tried and not (tried and not settings.trials):
-            raise BadSettings(
-                ["With --streaming or --mix the learning rates to try must be named: --try learning_rate=A,B."]
-            )
+            raise BadSettings(["With --streaming the learning rates to try must be named: --try learning_rate=A,B."])
         return Sweep(status="running", shared=settings.shared, tried=tried)
     console.say("Reading the records, and measuring how long a trial takes …")
     began = time.monotonic()

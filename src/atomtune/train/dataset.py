@@ -23,7 +23,7 @@ from atomtune.train.defaults import DataSize, records_to_hold_out
 from atomtune.train.ledger_notices import say_ledger
 from atomtune.train.run_context import RunContext
 from atomtune.train.source_names import source_names
-from atomtune.train.split import hold_out, mixed_by_setting, rows_of_each, say_overlap, weighted
+from atomtune.train.split import epoch_of_mix, hold_out, mix_text, rows_of_each, say_overlap, weighted
 from atomtune.train.streaming import Stream
 
 
@@ -96,16 +96,18 @@ def read_data(run: RunContext, template: Template) -> Data:
     data = concatenate(parts)
     _check_read(run, template, data)
 
-    rows = list(range(len(data.examples)))
-    eval_size = records_to_hold_out(run.settings, round(sum(weighted(run, parts))), derived_before=run.derived_before)
+    rows, mix = list(range(len(data.examples))), run.settings.data.mix
+    eval_size = records_to_hold_out(run.settings, round(sum(weighted(parts, mix))), derived_before=run.derived_before)
     if eval_size:
         rows, rows_held_out = hold_out(run, parts, size=eval_size)
         evaluate = _say_held_out(run, data.examples, rows, rows_held_out)
         evaluate_from = tuple(zip(run.settings.data.dataset_paths, rows_of_each(parts, rows_held_out), strict=True))
     elif evaluate is not None:
         say_overlap(run, [part.examples for part in parts], evaluate)
-    if run.settings.data.mix:
-        rows = mixed_by_setting(rows, parts, run)
+    if mix:
+        rows = epoch_of_mix(rows, parts, mix, seed=shuffling_seed(run.args))
+        weights = mix_text(mix)
+        run.console.say(f"--mix {weights}: an epoch has {len(rows):,} records.")
     chosen = eval_size if evaluate is not None else 0
     train = _selected(data.examples, rows)
     return Data(train, evaluate, data.data_hash, eval_hash, data.ledger, chosen, evaluate_from)

@@ -30,7 +30,7 @@ _LIKE_TRAINED_ONES = "eval_records_like_trained_ones"
 def hold_out(run: RunContext, parts: list[EncodedData], *, size: float) -> tuple[list[int], list[int]]:
     """(rows to train on, rows to hold out); near-duplicates stay on one side."""
     records = sum(len(part.examples) for part in parts)
-    wanted = round(size * round(sum(weighted(run, parts)))) if size < 1 else int(size)
+    wanted = round(size * round(sum(weighted(parts, run.settings.data.mix)))) if size < 1 else int(size)
     groups = alike(_texts(run, run.settings.data.dataset_paths, [part.examples for part in parts]))
     seed = shuffling_seed(run.args)
     by_itself = run.settings.data.eval_size is None
@@ -48,10 +48,13 @@ def hold_out(run: RunContext, parts: list[EncodedData], *, size: float) -> tuple
     return split.learned, split.held_out
 
 
-def weighted(run: RunContext, parts: list[EncodedData]) -> list[float]:
-    """How many records of each file count for the split: all of the file with the largest number in --mix."""
-    mix = run.settings.data.mix or [1.0] * len(parts)
-    return [len(part.examples) * weight / max(mix) for part, weight in zip(parts, mix, strict=True)]
+def weighted(parts: list[EncodedData], mix: list[float]) -> list[float]:
+    """How many records of each file count for the split: all of the file with the largest number in --mix.
+
+    mix  as in the settings: empty if all records occur once
+    """
+    weights = mix or [1.0] * len(parts)
+    return [len(part.examples) * weight / max(weights) for part, weight in zip(parts, weights, strict=True)]
 
 
 def _quotas(run: RunContext, parts: list[EncodedData], wanted: int) -> tuple[Numbers, list[int]]:
@@ -62,7 +65,7 @@ def _quotas(run: RunContext, parts: list[EncodedData], wanted: int) -> tuple[Num
     if not run.settings.data.mix:
         return numpy.zeros(sum(len(part.examples) for part in parts), dtype=numpy.int64), [wanted]
     files = numpy.repeat(numpy.arange(len(parts)), [len(part.examples) for part in parts])
-    counts = weighted(run, parts)
+    counts = weighted(parts, run.settings.data.mix)
     bounds = [round(wanted * until / sum(counts)) for until in accumulate(counts, initial=0.0)]
     return files, [end - start for start, end in pairwise(bounds)]
 
@@ -117,19 +120,22 @@ def _reread(run: RunContext, sources: list[str], stored: Sequence[datasets.Datas
             yield from records_of(source, rules, rows, progress.advance, name=name)
 
 
-def mixed_by_setting(rows: list[int], parts: list[EncodedData], run: RunContext) -> list[int]:
-    """The rows of one epoch, following --mix."""
-    mix = run.settings.data.mix
+def epoch_of_mix(rows: list[int], parts: list[EncodedData], mix: list[float], *, seed: int) -> list[int]:
+    """The rows of one epoch, following --mix. Raises BadSettings if there are none."""
     ends = _ends(parts)
-    rows = mixed(rows, ends, mix, seed=shuffling_seed(run.args))
-    weights = ",".join(f"{weight:g}" for weight in mix)
+    rows = _mixed(rows, ends, mix, seed=seed)
     if not rows:
+        weights = mix_text(mix)
         raise BadSettings([f"--mix {weights} leaves no record of {ends[-1]:,} to train on. Pass larger numbers."])
-    run.console.say(f"--mix {weights}: an epoch has {len(rows):,} records.")
     return rows
 
 
-def mixed(rows: list[int], ends: list[int], mix: list[float], *, seed: int) -> list[int]:
+def mix_text(mix: list[float]) -> str:
+    """The numbers of --mix as they are written on the command line."""
+    return ",".join(f"{weight:g}" for weight in mix)
+
+
+def _mixed(rows: list[int], ends: list[int], mix: list[float], *, seed: int) -> list[int]:
     """The rows of an epoch: each row of file f occurs mix[f] times, and a fraction of mix[f] is a random sample.
 
     ends  the index after each file's last row, in the numbering of `rows`
