@@ -11,7 +11,6 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -178,8 +177,7 @@ def another_plain_way(model: CausalLM) -> Iterator[bool]:
     before, name = AttentionInUse.of(inner), inner.config._attn_implementation
     other = "sdpa" if name == "eager" else "eager"
     computes_the_same = not (names_a_cap(inner.config) and "sdpa" in (name, other))
-    embeddings: Any = inner.get_input_embeddings()
-    hook = embeddings.register_forward_hook(lambda _module, _inputs, hidden: rounded_otherwise(hidden))
+    hook = inner.get_input_embeddings().register_forward_hook(lambda _m, _i, hidden: rounded_otherwise(hidden))
     try:
         with contextlib.suppress(ValueError, ImportError, AttributeError):
             if computes_the_same:

@@ -108,7 +108,7 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
     """
     reading = reading_text(path, model)
     with reading:
-        embeddings: Any = model.get_input_embeddings()
+        embeddings = model.get_input_embeddings()
         rows = embeddings.weight.shape[0]
     if rows < _TOKENS:  # the matrix is sharded over processes (DeepSpeed)
         return

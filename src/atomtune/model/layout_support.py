@@ -31,8 +31,7 @@ _KNOWN_ATTENTION = {"full_attention", "sliding_attention", "linear_attention", "
 
 def cut_of(model: nn.Module) -> Cut:
     """How rows are cut on this model's device: spans on CUDA, else blocks."""
-    embeddings: Any = innermost(model).get_input_embeddings()
-    return "spans" if embeddings.weight.device.type == "cuda" else "blocks"
+    return "spans" if innermost(model).get_input_embeddings().weight.device.type == "cuda" else "blocks"
 
 
 def windows_of(model: nn.Module) -> tuple[int | None, ...]:

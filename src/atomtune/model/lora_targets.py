@@ -194,8 +194,7 @@ def _calls(base: CausalLM, names: Sequence[str]) -> _Calls | None:
     hooks = [modules[name].register_forward_hook(partial(_note, outputs, name)) for name in names]
     try:
         with without_dropout(base), as_in_training(base):
-            embeddings: Any = base.get_input_embeddings()
-            ids = torch.arange(3, 7, device=embeddings.weight.device)[None]
+            ids = torch.arange(3, 7, device=base.get_input_embeddings().weight.device)[None]
             logits = base(input_ids=ids, use_cache=False).logits
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError):
         return None
