@@ -20,7 +20,7 @@ from atomtune.model import layout_trial, row_mixers
 from atomtune.model.attention_in_use import AttentionInUse
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.loss import auxiliary_factor, body_of, innermost, takes
-from atomtune.model.mixers import find_mixers, takes_cache
+from atomtune.model.mixers import cache_name, find_mixers
 from atomtune.model.row_attention import ROWS, register
 from atomtune.model.token_rows import with_row
 
@@ -108,7 +108,7 @@ def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
         # Such a layer is called once per level of branches. With sharded weights, processes whose batches have
         # different numbers of levels would wait for each other forever. Not tried on several GPUs yet.
         return "its layers carry a state from token to token, which FSDP and DeepSpeed allow in padded rows only"
-    if not takes(model, "position_ids") and not any(map(takes_cache, mixers)):
+    if not takes(model, "position_ids") and not any(map(cache_name, mixers)):
         return "its forward takes no position_ids"
     reasons = []
     # Some configs name the window by another key, so windows used in the probe count too.
@@ -139,7 +139,7 @@ def _candidates(mixers: list[nn.Module], attends: bool, has_window: bool) -> Ite
         attention = [None]
     for name in attention:
         if mixers:
-            if all(map(takes_cache, mixers)):
+            if all(map(cache_name, mixers)):
                 yield _Candidate(name, "fork")
             yield _Candidate(name, "paths")
         else:
