@@ -6,6 +6,7 @@ named `experts`. PEFT adapts tensors outside of linear layers through `target_pa
 before each use, which leaves no place for dropout.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -65,11 +66,7 @@ def numbers_of_experts(config: Any) -> set[int]:
 
 def count_of(weight: Any) -> int:
     """How many numbers a weight holds; a 4-bit weight counts with its unpacked size."""
-    shape = getattr(getattr(weight, "quant_state", None), "shape", weight.shape)
-    count = 1
-    for length in shape:
-        count *= length
-    return count
+    return math.prod(getattr(getattr(weight, "quant_state", None), "shape", weight.shape))
 
 
 def endings(base: nn.Module, parameters: Iterable[str]) -> list[str]:

@@ -249,9 +249,10 @@ def load_base(spec: BaseSpec) -> CausalLM:
     config = read_config(spec.path, trust_remote_code=spec.trust_remote_code)
     if folder := folder_of(spec.path):
         # Before anything is read, refuse an index that names files outside the folder, and git-lfs pointers.
-        refuse_lfs_pointers(weight_files(folder))
+        files = weight_files(folder)
+        refuse_lfs_pointers(files)
         with explained(spec.path, "model"):
-            refuse_other_sizes(spec.path, config, weight_files(folder), trust_remote_code=spec.trust_remote_code)
+            refuse_other_sizes(spec.path, config, files, trust_remote_code=spec.trust_remote_code)
     with explained(spec.path, "model"):
         base, report = auto_class(config).from_pretrained(
             spec.path,

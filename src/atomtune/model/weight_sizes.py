@@ -4,6 +4,7 @@ Checked before any memory is allocated: a config with a wrong size describes a m
 which a library would begin to build. Only the headers of the weight files are read.
 """
 
+import math
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,7 +96,5 @@ def _shapes(file: Path) -> Iterator[tuple[list[int], int]]:
 
 
 def _counted(shape: list[int], is_floating_point: bool) -> tuple[list[int], int]:
-    numbers = 1
-    for size in shape:
-        numbers *= size
+    numbers = math.prod(shape)
     return shape, numbers if is_floating_point else numbers * _PACKED
