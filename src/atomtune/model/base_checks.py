@@ -21,7 +21,7 @@ from atomtune.model.json_files import checked, refuse_no_files
 from atomtune.model.load_errors import explained, refuse_lfs_pointers
 from atomtune.model.modes import as_in_training, without_dropout
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+MODEL_CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 #: How many file names a message shows.
 _SHOWN_NAMES = 12
@@ -33,11 +33,11 @@ _TOKENS, _LOOKED_AT = 6, 3
 def check_base_folder(folder: Path) -> None:
     """Raise BadModel if a folder holds no model, or if its small config files have invalid values."""
     refuse_no_files(folder)
-    if not (folder / CONFIG).is_file():
+    if not (folder / MODEL_CONFIG).is_file():
         _refuse_another_kind_of_folder(folder)
         names = ", ".join(sorted(file.name for file in folder.iterdir())[:_SHOWN_NAMES]) or "none"
-        raise BadModel(f"{folder} has no {CONFIG}, so it is not a model folder. Files there: {names}.")
-    checked(folder / CONFIG, ModelConfig)
+        raise BadModel(f"{folder} has no {MODEL_CONFIG}, so it is not a model folder. Files there: {names}.")
+    checked(folder / MODEL_CONFIG, ModelConfig)
     if (folder / GENERATION_CONFIG).exists():
         checked(folder / GENERATION_CONFIG, GenerationConfig)
 
