@@ -178,7 +178,7 @@ def answer_ids(
     stop_early  called after each token; True ends the answer there
     """
     ids = torch.tensor([prompt_ids(template, messages)], device=model.device)  # [1, T]
-    values = sampling.values() if sampling is not None else {"do_sample": False}
+    values = (sampling or Sampling()).values()
     if stop_early is not None:
         values["stopping_criteria"] = StoppingCriteriaList([_StopEarly(stop_early)])
     with without_dropout(model):

@@ -103,10 +103,14 @@ def leave_files() -> None:
     A model that is loaded next, on a CPU or in float64, then computes with the original code. The trained model keeps
     the kernels in its modules, but not replaced functions, such as that for rotary embeddings.
     """
-    for changed, before in _IN_FILES:
-        vars(changed).clear()
-        vars(changed).update(before)
+    for file, before in _IN_FILES:
+        _restore(file, before)
     _IN_FILES.clear()
+
+
+def _restore(changed: Any, before: Mapping[str, Any]) -> None:
+    vars(changed).clear()
+    vars(changed).update(before)
 
 
 class Patch:
@@ -131,7 +135,6 @@ class Patch:
         )
 
     def take_out(self) -> None:
-        for changed, before in self.of_modules:
-            vars(changed).clear()
-            vars(changed).update(before)
+        for module, before in self.of_modules:
+            _restore(module, before)
         leave_files()

@@ -298,7 +298,7 @@ def targets_at_once(vocab_size: int, device: torch.device) -> int:
 
 @cache
 def _logits_that_fit(device: torch.device) -> int:
-    """How many logits fit on a GPU at the first loss, while the activations of a forward are held."""
+    """How many logits fit in a GPU's free memory at the first loss, while the activations of a forward are held."""
     logits = int(FREE_FOR_LOGITS * free_on_gpu(device)) // BYTES_A_LOGIT_ON_GPU
     return min(MOST_LOGITS, max(CHUNK_LOGITS, logits))
 
