@@ -43,9 +43,8 @@ def with_new_names(patterns: Mapping[str, Any], modules: Mapping[str, str]) -> d
 
 def text_modules(model: Any) -> list[str]:
     """Full names of the modules that process text, without those of a vision or audio tower."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     whole = {module: name for name, module in model.named_modules()}
-    inside = whole.get(decoder, "")
+    inside = whole.get(model.get_decoder(), "")
     if not inside:
         return [name for name in whole.values() if name]
     head = whole.get(model.get_output_embeddings())

@@ -52,14 +52,13 @@ def device_in_use() -> torch.device:
 
     Raises BadSettings if there are too few.
     """
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator()
-        assert kind is not None
-        rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
-        if rank >= devices:
-            raise BadSettings([f"There are {devices} GPUs here, but more processes. Pass --nproc_per_node {devices}."])
-        return torch.device(kind.type, rank)
-    return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.device("cpu")
+    rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+    if rank >= devices:
+        raise BadSettings([f"There are {devices} GPUs here, but more processes. Pass --nproc_per_node {devices}."])
+    return torch.device(accelerator.type, rank)
 
 
 def good_at_bfloat16(device: torch.device) -> bool:
