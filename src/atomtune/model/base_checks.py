@@ -123,12 +123,9 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
         return of_tokens[-1].clone()  # a clone, because some models scale it in place, which torch forbids for a leaf
 
     watching = embeddings.register_forward_hook(watch)
-    try:
-        with reading, _faults_of_the_library(path, model), without_dropout(model), as_in_training(model):
-            logits = model(input_ids=ids, use_cache=False).logits.float()  # [1, T, V]
-        gradient = _gradient(logits[:, :_LOOKED_AT].square().mean(), of_tokens)
-    finally:
-        watching.remove()
+    with watching, reading, _faults_of_the_library(path, model), without_dropout(model), as_in_training(model):
+        logits = model(input_ids=ids, use_cache=False).logits.float()  # [1, T, V]
+    gradient = _gradient(logits[:, :_LOOKED_AT].square().mean(), of_tokens)
     if not bool(torch.isfinite(logits).all()):
         raise BadModel(f"{path}: what this model computes is not finite (NaN or infinity). Are its files complete?")
     if gradient is None or _TOKENS not in gradient.shape or not bool(torch.isfinite(gradient).all()):

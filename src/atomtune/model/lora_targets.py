@@ -1,5 +1,6 @@
 """LoRA targets: which layers of a base the names in --lora_targets match."""
 
+import contextlib
 import re
 import warnings
 from collections import Counter
@@ -182,16 +183,14 @@ def _called_and_learned(base: CausalLM, names: Sequence[str]) -> tuple[set[str],
     """
     modules = dict(base.named_modules())
     outputs: dict[str, list[Any]] = {}
-    hooks = [modules[name].register_forward_hook(partial(_note, outputs, name)) for name in names]
     try:
-        with without_dropout(base), as_in_training(base):
+        with contextlib.ExitStack() as hooks, without_dropout(base), as_in_training(base):
+            for name in names:
+                hooks.enter_context(modules[name].register_forward_hook(partial(_note, outputs, name)))
             ids = torch.arange(3, 7, device=base.get_input_embeddings().weight.device)[None]
             logits = base(input_ids=ids, use_cache=False).logits
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError):
         return set(names), set(names)
-    finally:
-        for hook in hooks:
-            hook.remove()
     loss_graph = _graph(logits.grad_fn)
     learned = {name for name, of_layer in outputs.items() if any(node in loss_graph for node in of_layer)}
     return set(outputs), learned

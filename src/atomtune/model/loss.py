@@ -5,6 +5,7 @@ once.
 Letters: B rows, T positions, D hidden width, N targets, V vocabulary size.
 """
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -223,17 +224,12 @@ class Head:
         `model` may be a wrapper (DDP, PEFT). It is called as a whole, and computes the logits of one position only.
         """
         outputs: dict[tuple[str, ...], ModelOutput] = {}
-        hooks = [
-            body.register_forward_hook(lambda _module, _inputs, output, path=path: outputs.update({path: output}))
-            for path, body in self._bodies().items()
-        ]
-        try:
-            self.output = model(
-                **model_inputs(model, batch), use_cache=False, logits_to_keep=batch["predicted_from"][:1]
-            )
-        finally:
-            for hook in hooks:
-                hook.remove()
+        inputs = model_inputs(model, batch)
+        with contextlib.ExitStack() as hooks:
+            for path, body in self._bodies().items():
+                note = body.register_forward_hook(lambda _m, _i, output, path=path: outputs.update({path: output}))
+                hooks.enter_context(note)
+            self.output = model(**inputs, use_cache=False, logits_to_keep=batch["predicted_from"][:1])
         if not outputs:
             return None
         self.path = min(outputs, key=len)  # the outermost body that was called

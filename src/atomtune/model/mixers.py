@@ -112,18 +112,15 @@ def _calls_in_a_probe(inner: Any) -> dict[nn.Module, _Call]:
     AttentionInterface.register(_PROBE_ATTENTION, watch_attention)
     AttentionMaskInterface.register(_PROBE_ATTENTION, sdpa_mask)
     ids = torch.arange(3, 3 + _PROBE_TOKENS, device=inner.get_input_embeddings().weight.device)[None]
-    hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in inner.modules()]
-    hooks += [m.register_forward_hook(after, with_kwargs=True) for m in inner.modules()]
-    own_attention = AttentionInUse.of(inner)
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        for module in inner.modules():
+            at_the_end.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            at_the_end.enter_context(module.register_forward_hook(after))
+        at_the_end.callback(AttentionInUse.of(inner).give_back)
         with contextlib.suppress(ValueError, AttributeError, ImportError, KeyError):  # not every model supports it
             inner.set_attn_implementation(_PROBE_ATTENTION)
         with as_in_training(inner):
             inner(input_ids=ids, use_cache=False)
-    finally:
-        own_attention.give_back()
-        for hook in hooks:
-            hook.remove()
     return calls
 
 
