@@ -110,18 +110,17 @@ def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
         return "its layers carry a state from token to token, which FSDP and DeepSpeed allow in padded rows only"
     if not takes(model, "position_ids") and not any(map(cache_name, mixers)):
         return "its forward takes no position_ids"
+    windows, cut = windows_of(model), cut_of(model)
     reasons = []
     # Some configs name the window by another key, so windows used in the probe count too.
-    has_window = any(windows_of(model)) or any(used_windows)
+    has_window = any(windows) or any(used_windows)
     for candidate in _candidates(mixers, bool(used_windows), has_window):
         before = AttentionInUse.of(inner)
-        if not _switch_to(inner, candidate, mixers):
-            _switch_back(inner, before, mixers)
-            continue
-        reason = layout_trial.difference(model, windows=windows_of(model), cut=cut_of(model), mixers=candidate.mixers)
-        if reason is None:
-            return None
-        reasons.append(reason)
+        if _switch_to(inner, candidate, mixers):
+            reason = layout_trial.difference(model, windows=windows, cut=cut, mixers=candidate.mixers)
+            if reason is None:
+                return None
+            reasons.append(reason)
         _switch_back(inner, before, mixers)
     return reasons[0] if reasons else "its attention cannot be replaced"
 
