@@ -320,11 +320,13 @@ def matched(base: CausalLM, targets: Collection[str]) -> set[str]:
 
 def _named(base: CausalLM, targets: Collection[str]) -> set[str]:
     """The same, including routers."""
-    names = set()
-    for name in text_modules(base):
-        if any(name == target or name.endswith(f".{target}") for target in targets):
-            names.add(name)
-    return names
+    return _ending_with(targets, text_modules(base))
+
+
+def _ending_with(targets: Collection[str], names: Iterable[str]) -> set[str]:
+    """The names whose last parts are a target: `layers.0.q_proj` for `q_proj`."""
+    endings = tuple(f".{target}" for target in targets)
+    return {name for name in names if f".{name}".endswith(endings)}
 
 
 def _chooses_experts(base: CausalLM, name: str, modules: Mapping[str, nn.Module]) -> bool:
@@ -344,7 +346,7 @@ def adapted_by(base: CausalLM, targets: Collection[str]) -> set[str]:
 def for_text(base: CausalLM, targets: Sequence[str]) -> Sequence[str]:
     """Targets as they are, or as full names if layers of an image or audio tower have these names too."""
     names = matched(base, targets)
-    everywhere = {name for name, _ in base.named_modules() if any(f".{name}".endswith(f".{end}") for end in targets)}
+    everywhere = _ending_with(targets, (name for name, _ in base.named_modules()))
     return targets if everywhere == names else sorted(names)
 
 
