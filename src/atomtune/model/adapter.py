@@ -378,9 +378,11 @@ def load_another(model: PeftModel, folder: Path, name: str) -> None:
 def _keep_biases_of_base(model: PeftModel, adapter: str = "default") -> None:
     """Remember the base's own biases before they are overwritten with those of an adapter."""
     weights = dict(model.named_parameters())
-    names = [name for name in adapter_tensors(model, adapter) if name.endswith(".bias") and name in weights]
     kept = getattr(model, _BIASES_OF_BASE, {})
-    kept[adapter] = [(weights[name], weights[name].detach().clone()) for name in names if ".lora_" not in name]
+    kept[adapter] = []
+    for name in adapter_tensors(model, adapter):
+        if name.endswith(".bias") and ".lora_" not in name and name in weights:
+            kept[adapter].append((weights[name], weights[name].detach().clone()))
     setattr(model, _BIASES_OF_BASE, kept)
 
 

@@ -125,7 +125,7 @@ def refuse_unread(weights: Iterable[str], base_path: str, *, trust_remote_code: 
         return
     with torch.device("meta"):
         modules = {name for name, _ in kind(config).named_modules()}
-    unread = sorted({module for name in weights if (module := module_of(name)) not in modules})
+    unread = sorted({module_of(name) for name in weights} - modules)
     if unread:
         raise BadModel(
             f"{base_path} names the class {kind.__name__}, which has no place for these layers of the adapter. "

@@ -46,5 +46,6 @@ def split_at_limit(lengths: Sequence[int], limit: int | None) -> list[list[int]]
     """Indices of the records that may be computed together: those up to the limit, and those above."""
     if limit is None:
         return [list(range(len(lengths)))]
-    sides = ([place for place, length in enumerate(lengths) if (length > limit) is above] for above in (False, True))
-    return [side for side in sides if side]
+    up_to = [place for place, length in enumerate(lengths) if length <= limit]
+    above = [place for place, length in enumerate(lengths) if length > limit]
+    return [side for side in (up_to, above) if side]
