@@ -57,11 +57,11 @@ def attend(
     sinks: torch.Tensor | None = kwargs.pop("s_aux", None)
     sinks = kwargs.pop("sinks", None) if sinks is None else sinks
     rules = ScoreRules(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
-    if plan is None and softcap is None and sinks is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
     if plan is None:
+        if softcap is None and sinks is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
         bias = kwargs.get("position_bias")
         return _written_out(query, key, value, attention_mask, sinks, rules, dropout, position_bias=bias), None
     _refuse_what_no_plan_expresses(module, plan, sliding_window, kwargs)

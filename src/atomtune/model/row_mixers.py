@@ -12,7 +12,6 @@ K own tokens of a batch's segments.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -79,19 +78,16 @@ def uninstall(body: nn.Module, mixers: Sequence[nn.Module]) -> None:
         row.hook.remove()
 
 
-@dataclass
 class _RowForward:
     """Replaces a mixer's `forward`, as accelerate's hooks do.
 
     A row needs several calls of the mixer, but a public hook can only change the inputs and outputs of one.
+    own  the forward of the instance, if something else had hooked it
     """
 
-    mixer: nn.Module
-    row: RowInUse
-    own: Callable[..., Any] | None = field(init=False)  # set on the instance, if something else had hooked it
-
-    def __post_init__(self) -> None:
-        self.own = vars(self.mixer).get("forward")
+    def __init__(self, mixer: nn.Module, row: RowInUse) -> None:
+        self.mixer, self.row = mixer, row
+        self.own: Callable[..., Any] | None = vars(mixer).get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.row.plan.mixers if self.row.plan is not None else None
@@ -109,14 +105,10 @@ class _RowForward:
         return type(self.mixer).forward(self.mixer, *args, **kwargs)
 
 
-def _padded_to(out: torch.Tensor, width: int) -> torch.Tensor:
-    """[T, D] of the row's tokens → [1, width, D], padded with zeros."""
-    return functional.pad(out, (0, 0, 0, width - len(out)))[None]
-
-
-def _in_form_of(output: Any, out: torch.Tensor) -> Any:
-    """The output in the form that the mixer returns: a tensor, or a tuple whose other items are None."""
-    return (out, *[None] * (len(output) - 1)) if isinstance(output, tuple) else out
+def _in_form_of(output: Any, out: torch.Tensor, width: int) -> Any:
+    """[T, D] of the row's tokens → [1, width, D], padded with zeros; in a tuple with None, if the mixer returns one."""
+    padded = functional.pad(out, (0, 0, 0, width - len(out)))[None]
+    return (padded, *[None] * (len(output) - 1)) if isinstance(output, tuple) else padded
 
 
 def _by_forks(
@@ -138,7 +130,7 @@ def _by_forks(
         by_place = first_of(output).flatten(0, 1)  # [G * n, D], padding and tokens that are run again included
         results.append(by_place[batch.places.to(hidden.device)])  # [K, D]
     out = torch.cat(results)[plan.order.to(hidden.device)]  # [T, D] in the order of the row
-    return _in_form_of(output, _padded_to(out, hidden.shape[1]))
+    return _in_form_of(output, out, hidden.shape[1])
 
 
 def _by_paths(
@@ -154,7 +146,7 @@ def _by_paths(
     with _linear_layers_once(mixer.mixer, paths, first_on):
         output = mixer.plain(hidden[0][paths], *[None for _ in args], **kwargs)  # [P, L, D]
     out = first_of(output).flatten(0, 1)[first_on]  # [T, D]
-    return _in_form_of(output, _padded_to(out, hidden.shape[1]))
+    return _in_form_of(output, out, hidden.shape[1])
 
 
 @contextlib.contextmanager
