@@ -46,9 +46,7 @@ def innermost(model: nn.Module) -> Any:
 
 def body_of(model: nn.Module) -> nn.Module:
     """The part of a causal LM below its head; the model itself if the two cannot be separated."""
-    inner = innermost(model)
-    body = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
-    return inner if body is None else body
+    return innermost(model).base_model
 
 
 def takes(model: nn.Module, name: str) -> bool:

@@ -4,7 +4,7 @@ batch.attention_plan makes the plan. It is passed through the model's forward as
 Letters: H heads, H' key and value heads, T tokens, D head dimension of queries and keys, D' of values.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -83,12 +83,12 @@ def attend(
     return out[None], None
 
 
-def _autocast(*inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+def _autocast(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
     """The inputs in autocast's dtype, as for the library's attention: RoPE makes float32 of queries and keys there."""
     device = inputs[0].device.type
     if not torch.is_autocast_enabled(device) or inputs[0].dtype == torch.float64:
-        return iter(inputs)
-    return (one.to(torch.get_autocast_dtype(device)) for one in inputs)
+        return inputs
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in inputs]
 
 
 def _refuse_what_no_plan_expresses(

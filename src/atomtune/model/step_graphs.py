@@ -331,8 +331,8 @@ def _tensors(batch: Batch) -> list[torch.Tensor]:
 
 def _with_tensors(batch: Batch, tensors: Sequence[torch.Tensor]) -> Batch:
     """The batch with its tensors replaced by these."""
-    given = iter(tensors)
-    return {**batch, **{name: next(given) for name in _TENSORS}, "plan": batch["plan"].with_tensors(given)}
+    rest = iter(tensors)
+    return {**batch, **{name: next(rest) for name in _TENSORS}, "plan": batch["plan"].with_tensors(rest)}
 
 
 def _shape(batch: Batch) -> Hashable:
