@@ -8,6 +8,7 @@ Letters: T tokens, I inputs, O outputs, r the rank of a layer, R the sum of the 
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -53,11 +54,11 @@ def groups_of(model: nn.Module, **example_inputs: Any) -> list[list[LoraLinear]]
             hooks.enter_context(layer.register_forward_pre_hook(note))
         model(**example_inputs)
     # A layer that is called more than once (shared weights, loops) belongs to no single group; PEFT computes it.
-    names = [id(layer) for _, layer in calls]
+    times_called = Counter(layer for _, layer in calls)
     groups: list[list[LoraLinear]] = []
     for _, same_input in groupby(calls, key=lambda call: id(call[0])):  # all inputs are still alive, so ids are unique
         members = [layer for _, layer in same_input]
-        if all(names.count(id(layer)) == 1 for layer in members):
+        if all(times_called[layer] == 1 for layer in members):
             groups.append(members)
     return groups
 
