@@ -131,6 +131,15 @@ def test_a_failing_kernel_is_rejected_with_a_reason_and_no_crash(monkeypatch):
     assert "no compiler here" in str(layout_trial.changed_by(model, Patch(model, {}).put_in))
 
 
+def test_a_model_without_kernels_in_the_package_is_said_to_have_none(monkeypatch):
+    monkeypatch.setattr(liger, "apply_liger_kernel", lambda _inner, _config: None)
+    said: list[str] = []
+    model = hybrid("lfm2").train()
+    assert not liger.use(model, Circumstances(True, "cuda", True), say=said.append)
+    assert said == ["Liger's kernels are not used: it has none for lfm2."]
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize(("factor", "used"), [(1.0, True), (1.3, False)])
 def test_a_run_trains_and_reports_whether_liger_kernels_are_used(  # noqa: PLR0917  # pytest passes fixtures
     models, dialogues, tmp_path, monkeypatch, capsys, factor, used

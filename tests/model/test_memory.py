@@ -1,11 +1,9 @@
 """Memory: when activations are recomputed, and the messages after memory ran out."""
 
-from types import SimpleNamespace
-
 import psutil
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from atomtune.model import base_shape
 from atomtune.model import memory as memory_room
@@ -63,9 +61,9 @@ def test_dora_is_counted_as_measured_on_smollm2():
 
 def test_a_list_of_intermediate_sizes_per_layer_is_accepted():
     # Gemma 3n's config has a list.
-    config = SimpleNamespace(hidden_size=32, num_hidden_layers=2, intermediate_size=[64, 128])
+    config = PreTrainedConfig(hidden_size=32, num_hidden_layers=2, intermediate_size=[64, 128])
     assert activation_bytes(config, tokens=1, element_bytes=4) == 2 * (11 * 32 + 4 * 96) * 4
-    widest = SimpleNamespace(hidden_size=32, num_hidden_layers=2, intermediate_size=128)
+    widest = PreTrainedConfig(hidden_size=32, num_hidden_layers=2, intermediate_size=128)
     assert tokens_in_memory(config, 10**7) == tokens_in_memory(widest, 10**7) > 256
 
 

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
 from atomtune.errors import BadSettings
 from atomtune.model.base_shape import NO_LIMIT, BaseShape, tokens_in_memory
@@ -228,12 +228,9 @@ def test_max_seq_length_follows_the_longest_record_up_to_the_bases_limit(tmp_pat
 
 
 def test_more_memory_allows_longer_records():
-    class Config:
-        hidden_size, intermediate_size, num_hidden_layers = 4096, 11008, 32
-
-    limits = [tokens_in_memory(Config, gigabytes * 10**9) for gigabytes in (1, 8, 24, 80)]
+    config = PreTrainedConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
+    limits = [tokens_in_memory(config, gigabytes * 10**9) for gigabytes in (1, 8, 24, 80)]
     assert limits == sorted(limits) and limits[0] >= 256
     assert all(limit & (limit - 1) == 0 for limit in limits), "powers of two, so that two runs cut alike"
-    Config.hidden_size = 0
-    Config.intermediate_size = 0
-    assert tokens_in_memory(Config, 10**9) == NO_LIMIT
+    nothing = PreTrainedConfig(hidden_size=0, intermediate_size=0, num_hidden_layers=32)
+    assert tokens_in_memory(nothing, 10**9) == NO_LIMIT

@@ -159,14 +159,13 @@ def plan_attention(
     parts = segments(row)
     for window in windows:
         # A window longer than the longest path hides nothing.
-        hides = window is not None and window < deepest
-        if cut == "blocks":
-            if hides or None not in blocks:
-                blocks[window] = cut_into_blocks(row, position, parts, window if hides else None, tokens)
-            else:
-                blocks[window] = blocks[None]
+        hiding = window if window is not None and window < deepest else None
+        if cut == "spans":
+            spans[window] = cut_into_spans(parts, hiding, tokens)
+        elif hiding is None and None in blocks:
+            blocks[window] = blocks[None]
         else:
-            spans[window] = cut_into_spans(parts, window if hides else None, tokens)
+            blocks[window] = cut_into_blocks(row, position, parts, hiding, tokens)
     positions = torch.tensor((*position, *[0] * padding))
     states: SegmentPlan | PathPlan | None = None
     if mixers is not None:

@@ -247,25 +247,24 @@ class _Slots:
         query slots of a chunk   its tokens, then padding: the last token again
         key slots of a chunk     the path above it, what all queries have in their window first; its tokens; padding: -1
         """
-        queries, keys = max(chunk.queries for chunk in chunks), max(chunk.keys for chunk in chunks)
+        count, queries, keys = len(chunks), max(chunk.queries for chunk in chunks), max(chunk.keys for chunk in chunks)
         first_query, first_key = sum(map(len, self._queries)), sum(map(len, self._keys))
-        query_tokens: list[torch.Tensor] = []
-        key_tokens: list[torch.Tensor] = []
+        starts = torch.tensor([[chunk.start] for chunk in chunks])  # [C, 1]
+        lasts = torch.tensor([[chunk.end - 1] for chunk in chunks])  # [C, 1]
+        query_tokens = torch.minimum(starts + torch.arange(queries), lasts)  # [C, n]
+        key_tokens = torch.full((count, keys), -1)  # [C, m]
         seen_by_all = keys
         for number, chunk in enumerate(chunks):
+            own, first = chunk.end - chunk.start, first_query + number * queries
+            self._slot_of[chunk.start : chunk.end] = torch.arange(first, first + own)
             in_all_windows, in_some_windows = self._path(chunk)
+            read = [*in_all_windows, *in_some_windows, (chunk.start, chunk.end)]
+            torch.cat([self._tokens[start:end] for start, end in read], out=key_tokens[number, : chunk.above + own])
             seen_by_all = min(seen_by_all, _seen_by_all(self.row.until, chunk, in_all_windows))
-            own, first = self._tokens[chunk.start : chunk.end], first_query + number * queries
-            self._slot_of[chunk.start : chunk.end] = torch.arange(first, first + len(own))
-            query_tokens += [own, own[-1:].expand(queries - len(own))]
-            key_tokens += [self._tokens[start:end] for start, end in (*in_all_windows, *in_some_windows)]
-            key_tokens += [own, own.new_full((keys - chunk.above - len(own),), -1)]
-        self._queries.append(torch.cat(query_tokens))  # [C * n]
-        self._keys.append(torch.cat(key_tokens))  # [C * m]
-        query = self._queries[-1].view(len(chunks), queries, 1)  # [C, n, 1]
-        key = self._keys[-1].view(len(chunks), 1, keys)  # [C, 1, m]
-        seen = self._seen(query, key[..., seen_by_all:])  # [C, n, m - seen_by_all]
-        self._blocks.append(Block(len(chunks), queries, keys, first_query, first_key, seen_by_all, seen))
+        self._queries.append(query_tokens.flatten())
+        self._keys.append(key_tokens.flatten())
+        seen = self._seen(query_tokens[..., None], key_tokens[:, None, seen_by_all:])  # [C, n, m - seen_by_all]
+        self._blocks.append(Block(count, queries, keys, first_query, first_key, seen_by_all, seen))
 
     def _path(self, chunk: _Chunk) -> tuple[list[Stretch], list[Stretch]]:
         """The path that a chunk's queries need: what is in every query's window, and what is not."""

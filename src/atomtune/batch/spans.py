@@ -88,16 +88,18 @@ def cut_into_spans(parts: Sequence[Segment], window: int | None, tokens: int) ->
         keys += range(query_starts[-1], tokens)
         query_starts.append(tokens)
         key_starts.append(len(keys))
-    longest_queries, longest_keys = (
-        max(end - start for start, end in pairwise(starts)) for starts in (query_starts, key_starts)
-    )
     return Spans(
         torch.tensor(query_starts, dtype=torch.int32),
         torch.tensor(key_starts, dtype=torch.int32),
         None if len(keys) == tokens else torch.tensor(keys),
-        longest_queries,
-        longest_keys,
+        _longest(query_starts),
+        _longest(key_starts),
     )
+
+
+def _longest(starts: Sequence[int]) -> int:
+    """The length of the longest span, from the starts of all and the end."""
+    return max(end - start for start, end in pairwise(starts))
 
 
 def _power_of_two(number: int) -> int:

@@ -119,10 +119,14 @@ def has_expert_layers(model: PeftModel) -> bool:
 
     An expert that no token of a step chose is not called then. Of experts in one tensor, all are in each step.
     """
-    return any(
-        isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and "experts" in name.split(".")
-        for name, module in model.named_modules()
-    )
+    return any("experts" in name.split(".") for name, _ in _adapted_layers(model))
+
+
+def _adapted_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+    """The adapted layers and their names; an adapted tensor, as that of all experts, belongs to none."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+            yield name, module
 
 
 def expert_tensors(base: CausalLM, targets: Sequence[str]) -> list[str]:
@@ -149,13 +153,12 @@ def why_not_merged(model: PeftModel) -> str:
         for weight in module.parameters(recurse=False):
             holders.setdefault(id(weight), []).append(name.removesuffix(".base_layer"))
     reasons = []
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
-            names = holders[id(module.get_base_layer().weight)]
-            if len(names) > 1:
-                reasons.append(f"{' and '.join(names)} share one matrix")
-            if any(module.lora_bias.values()) and module.get_base_layer().bias is None:
-                reasons.append(f"{names[0]} has a trained bias (lora_bias), but none in the base")
+    for _, layer in _adapted_layers(model):
+        names = holders[id(layer.get_base_layer().weight)]
+        if len(names) > 1:
+            reasons.append(f"{' and '.join(names)} share one matrix")
+        if any(layer.lora_bias.values()) and layer.get_base_layer().bias is None:
+            reasons.append(f"{names[0]} has a trained bias (lora_bias), but none in the base")
     return listing(list(dict.fromkeys(reasons)), 3)
 
 
@@ -164,10 +167,10 @@ def _drop_out_layers(model: PeftModel, dropout: float) -> None:
 
     It is not written to the saved config: generation needs no dropout, and PEFT would refuse to load such a config.
     """
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and dropout > 0:
-            for adapter in module.lora_dropout:
-                module.lora_dropout[adapter] = nn.Dropout(dropout)
+    if dropout > 0:
+        for _, layer in _adapted_layers(model):
+            for adapter in layer.lora_dropout:
+                layer.lora_dropout[adapter] = nn.Dropout(dropout)
 
 
 def parameter_counts(model: CausalLM) -> tuple[int, int]:
@@ -329,8 +332,7 @@ def _fault(name: str, tensor: torch.Tensor) -> str:
 
 def fill_again(model: PeftModel, folder: Path) -> None:
     """Overwrite the adapter's tensors with those of a checkpoint. Raises BadModel if one of them does not fit."""
-    file = folder / WEIGHTS
-    _fill(model, read_weights(file), file)
+    _fill(model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
 
 
 @torch.no_grad()
@@ -376,9 +378,11 @@ def load_another(model: PeftModel, folder: Path, name: str) -> None:
 def _keep_biases_of_base(model: PeftModel, adapter: str = "default") -> None:
     """Remember the base's own biases before they are overwritten with those of an adapter."""
     weights = dict(model.named_parameters())
-    names = [name for name in adapter_tensors(model, adapter) if name.endswith(".bias") and name in weights]
     kept = getattr(model, _BIASES_OF_BASE, {})
-    kept[adapter] = [(weights[name], weights[name].detach().clone()) for name in names if ".lora_" not in name]
+    kept[adapter] = []
+    for name in adapter_tensors(model, adapter):
+        if name.endswith(".bias") and ".lora_" not in name and name in weights:
+            kept[adapter].append((weights[name], weights[name].detach().clone()))
     setattr(model, _BIASES_OF_BASE, kept)
 
 

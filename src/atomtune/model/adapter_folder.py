@@ -131,8 +131,10 @@ def templates_of(
     folders: Iterable[Path], *, trust_remote_code: bool, model_path: str | None, notice: Callable[[str], None]
 ) -> list[tuple[Template, AdapterMetadata]]:
     """`template_of` each folder."""
-    rules: dict[str, Any] = {"trust_remote_code": trust_remote_code, "model_path": model_path, "notice": notice}
-    return [template_of(folder, **rules) for folder in folders]
+    return [
+        template_of(folder, trust_remote_code=trust_remote_code, model_path=model_path, notice=notice)
+        for folder in folders
+    ]
 
 
 def _template_of_base(

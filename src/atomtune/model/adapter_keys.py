@@ -43,9 +43,8 @@ def with_new_names(patterns: Mapping[str, Any], modules: Mapping[str, str]) -> d
 
 def text_modules(model: Any) -> list[str]:
     """Full names of the modules that process text, without those of a vision or audio tower."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     whole = {module: name for name, module in model.named_modules()}
-    inside = whole.get(decoder, "")
+    inside = whole.get(model.get_decoder(), "")
     if not inside:
         return [name for name in whole.values() if name]
     head = whole.get(model.get_output_embeddings())
@@ -126,7 +125,7 @@ def refuse_unread(weights: Iterable[str], base_path: str, *, trust_remote_code: 
         return
     with torch.device("meta"):
         modules = {name for name, _ in kind(config).named_modules()}
-    unread = sorted({module for name in weights if (module := module_of(name)) not in modules})
+    unread = sorted({module_of(name) for name in weights} - modules)
     if unread:
         raise BadModel(
             f"{base_path} names the class {kind.__name__}, which has no place for these layers of the adapter. "

@@ -11,7 +11,6 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -164,10 +163,10 @@ def _high(values: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def another_plain_way(model: CausalLM) -> Iterator[bool]:
+def another_plain_way(model: CausalLM) -> Iterator[None]:
     """Within this context the model computes the same with other rounding; the difference is its noise in its dtype.
 
-    Yields whether the attention was changed too. Two things are changed:
+    Two things are changed:
     - The attention: another of transformers' own functions, if the model has one that computes the same (not gpt-oss
       with its sinks, not Gemma 2 with its soft caps, not Mamba).
     - The embeddings are rounded differently, and so is every later layer. Few layers of Qwen3.5 have attention, and
@@ -178,13 +177,12 @@ def another_plain_way(model: CausalLM) -> Iterator[bool]:
     before, name = AttentionInUse.of(inner), inner.config._attn_implementation
     other = "sdpa" if name == "eager" else "eager"
     computes_the_same = not (names_a_cap(inner.config) and "sdpa" in (name, other))
-    embeddings: Any = inner.get_input_embeddings()
-    hook = embeddings.register_forward_hook(lambda _module, _inputs, hidden: rounded_otherwise(hidden))
+    hook = inner.get_input_embeddings().register_forward_hook(lambda _m, _i, hidden: rounded_otherwise(hidden))
     try:
         with contextlib.suppress(ValueError, ImportError, AttributeError):
             if computes_the_same:
                 inner.set_attn_implementation(other)
-        yield inner.config._attn_implementation == other
+        yield
     finally:
         hook.remove()
         before.give_back()

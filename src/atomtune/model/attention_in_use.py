@@ -21,7 +21,10 @@ class AttentionInUse:
     @classmethod
     def of(cls, model: nn.Module) -> "AttentionInUse":
         """Read the settings of all parts, including parts that the config of the whole model does not list."""
-        configs = {id(config): config for part in model.modules() for config in _configs_of(getattr(part, "config", 0))}
+        configs: dict[int, Any] = {}
+        for part in model.modules():
+            for config in _configs_of(getattr(part, "config", None)):
+                configs[id(config)] = config
         return cls(tuple((config, config._attn_implementation) for config in configs.values()))
 
     def give_back(self) -> None:

@@ -21,7 +21,7 @@ from atomtune.model.json_files import checked, refuse_no_files
 from atomtune.model.load_errors import explained, refuse_lfs_pointers
 from atomtune.model.modes import as_in_training, without_dropout
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+MODEL_CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 #: How many file names a message shows.
 _SHOWN_NAMES = 12
@@ -33,11 +33,11 @@ _TOKENS, _LOOKED_AT = 6, 3
 def check_base_folder(folder: Path) -> None:
     """Raise BadModel if a folder holds no model, or if its small config files have invalid values."""
     refuse_no_files(folder)
-    if not (folder / CONFIG).is_file():
+    if not (folder / MODEL_CONFIG).is_file():
         _refuse_another_kind_of_folder(folder)
         names = ", ".join(sorted(file.name for file in folder.iterdir())[:_SHOWN_NAMES]) or "none"
-        raise BadModel(f"{folder} has no {CONFIG}, so it is not a model folder. Files there: {names}.")
-    checked(folder / CONFIG, ModelConfig)
+        raise BadModel(f"{folder} has no {MODEL_CONFIG}, so it is not a model folder. Files there: {names}.")
+    checked(folder / MODEL_CONFIG, ModelConfig)
     if (folder / GENERATION_CONFIG).exists():
         checked(folder / GENERATION_CONFIG, GenerationConfig)
 
@@ -108,7 +108,7 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
     """
     reading = reading_text(path, model)
     with reading:
-        embeddings: Any = model.get_input_embeddings()
+        embeddings = model.get_input_embeddings()
         rows = embeddings.weight.shape[0]
     if rows < _TOKENS:  # the matrix is sharded over processes (DeepSpeed)
         return
@@ -123,12 +123,9 @@ def refuse_not_causal(path: str, model: CausalLM) -> None:
         return of_tokens[-1].clone()  # a clone, because some models scale it in place, which torch forbids for a leaf
 
     watching = embeddings.register_forward_hook(watch)
-    try:
-        with reading, _faults_of_the_library(path, model), without_dropout(model), as_in_training(model):
-            logits = model(input_ids=ids, use_cache=False).logits.float()  # [1, T, V]
-        gradient = _gradient(logits[:, :_LOOKED_AT].square().mean(), of_tokens)
-    finally:
-        watching.remove()
+    with watching, reading, _faults_of_the_library(path, model), without_dropout(model), as_in_training(model):
+        logits = model(input_ids=ids, use_cache=False).logits.float()  # [1, T, V]
+    gradient = _gradient(logits[:, :_LOOKED_AT].square().mean(), of_tokens)
     if not bool(torch.isfinite(logits).all()):
         raise BadModel(f"{path}: what this model computes is not finite (NaN or infinity). Are its files complete?")
     if gradient is None or _TOKENS not in gradient.shape or not bool(torch.isfinite(gradient).all()):

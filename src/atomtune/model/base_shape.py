@@ -56,16 +56,17 @@ def base_shape(path: str, *, trust_remote_code: bool = False, use_cpu: bool = Fa
     memory = _device_memory(use_cpu=use_cpu)
     in_memory = positions if memory is None else tokens_in_memory(text, memory)
     if in_memory < positions:
-        return BaseShape(width, in_memory, f"this machine's memory allows {in_memory:,} tokens", rotary_limit(text))
-    if positions >= NO_LIMIT:
-        return BaseShape(width, NO_LIMIT, "the base sets no limit", rotary_limit(text))
-    return BaseShape(width, positions, f"the base has {positions:,} positions", rotary_limit(text))
+        longest, why = in_memory, f"this machine's memory allows {in_memory:,} tokens"
+    elif positions >= NO_LIMIT:
+        longest, why = NO_LIMIT, "the base sets no limit"
+    else:
+        longest, why = positions, f"the base has {positions:,} positions"
+    return BaseShape(width, longest, why, rotary_limit(text))
 
 
 def positions_of(config: Any) -> int | None:
     """How many tokens a model has positions for; None if its config sets no limit (XLNet's says -1)."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if positions and positions > 0 else None
 
 

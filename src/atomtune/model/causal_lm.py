@@ -21,6 +21,6 @@ class CausalLM(nn.Module):
     generation_config: Any
     device: torch.device
     generate: Callable[..., torch.Tensor]  # → [B, T + new tokens]
-    get_input_embeddings: Callable[[], nn.Module]
-    get_output_embeddings: Callable[[], nn.Module | None]
+    get_input_embeddings: Callable[[], nn.Embedding]
+    get_output_embeddings: Callable[[], nn.Linear | None]
     save_pretrained: Callable[..., Any]

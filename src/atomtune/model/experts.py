@@ -6,6 +6,7 @@ named `experts`. PEFT adapts tensors outside of linear layers through `target_pa
 before each use, which leaves no place for dropout.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -41,11 +42,12 @@ def experts_of(base: Any) -> Experts:
         holder = modules[name.rpartition(".")[0]]
         if weight.dim() == 3 and weight.shape[0] in counts and not isinstance(holder, nn.Conv1d):
             tensors.append(name)
-    layers: dict[str, None] = {}  # a dict keeps the order; a list would be slow: DeepSeek-V3's own code has 45,000
+    layers = []
     for name, module in modules.items():
         if isinstance(module, nn.Linear | Conv1D) and "experts" in name.split("."):
-            layers[name] = None
-    of_layers = [name for name in weights if name.rpartition(".")[0] in layers]
+            layers.append(name)
+    holders = set(layers)  # DeepSeek-V3's own code has 45,000
+    of_layers = [name for name in weights if name.rpartition(".")[0] in holders]
     share = sum(weights[name] for name in (*tensors, *of_layers)) / sum(weights.values())
     return Experts(tuple(tensors), tuple(layers), share)
 
@@ -65,11 +67,7 @@ def numbers_of_experts(config: Any) -> set[int]:
 
 def count_of(weight: Any) -> int:
     """How many numbers a weight holds; a 4-bit weight counts with its unpacked size."""
-    shape = getattr(getattr(weight, "quant_state", None), "shape", weight.shape)
-    count = 1
-    for length in shape:
-        count *= length
-    return count
+    return math.prod(getattr(getattr(weight, "quant_state", None), "shape", weight.shape))
 
 
 def endings(base: nn.Module, parameters: Iterable[str]) -> list[str]:

@@ -41,23 +41,26 @@ def fingerprint(path: str) -> str | None:
     if not files:
         return None
     with explained(str(folder), "model"):
-        entries = [entry for file in files for entry in _entries(file)]
+        entries = [(name, *_sample(weight, shape)) for file in files for name, shape, weight in stored_weights(file)]
     return hashlib.sha256(json.dumps(sorted(entries)).encode()).hexdigest()
 
 
-def _entries(file: Path) -> Iterator[tuple[str, list[int], list[float]]]:
-    """(name, shape, numbers) of every weight in a file. Pickled files are read as tensors only; no code runs."""
+def stored_weights(file: Path) -> Iterator[tuple[str, list[int], Any]]:
+    """(name, shape, weight) of every weight in a file. Pickled files are read as tensors only; no code runs.
+
+    A weight is a tensor, or a slice of safetensors, which reads from the file what it is indexed with.
+    """
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  # not a dict
                 part = weights.get_slice(name)
-                yield name, *_sample(part, list(part.get_shape()))
+                yield name, list(part.get_shape()), part
         return
     # Memory-mapped, so that only the numbers used are read. Files from before 2020 are no zip archives and are read
     # whole.
     tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     for name, weight in tensors.items():
-        yield name, *_sample(weight, list(weight.shape))
+        yield name, list(weight.shape), weight
 
 
 def _sample(weight: Any, shape: list[int]) -> tuple[list[int], list[float]]:

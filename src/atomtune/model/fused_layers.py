@@ -21,8 +21,8 @@ def fuse_for_a_run(model: CausalLM, circumstances: liger.Circumstances, *, say: 
     FSDP and DeepSpeed move weights out of the layers between calls, so such a run fuses nothing here.
     """
     if not circumstances.is_sharded:
-        embeddings: Any = model.get_input_embeddings()
-        fuse_layers(model, input_ids=torch.zeros(1, 2, dtype=torch.long, device=embeddings.weight.device))
+        device = model.get_input_embeddings().weight.device
+        fuse_layers(model, input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
     return liger.use(model, circumstances, say=say)
 
 

@@ -7,6 +7,8 @@ is saved stay PEFT's. Any case that is not recognised is computed by PEFT. Formu
 Letters: T tokens, I inputs, O outputs, r the rank of a layer, R the sum of the ranks in a group.
 """
 
+import contextlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -47,19 +49,16 @@ def groups_of(model: nn.Module, **example_inputs: Any) -> list[list[LoraLinear]]
     def note(layer: LoraLinear, inputs: tuple[Any, ...]) -> None:
         calls.append((inputs[0], layer))
 
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-    try:
-        with without_dropout(model), torch.no_grad():
-            model(**example_inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks, without_dropout(model), torch.no_grad():
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(note))
+        model(**example_inputs)
     # A layer that is called more than once (shared weights, loops) belongs to no single group; PEFT computes it.
-    names = [id(layer) for _, layer in calls]
+    times_called = Counter(layer for _, layer in calls)
     groups: list[list[LoraLinear]] = []
     for _, same_input in groupby(calls, key=lambda call: id(call[0])):  # all inputs are still alive, so ids are unique
         members = [layer for _, layer in same_input]
-        if all(names.count(id(layer)) == 1 for layer in members):
+        if all(times_called[layer] == 1 for layer in members):
             groups.append(members)
     return groups
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 #: Two correct ways to compute a norm differ by at most this many roundings.
 _ROUNDINGS = 4
@@ -50,7 +51,7 @@ def offset_of(norm: nn.Module) -> float | None:
         return None
     tolerance = _ROUNDINGS * torch.finfo(x.dtype).eps
     for offset in (0.0, 1.0):
-        expected = plain_norm(x.double(), weight.double() + offset, eps)
+        expected = functional.rms_norm(x.double(), weight.shape, weight.double() + offset, eps)
         if torch.allclose(output.double(), expected, rtol=tolerance, atol=0):
             return offset
     return None
@@ -60,11 +61,6 @@ def _eps(norm: nn.Module) -> float | None:
     """A norm's eps: variance_epsilon in most models, eps in Gemma and some others; None if there is none."""
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     return eps if isinstance(eps, float) and eps > 0 else None
-
-
-def plain_norm(x: torch.Tensor, factors: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm as in the paper: x [..., D], factors [D] → [..., D]."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * factors
 
 
 class FusedNorm(nn.Module):

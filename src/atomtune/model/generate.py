@@ -127,8 +127,7 @@ def ready_to_answer(model: CausalLM, template: Template, *, notice: Callable[[st
     """Set the stop ids and the cache, and drop settings of the base's generation config that would interfere."""
     config = model.generation_config
     stops = stop_ids(model, template)
-    embedding: Any = model.get_input_embeddings()
-    vocab_size = len(embedding.weight)
+    vocab_size = len(model.get_input_embeddings().weight)
     dropped = [name for name in _FORCING if getattr(config, name, None)]
     dropped += [name for name in _SUPPRESSING if _forbids(getattr(config, name, None), stops, vocab_size)]
     if config.cache_implementation in _OTHER_CACHES:
@@ -179,7 +178,7 @@ def answer_ids(
     stop_early  called after each token; True ends the answer there
     """
     ids = torch.tensor([prompt_ids(template, messages)], device=model.device)  # [1, T]
-    values = sampling.values() if sampling is not None else {"do_sample": False}
+    values = (sampling or Sampling()).values()
     if stop_early is not None:
         values["stopping_criteria"] = StoppingCriteriaList([_StopEarly(stop_early)])
     with without_dropout(model):

@@ -9,9 +9,8 @@ computed once, and their keys and values are copied to every row:
     row 1           b b b b b  →
 """
 
-import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -77,7 +76,9 @@ def generate_answers(
     inputs = _left_padded(model, prompts, shared=shared, pad_id=pad_id)
     if shared:
         inputs[_cache_name(model)] = _computed_once(model, prompts[0][:shared], rows=len(prompts))
-    generated = _greedily(model, inputs, list(stop_ids), pad_id=pad_id, max_new_tokens=max_new_tokens, seconds=seconds)
+    generated = _greedily(
+        model, inputs, pad_id=pad_id, eos_token_id=list(stop_ids), max_new_tokens=max_new_tokens, max_time=seconds
+    )
     return [_until_stop(row[width:].tolist(), stop_ids) for row in generated]
 
 
@@ -113,36 +114,17 @@ def _left_padded(model: CausalLM, prompts: Sequence[Sequence[int]], *, shared: i
     }
 
 
-def _greedily(
-    model: CausalLM,
-    inputs: dict[str, Any],
-    stop_ids: list[int],
-    *,
-    pad_id: int,
-    max_new_tokens: int,
-    seconds: float | None,
-) -> torch.Tensor:
-    """[B, T + new] ids, taking the most likely token each time and ignoring the model's own generation settings."""
-    plain = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids,
-        pad_token_id=pad_id,
-        use_cache=True,
-        max_time=seconds,
-    )
-    with _without_own_settings(model):
-        return model.generate(**inputs, generation_config=plain)
+def _greedily(model: CausalLM, inputs: dict[str, Any], *, pad_id: int, **settings: Any) -> Any:
+    """What the model generates, [B, T + new] ids by default, taking the most likely token each time.
 
-
-@contextlib.contextmanager
-def _without_own_settings(model: CausalLM) -> Iterator[None]:
-    """Within this context the model has no generation settings; transformers would fill ours in from them."""
+    Its own generation settings are taken away meanwhile, because transformers would fill these settings in from them.
+    """
+    greedy = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=pad_id, **settings)
     inner = innermost(model)
     own = inner.generation_config
     inner.generation_config = GenerationConfig()
     try:
-        yield
+        return model.generate(**inputs, generation_config=greedy)
     finally:
         inner.generation_config = own
 
@@ -165,16 +147,9 @@ def _counts_padding(model: CausalLM, pad_id: int) -> bool:
 def _first_tokens(model: CausalLM, prompts: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
     """[B, 3, V] log-probabilities of an answer's first three tokens, so that two of them continue from a cache."""
     inputs = _left_padded(model, prompts, shared=0, pad_id=pad_id)
-    with _without_own_settings(model):
-        plain = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=3,
-            pad_token_id=pad_id,
-            use_cache=True,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        generated: Any = model.generate(**inputs, generation_config=plain)
+    generated = _greedily(
+        model, inputs, pad_id=pad_id, max_new_tokens=3, output_logits=True, return_dict_in_generate=True
+    )
     # Clamped, because some models mask tokens with -inf.
     return torch.stack(generated.logits, 1).double().log_softmax(-1).clamp(min=-1e4)
 

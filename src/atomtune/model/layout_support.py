@@ -20,7 +20,7 @@ from atomtune.model import layout_trial, row_mixers
 from atomtune.model.attention_in_use import AttentionInUse
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.loss import auxiliary_factor, body_of, innermost, takes
-from atomtune.model.mixers import find_mixers, takes_cache
+from atomtune.model.mixers import cache_name, find_mixers
 from atomtune.model.row_attention import ROWS, register
 from atomtune.model.token_rows import with_row
 
@@ -31,8 +31,7 @@ _KNOWN_ATTENTION = {"full_attention", "sliding_attention", "linear_attention", "
 
 def cut_of(model: nn.Module) -> Cut:
     """How rows are cut on this model's device: spans on CUDA, else blocks."""
-    embeddings: Any = innermost(model).get_input_embeddings()
-    return "spans" if embeddings.weight.device.type == "cuda" else "blocks"
+    return "spans" if innermost(model).get_input_embeddings().weight.device.type == "cuda" else "blocks"
 
 
 def windows_of(model: nn.Module) -> tuple[int | None, ...]:
@@ -109,20 +108,19 @@ def why_padded(model: CausalLM, *, sharded: bool = False) -> str | None:
         # Such a layer is called once per level of branches. With sharded weights, processes whose batches have
         # different numbers of levels would wait for each other forever. Not tried on several GPUs yet.
         return "its layers carry a state from token to token, which FSDP and DeepSpeed allow in padded rows only"
-    if not takes(model, "position_ids") and not any(map(takes_cache, mixers)):
+    if not takes(model, "position_ids") and not any(map(cache_name, mixers)):
         return "its forward takes no position_ids"
+    windows, cut = windows_of(model), cut_of(model)
     reasons = []
     # Some configs name the window by another key, so windows used in the probe count too.
-    has_window = any(windows_of(model)) or any(used_windows)
+    has_window = any(windows) or any(used_windows)
     for candidate in _candidates(mixers, bool(used_windows), has_window):
         before = AttentionInUse.of(inner)
-        if not _switch_to(inner, candidate, mixers):
-            _switch_back(inner, before, mixers)
-            continue
-        reason = layout_trial.difference(model, windows=windows_of(model), cut=cut_of(model), mixers=candidate.mixers)
-        if reason is None:
-            return None
-        reasons.append(reason)
+        if _switch_to(inner, candidate, mixers):
+            reason = layout_trial.difference(model, windows=windows, cut=cut, mixers=candidate.mixers)
+            if reason is None:
+                return None
+            reasons.append(reason)
         _switch_back(inner, before, mixers)
     return reasons[0] if reasons else "its attention cannot be replaced"
 
@@ -140,7 +138,7 @@ def _candidates(mixers: list[nn.Module], attends: bool, has_window: bool) -> Ite
         attention = [None]
     for name in attention:
         if mixers:
-            if all(map(takes_cache, mixers)):
+            if all(map(cache_name, mixers)):
                 yield _Candidate(name, "fork")
             yield _Candidate(name, "paths")
         else:

@@ -342,8 +342,7 @@ def _gradient_difference(result: _Result, plain: _Result) -> float:
 
 
 def _device(model: CausalLM) -> torch.device:
-    embeddings: Any = innermost(model).get_input_embeddings()
-    return embeddings.weight.device
+    return innermost(model).get_input_embeddings().weight.device
 
 
 def _dtype(model: CausalLM) -> torch.dtype:
@@ -355,5 +354,4 @@ def _dtype(model: CausalLM) -> torch.dtype:
     """
     if getattr(innermost(model), "is_loaded_in_8bit", False):
         return torch.bfloat16
-    embeddings: Any = innermost(model).get_input_embeddings()
-    return embeddings.weight.dtype
+    return innermost(model).get_input_embeddings().weight.dtype

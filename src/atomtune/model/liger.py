@@ -6,7 +6,7 @@ package are recorded, so that they can be undone if the model then computes some
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,9 +82,8 @@ def use(model: CausalLM, circumstances: Circumstances, *, say: Callable[[str], N
     if not circumstances.tries:
         return False
     patch = Patch(model, kernel_config(circumstances.config))
-    changed: list[bool] = []
-    reason = layout_trial.changed_by(model, lambda: changed.append(patch.put_in()))
-    if reason is None and changed == [True]:
+    reason = layout_trial.changed_by(model, patch.put_in)
+    if reason is None and patch.has_kernels:
         say("norms, activations and rotary embeddings are computed by Liger's kernels.")
         return True
     patch.take_out()
@@ -103,10 +102,19 @@ def leave_files() -> None:
     A model that is loaded next, on a CPU or in float64, then computes with the original code. The trained model keeps
     the kernels in its modules, but not replaced functions, such as that for rotary embeddings.
     """
-    for changed, before in _IN_FILES:
-        vars(changed).clear()
-        vars(changed).update(before)
+    _restore(_IN_FILES)
     _IN_FILES.clear()
+
+
+def _contents(holders: Iterable[Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Modules of a model, or files of transformers, each with its contents."""
+    return [(holder, dict(vars(holder))) for holder in holders]
+
+
+def _restore(contents: Iterable[tuple[Any, Mapping[str, Any]]]) -> None:
+    for holder, before in contents:
+        vars(holder).clear()
+        vars(holder).update(before)
 
 
 class Patch:
@@ -114,24 +122,25 @@ class Patch:
 
     The package gives modules a new `forward`, and replaces functions and classes in the transformers file that the
     model's classes come from.
+
+    has_kernels  whether the package knows the model: its kernels are applied, and some module was changed by that
     """
 
     def __init__(self, model: nn.Module, config: Mapping[str, Any]) -> None:
         self.inner, self.config = innermost(model), dict(config)
-        self.of_modules = [(module, dict(vars(module))) for module in self.inner.modules()]
+        self.has_kernels = False
+        self._of_modules = _contents(self.inner.modules())
 
-    def put_in(self) -> bool:
-        """Apply the kernels; whether the package knows the model and has changed some module."""
+    def put_in(self) -> None:
+        """Apply the kernels."""
         names = {type(module).__module__ for module in self.inner.modules()}
-        files = [sys.modules[name] for name in names if name.startswith("transformers.models.")]
-        _IN_FILES.extend((file, dict(vars(file))) for file in files)
+        _IN_FILES.extend(_contents(sys.modules[name] for name in names if name.startswith("transformers.models.")))
+        just_before = _contents(self.inner.modules())  # the trial has changed modules too: they are in eval mode
         apply_liger_kernel(self.inner, self.config)
-        return any(
-            before.get(name) is not value for module, before in self.of_modules for name, value in vars(module).items()
+        self.has_kernels = any(
+            before.get(name) is not value for module, before in just_before for name, value in vars(module).items()
         )
 
     def take_out(self) -> None:
-        for changed, before in self.of_modules:
-            vars(changed).clear()
-            vars(changed).update(before)
+        _restore(self._of_modules)
         leave_files()

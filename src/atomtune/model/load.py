@@ -52,14 +52,13 @@ def device_in_use() -> torch.device:
 
     Raises BadSettings if there are too few.
     """
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator()
-        assert kind is not None
-        rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
-        if rank >= devices:
-            raise BadSettings([f"There are {devices} GPUs here, but more processes. Pass --nproc_per_node {devices}."])
-        return torch.device(kind.type, rank)
-    return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.device("cpu")
+    rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+    if rank >= devices:
+        raise BadSettings([f"There are {devices} GPUs here, but more processes. Pass --nproc_per_node {devices}."])
+    return torch.device(accelerator.type, rank)
 
 
 def good_at_bfloat16(device: torch.device) -> bool:
@@ -249,9 +248,10 @@ def load_base(spec: BaseSpec) -> CausalLM:
     config = read_config(spec.path, trust_remote_code=spec.trust_remote_code)
     if folder := folder_of(spec.path):
         # Before anything is read, refuse an index that names files outside the folder, and git-lfs pointers.
-        refuse_lfs_pointers(weight_files(folder))
+        files = weight_files(folder)
+        refuse_lfs_pointers(files)
         with explained(spec.path, "model"):
-            refuse_other_sizes(spec.path, config, weight_files(folder), trust_remote_code=spec.trust_remote_code)
+            refuse_other_sizes(spec.path, config, files, trust_remote_code=spec.trust_remote_code)
     with explained(spec.path, "model"):
         base, report = auto_class(config).from_pretrained(
             spec.path,

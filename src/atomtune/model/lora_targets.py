@@ -1,5 +1,6 @@
 """LoRA targets: which layers of a base the names in --lora_targets match."""
 
+import contextlib
 import re
 import warnings
 from collections import Counter
@@ -64,9 +65,8 @@ def all_linear(base: CausalLM) -> AllLinear:
     of_experts = set(experts_of(base).layers)
     names = [name for name in linear_names(base) if name not in of_experts]
     modules = dict(base.named_modules())
-    calls = _calls(base, names)
-    uncalled = set(unreached(names, calls.called)) if calls else set()
-    without_gradient = calls.called - calls.learned if calls else set()
+    called, learned = _called_and_learned(base, names)
+    uncalled, without_gradient = set(unreached(names, called)), called - learned
     adapted, left_out, shared = [], {}, []
     for name in names:
         last = _last_part(name)
@@ -77,7 +77,7 @@ def all_linear(base: CausalLM) -> AllLinear:
         elif not _is_plain(modules[name]):
             left_out[last] = "not computed like a linear layer"
         elif name in uncalled:
-            left_out[_tower(name, calls.called if calls else ())] = "not called for text"
+            left_out[_tower(name, called)] = "not called for text"
         elif name in without_gradient:
             left_out[last] = "without a gradient of the loss"
         elif not _peft_adapts(base.config.model_type, last):
@@ -175,36 +175,25 @@ def _innermost_number(name: str) -> re.Match[str]:
     return numbers[-2] if len(numbers) > 1 else numbers[-1]
 
 
-@dataclass(frozen=True)
-class _Calls:
-    """What one short text does with a base's linear layers.
+def _called_and_learned(base: CausalLM, names: Sequence[str]) -> tuple[set[str], set[str]]:
+    """The layers that a text of four tokens calls, and those for which a loss would have a gradient.
 
-    called   layers that it calls
-    learned  layers for which a loss would have a gradient; not those that only select (the keys of a sparse attention)
+    Layers that only select (the keys of a sparse attention) have none. If the base cannot be called with the text, both
+    are all layers.
     """
-
-    called: set[str]
-    learned: set[str]
-
-
-def _calls(base: CausalLM, names: Sequence[str]) -> _Calls | None:
-    """The result for a text of four tokens; None if the base cannot be called with it."""
     modules = dict(base.named_modules())
     outputs: dict[str, list[Any]] = {}
-    hooks = [modules[name].register_forward_hook(partial(_note, outputs, name)) for name in names]
     try:
-        with without_dropout(base), as_in_training(base):
-            embeddings: Any = base.get_input_embeddings()
-            ids = torch.arange(3, 7, device=embeddings.weight.device)[None]
+        with contextlib.ExitStack() as hooks, without_dropout(base), as_in_training(base):
+            for name in names:
+                hooks.enter_context(modules[name].register_forward_hook(partial(_note, outputs, name)))
+            ids = torch.arange(3, 7, device=base.get_input_embeddings().weight.device)[None]
             logits = base(input_ids=ids, use_cache=False).logits
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError):
-        return None
-    finally:
-        for hook in hooks:
-            hook.remove()
+        return set(names), set(names)
     loss_graph = _graph(logits.grad_fn)
     learned = {name for name, of_layer in outputs.items() if any(node in loss_graph for node in of_layer)}
-    return _Calls(set(outputs), learned)
+    return set(outputs), learned
 
 
 def _note(outputs: dict[str, list[Any]], name: str, _layer: nn.Module, _inputs: Any, output: Any) -> None:
@@ -331,11 +320,13 @@ def matched(base: CausalLM, targets: Collection[str]) -> set[str]:
 
 def _named(base: CausalLM, targets: Collection[str]) -> set[str]:
     """The same, including routers."""
-    names = set()
-    for name in text_modules(base):
-        if any(name == target or name.endswith(f".{target}") for target in targets):
-            names.add(name)
-    return names
+    return _ending_with(targets, text_modules(base))
+
+
+def _ending_with(targets: Collection[str], names: Iterable[str]) -> set[str]:
+    """The names whose last parts are a target: `layers.0.q_proj` for `q_proj`."""
+    endings = tuple(f".{target}" for target in targets)
+    return {name for name in names if f".{name}".endswith(endings)}
 
 
 def _chooses_experts(base: CausalLM, name: str, modules: Mapping[str, nn.Module]) -> bool:
@@ -355,7 +346,7 @@ def adapted_by(base: CausalLM, targets: Collection[str]) -> set[str]:
 def for_text(base: CausalLM, targets: Sequence[str]) -> Sequence[str]:
     """Targets as they are, or as full names if layers of an image or audio tower have these names too."""
     names = matched(base, targets)
-    everywhere = {name for name, _ in base.named_modules() if any(f".{name}".endswith(f".{end}") for end in targets)}
+    everywhere = _ending_with(targets, (name for name, _ in base.named_modules()))
     return targets if everywhere == names else sorted(names)
 
 

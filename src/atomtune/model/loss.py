@@ -5,6 +5,7 @@ once.
 Letters: B rows, T positions, D hidden width, N targets, V vocabulary size.
 """
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -45,9 +46,7 @@ def innermost(model: nn.Module) -> Any:
 
 def body_of(model: nn.Module) -> nn.Module:
     """The part of a causal LM below its head; the model itself if the two cannot be separated."""
-    inner = innermost(model)
-    body = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
-    return inner if body is None else body
+    return innermost(model).base_model
 
 
 def takes(model: nn.Module, name: str) -> bool:
@@ -75,16 +74,17 @@ def target_nats(
     Checked against one record at a time: tests/train/test_trainer.py.
     """
     target, learn = batch["target"], batch["learn"]
+    count = learn.sum()
     if len(target) and (head := Head.of(model)):
         picked = head.hidden(model, batch)  # [N, D]
         if picked is not None:
             nats = head.nats(picked, target, learn, label_smoothing=label_smoothing)
-            return _with_auxiliary(nats, learn.sum(), model, head.output), learn.sum()
+            return _with_auxiliary(nats, count, model, head.output), count
     logits, output = _target_logits(model, batch)  # [N, V]
     if not len(target):
-        return exact(logits).sum() * 0, learn.sum()
+        return exact(logits).sum() * 0, count
     nats = surprise(logits, target, learn, label_smoothing)
-    return _with_auxiliary(nats, learn.sum(), model, output), learn.sum()
+    return _with_auxiliary(nats, count, model, output), count
 
 
 def auxiliary_factor(model: nn.Module) -> float:
@@ -204,10 +204,11 @@ class Head:
         inner = innermost(model)
         if body_of(model) is inner or not (takes(model, "logits_to_keep") and takes(model, "inputs_embeds")):
             return None
+        head = cls(inner)
         # FSDP and ZeRO-3 gather a module's weights only during its own call, so the whole model is called once instead.
-        if any(type(p) is not nn.Parameter or hasattr(p, "ds_id") for p in cls(inner).parameters()):
+        if any(type(p) is not nn.Parameter or hasattr(p, "ds_id") for p in head.parameters()):
             return None
-        return cls(inner)
+        return head
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for name, child in self.model.named_children():
@@ -221,17 +222,12 @@ class Head:
         `model` may be a wrapper (DDP, PEFT). It is called as a whole, and computes the logits of one position only.
         """
         outputs: dict[tuple[str, ...], ModelOutput] = {}
-        hooks = [
-            body.register_forward_hook(lambda _module, _inputs, output, path=path: outputs.update({path: output}))
-            for path, body in self._bodies().items()
-        ]
-        try:
-            self.output = model(
-                **model_inputs(model, batch), use_cache=False, logits_to_keep=batch["predicted_from"][:1]
-            )
-        finally:
-            for hook in hooks:
-                hook.remove()
+        inputs = model_inputs(model, batch)
+        with contextlib.ExitStack() as hooks:
+            for path, body in self._bodies().items():
+                note = body.register_forward_hook(lambda _m, _i, output, path=path: outputs.update({path: output}))
+                hooks.enter_context(note)
+            self.output = model(**inputs, use_cache=False, logits_to_keep=batch["predicted_from"][:1])
         if not outputs:
             return None
         self.path = min(outputs, key=len)  # the outermost body that was called
@@ -290,15 +286,13 @@ class Head:
 
 def targets_at_once(vocab_size: int, device: torch.device) -> int:
     """How many targets have logits at the same time."""
-    logits = CHUNK_LOGITS if device.type == "cpu" else _logits_that_fit(device)
+    logits = _logits_that_fit(device) if device.type == "cuda" else CHUNK_LOGITS
     return max(LEAST_TARGETS, logits // vocab_size)
 
 
 @cache
 def _logits_that_fit(device: torch.device) -> int:
-    """How many logits fit in the memory that is free at the first loss, while the activations of a forward are held."""
-    if device.type != "cuda":
-        return CHUNK_LOGITS
+    """How many logits fit in a GPU's free memory at the first loss, while the activations of a forward are held."""
     logits = int(FREE_FOR_LOGITS * free_on_gpu(device)) // BYTES_A_LOGIT_ON_GPU
     return min(MOST_LOGITS, max(CHUNK_LOGITS, logits))
 

@@ -82,7 +82,7 @@ def input_bytes(config: Any, *, tokens: int, element_bytes: int) -> int:
 
 def _shape(config: Any) -> tuple[Any, int, int]:
     """(config of the language model, number of layers, hidden size)."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = config.get_text_config()
     return text, getattr(text, "num_hidden_layers", 0) or 0, getattr(text, "hidden_size", 0) or 0
 
 

@@ -10,7 +10,6 @@ Letters: T tokens, D width.
 
 import contextlib
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,7 @@ from atomtune.model.modes import as_in_training, without_dropout
 from atomtune.model.row_attention import attend, own_window
 
 #: Names of forward's argument for transformers' cache.
-CACHE_NAMES = {"cache", "cache_params", "past_key_values"}
+_CACHE_NAMES = ("cache", "cache_params", "past_key_values")
 #: Names of forward's argument for the hidden states.
 INPUT_NAMES = ("hidden_states", "x", "input")
 #: Tokens of the probe. `_mixes` asks whether the outputs of the tokens from _LATER on depend on the token before them.
@@ -32,9 +31,10 @@ _PROBE_TOKENS, _LATER = 12, 4
 _PROBE_ATTENTION = "atomtune_probe"
 
 
-def takes_cache(mixer: nn.Module) -> bool:
-    """Whether a mixer can be given a state."""
-    return bool(CACHE_NAMES & inspect.signature(type(mixer).forward).parameters.keys())
+def cache_name(mixer: nn.Module) -> str | None:
+    """The name of the argument by which a mixer is given a state; None if it cannot be given one."""
+    parameters = inspect.signature(type(mixer).forward).parameters
+    return next((name for name in _CACHE_NAMES if name in parameters), None)
 
 
 @dataclass
@@ -58,11 +58,12 @@ def find_mixers(inner: nn.Module) -> tuple[list[nn.Module], set[int | None]]:
     all earlier tokens; the set is empty if no layer uses the library's attention.
     """
     with without_dropout(inner):
-        return _find_mixers(inner)
+        calls = _calls_in_a_probe(inner)
+        return _mixers_among(calls, inner), calls[inner].windows
 
 
-def _find_mixers(inner: nn.Module) -> tuple[list[nn.Module], set[int | None]]:
-    calls = _calls_in_a_probe(inner)
+def _mixers_among(calls: dict[nn.Module, _Call], inner: nn.Module) -> list[nn.Module]:
+    """The modules in the decoder's layers that mix without attention, and not only through a module inside them."""
     mixers: list[nn.Module] = []
     known: dict[tuple[Any, ...], bool] = {}  # structure → what `mixes` returned for it
 
@@ -89,7 +90,7 @@ def _find_mixers(inner: nn.Module) -> tuple[list[nn.Module], set[int | None]]:
         for layer in layers:
             if "hidden_states" in inspect.signature(layer.forward).parameters:
                 look_into(layer)
-    return list(dict.fromkeys(mixers)), calls[inner].windows
+    return list(dict.fromkeys(mixers))
 
 
 def _calls_in_a_probe(inner: Any) -> dict[nn.Module, _Call]:
@@ -111,27 +112,16 @@ def _calls_in_a_probe(inner: Any) -> dict[nn.Module, _Call]:
     AttentionInterface.register(_PROBE_ATTENTION, watch_attention)
     AttentionMaskInterface.register(_PROBE_ATTENTION, sdpa_mask)
     ids = torch.arange(3, 3 + _PROBE_TOKENS, device=inner.get_input_embeddings().weight.device)[None]
-    hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in inner.modules()]
-    hooks += [m.register_forward_hook(after, with_kwargs=True) for m in inner.modules()]
-    try:
-        with _attention(inner, _PROBE_ATTENTION), as_in_training(inner):
+    with contextlib.ExitStack() as at_the_end:
+        for module in inner.modules():
+            at_the_end.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            at_the_end.enter_context(module.register_forward_hook(after))
+        at_the_end.callback(AttentionInUse.of(inner).give_back)
+        with contextlib.suppress(ValueError, AttributeError, ImportError, KeyError):  # not every model supports it
+            inner.set_attn_implementation(_PROBE_ATTENTION)
+        with as_in_training(inner):
             inner(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return calls
-
-
-@contextlib.contextmanager
-def _attention(inner: Any, name: str) -> Iterator[None]:
-    """Within this context the model uses another attention function, if it supports that."""
-    before = AttentionInUse.of(inner)
-    with contextlib.suppress(ValueError, AttributeError, ImportError, KeyError):
-        inner.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        before.give_back()
 
 
 def _mixes(module: nn.Module, call: _Call) -> bool:

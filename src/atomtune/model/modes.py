@@ -32,8 +32,5 @@ def as_in_training(inner: Any) -> Iterator[None]:
     """
     # A clone, because CTRL scales its embeddings in place, which torch forbids for a leaf.
     hook = inner.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_().clone())
-    try:
-        with torch.inference_mode(False):  # which enables gradients too
-            yield
-    finally:
-        hook.remove()
+    with hook, torch.inference_mode(False):  # which enables gradients too
+        yield

@@ -1,17 +1,21 @@
 """Recompute: which layers recompute their activations in the backward pass instead of keeping them."""
 
-from collections.abc import Iterator
-
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+def recomputable_layers(module: nn.Module) -> list[GradientCheckpointingLayer]:
     """The outermost layers that can be recomputed one by one and that have trained weights, in order.
 
     Empty if the model recomputes in a way of its own.
     """
-    return list(_outermost(model))
+    layers: list[GradientCheckpointingLayer] = []
+    for child in module.children():
+        if not isinstance(child, GradientCheckpointingLayer):
+            layers += recomputable_layers(child)
+        elif any(weight.requires_grad for weight in child.parameters()):
+            layers.append(child)
+    return layers
 
 
 def recompute_first(model: nn.Module, share: float) -> None:
@@ -26,11 +30,3 @@ def recompute_first(model: nn.Module, share: float) -> None:
         for part in layer.modules():  # Zamba2's layers contain other layers
             if isinstance(part, GradientCheckpointingLayer):
                 part.gradient_checkpointing = False
-
-
-def _outermost(module: nn.Module) -> Iterator[GradientCheckpointingLayer]:
-    for child in module.children():
-        if not isinstance(child, GradientCheckpointingLayer):
-            yield from _outermost(child)
-        elif any(weight.requires_grad for weight in child.parameters()):
-            yield child

@@ -13,8 +13,7 @@ from atomtune.errors import BadSettings
 
 def rotary_limit(config: Any) -> int | None:
     """The most tokens of a record that gets the short factors; None if the factors do not depend on the length."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    rope = getattr(text, "rope_parameters", None) or {}
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     # Gemma 3 has one object per kind of layer
     kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, Mapping)]
     limits = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
@@ -47,5 +46,6 @@ def split_at_limit(lengths: Sequence[int], limit: int | None) -> list[list[int]]
     """Indices of the records that may be computed together: those up to the limit, and those above."""
     if limit is None:
         return [list(range(len(lengths)))]
-    sides = ([place for place, length in enumerate(lengths) if (length > limit) is above] for above in (False, True))
-    return [side for side in sides if side]
+    up_to = [place for place, length in enumerate(lengths) if length <= limit]
+    above = [place for place, length in enumerate(lengths) if length > limit]
+    return [side for side in (up_to, above) if side]

@@ -4,7 +4,7 @@ batch.attention_plan makes the plan. It is passed through the model's forward as
 Letters: H heads, H' key and value heads, T tokens, D head dimension of queries and keys, D' of values.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from atomtune.batch.attention_plan import AttentionPlan
-from atomtune.batch.spans import Spans
 from atomtune.model.block_attention import BlockAttention
 from atomtune.model.scores import ScoreRules, weights_beside_sinks
 from atomtune.model.span_attention import SpanAttention, flash_takes
@@ -58,11 +57,11 @@ def attend(
     sinks: torch.Tensor | None = kwargs.pop("s_aux", None)
     sinks = kwargs.pop("sinks", None) if sinks is None else sinks
     rules = ScoreRules(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
-    if plan is None and softcap is None and sinks is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
     if plan is None:
+        if softcap is None and sinks is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
         bias = kwargs.get("position_bias")
         return _written_out(query, key, value, attention_mask, sinks, rules, dropout, position_bias=bias), None
     _refuse_what_no_plan_expresses(module, plan, sliding_window, kwargs)
@@ -70,21 +69,26 @@ def attend(
         raise NotImplementedError("sinks of each token")
     query, key, value = _autocast(query, key, value)
     method = method_of(plan, query, value, sliding_window, rules, sinks=sinks is not None, dropout=dropout > 0)
+    if method == "mask":
+        return _by_mask(query, key, value, plan.dense_bias(sliding_window, query.dtype), sinks, rules, dropout), None
     if method == "spans":
-        out = _by_spans(query, key, value, sinks, plan.spans[sliding_window], sliding_window, rules)
-    elif method == "mask":
-        out = _by_mask(query, key, value, plan.dense_bias(sliding_window, query.dtype), sinks, rules, dropout)
+        spans = plan.spans[sliding_window]
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
+        out = SpanAttention.apply(q, k, v, sinks, spans, sliding_window, rules)  # [T, H, D']
     else:
-        out = _by_blocks(query, key, value, sinks, plan, sliding_window, rules)
-    return out, None
+        blocks, places = plan.blocks[sliding_window].each, plan.places(sliding_window, query.shape[1], key.shape[1])
+        biases = plan.block_biases(sliding_window, query.dtype)
+        out = BlockAttention.apply(query[0], key[0], value[0], sinks, blocks, places, biases, rules)  # [H, T, D']
+        out = out.transpose(0, 1)
+    return out[None], None
 
 
-def _autocast(*inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+def _autocast(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
     """The inputs in autocast's dtype, as for the library's attention: RoPE makes float32 of queries and keys there."""
     device = inputs[0].device.type
     if not torch.is_autocast_enabled(device) or inputs[0].dtype == torch.float64:
-        return iter(inputs)
-    return (one.to(torch.get_autocast_dtype(device)) for one in inputs)
+        return inputs
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in inputs]
 
 
 def _refuse_what_no_plan_expresses(
@@ -126,20 +130,6 @@ def method_of(
     return "spans" if flash_takes(query, value, rules) or query.shape[-2] > MOST_MASKED else "mask"
 
 
-def _by_spans(  # noqa: PLR0917
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sinks: torch.Tensor | None,
-    spans: Spans,
-    window: int | None,
-    rules: ScoreRules,
-) -> torch.Tensor:
-    """[1, H, T, D] and twice [1, H', T, D] → [1, T, H, D'], by one kernel for sequences of different lengths."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
-    return SpanAttention.apply(q, k, v, sinks, spans, window, rules)[None]
-
-
 def _by_mask(  # noqa: PLR0917
     query: torch.Tensor,
     key: torch.Tensor,
@@ -149,7 +139,10 @@ def _by_mask(  # noqa: PLR0917
     rules: ScoreRules,
     dropout: float,
 ) -> torch.Tensor:
-    """The same in one call with a dense bias [1, 1, T, T], or written out for soft caps and sinks."""
+    """[1, H, T, D] and twice [1, H', T, D] → [1, T, H, D'], with a dense bias [1, 1, T, T].
+
+    In one call of torch's, or written out for soft caps and sinks.
+    """
     if rules.softcap is not None or sinks is not None:
         return _written_out(query, key, value, bias, sinks, rules, dropout)
     key, value = _repeated(key, query), _repeated(value, query)  # [1, H, T, D]
@@ -159,22 +152,6 @@ def _by_mask(  # noqa: PLR0917
             query, key, value, attn_mask=bias, dropout_p=dropout, scale=rules.scaling
         )
     return out.transpose(1, 2).contiguous()
-
-
-def _by_blocks(  # noqa: PLR0917
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sinks: torch.Tensor | None,
-    plan: AttentionPlan,
-    window: int | None,
-    rules: ScoreRules,
-) -> torch.Tensor:
-    """The same by the plan's dense blocks, with a few products for each."""
-    places, biases = plan.places(window, query.shape[1], key.shape[1]), plan.block_biases(window, query.dtype)
-    blocks = plan.blocks[window].each
-    out = BlockAttention.apply(query[0], key[0], value[0], sinks, blocks, places, biases, rules)  # [H, T, D']
-    return out.transpose(0, 1)[None]
 
 
 def register() -> None:

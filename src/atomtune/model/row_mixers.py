@@ -11,9 +11,7 @@ K own tokens of a batch's segments.
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from torch.nn import functional
 from atomtune.batch.attention_plan import AttentionPlan
 from atomtune.batch.segment_plan import MixerMethod, PathPlan, SegmentPlan
 from atomtune.model.carried_state import States, states_before
-from atomtune.model.mixers import CACHE_NAMES, INPUT_NAMES, first_of
+from atomtune.model.mixers import INPUT_NAMES, cache_name, first_of
 from atomtune.model.selective_scan import scans_from
 
 
@@ -80,19 +78,16 @@ def uninstall(body: nn.Module, mixers: Sequence[nn.Module]) -> None:
         row.hook.remove()
 
 
-@dataclass
 class _RowForward:
     """Replaces a mixer's `forward`, as accelerate's hooks do.
 
     A row needs several calls of the mixer, but a public hook can only change the inputs and outputs of one.
+    own  the forward of the instance, if something else had hooked it
     """
 
-    mixer: nn.Module
-    row: RowInUse
-    own: Callable[..., Any] | None = field(init=False)  # set on the instance, if something else had hooked it
-
-    def __post_init__(self) -> None:
-        self.own = vars(self.mixer).get("forward")
+    def __init__(self, mixer: nn.Module, row: RowInUse) -> None:
+        self.mixer, self.row = mixer, row
+        self.own: Callable[..., Any] | None = vars(mixer).get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.row.plan.mixers if self.row.plan is not None else None
@@ -109,30 +104,20 @@ class _RowForward:
             return self.own(*args, **kwargs)
         return type(self.mixer).forward(self.mixer, *args, **kwargs)
 
-    @property
-    def cache_name(self) -> str | None:
-        parameters = inspect.signature(type(self.mixer).forward).parameters
-        return next((name for name in CACHE_NAMES if name in parameters), None)
 
-
-def _padded_to(out: torch.Tensor, width: int) -> torch.Tensor:
-    """[T, D] of the row's tokens → [1, width, D], padded with zeros."""
-    return functional.pad(out, (0, 0, 0, width - len(out)))[None]
-
-
-def _in_form_of(output: Any, out: torch.Tensor) -> Any:
-    """The output in the form that the mixer returns: a tensor, or a tuple whose other items are None."""
-    return (out, *[None] * (len(output) - 1)) if isinstance(output, tuple) else out
+def _in_form_of(output: Any, out: torch.Tensor, width: int) -> Any:
+    """[T, D] of the row's tokens → [1, width, D], padded with zeros; in a tuple with None, if the mixer returns one."""
+    padded = functional.pad(out, (0, 0, 0, width - len(out)))[None]
+    return (padded, *[None] * (len(output) - 1)) if isinstance(output, tuple) else padded
 
 
 def _by_forks(
     mixer: _RowForward, hidden: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], plan: SegmentPlan
 ) -> Any:
     """The mixer's output for a row [1, T, D], segment by segment: a batch starts from the states of earlier batches."""
-    cache_name = mixer.cache_name
-    if cache_name is None:
-        raise NotImplementedError("a token mixer that takes no cache")
-    kwargs = {key: value for key, value in kwargs.items() if key not in (cache_name, "attention_mask")}
+    cache = cache_name(mixer.mixer)
+    assert cache is not None  # a mixer that cannot be given a state computes rows by paths
+    kwargs = {key: value for key, value in kwargs.items() if key not in (cache, "attention_mask")}
     states: list[States] = []  # of each batch so far: those it started with, and those in which its sequences ended
     results: list[torch.Tensor] = []
     output: Any = None
@@ -140,12 +125,12 @@ def _by_forks(
         batch_states = states_before(batch, states)
         sequences = hidden[0][batch.tokens.to(hidden.device)]  # [G, n, D]
         with scans_from(mixer.mixer, batch_states.recurrent.get(0)):
-            output = mixer.plain(sequences, *args, **{**kwargs, cache_name: batch_states})  # [G, n, D]
+            output = mixer.plain(sequences, *args, **{**kwargs, cache: batch_states})  # [G, n, D]
         states.append(batch_states)
         by_place = first_of(output).flatten(0, 1)  # [G * n, D], padding and tokens that are run again included
         results.append(by_place[batch.places.to(hidden.device)])  # [K, D]
     out = torch.cat(results)[plan.order.to(hidden.device)]  # [T, D] in the order of the row
-    return _in_form_of(output, _padded_to(out, hidden.shape[1]))
+    return _in_form_of(output, out, hidden.shape[1])
 
 
 def _by_paths(
@@ -155,12 +140,13 @@ def _by_paths(
 
     The cache and the mask of the row are left out, because neither belongs to a path.
     """
-    kwargs = {key: None if key in (mixer.cache_name, "attention_mask") else value for key, value in kwargs.items()}
+    left_out = (cache_name(mixer.mixer), "attention_mask")
+    kwargs = {key: None if key in left_out else value for key, value in kwargs.items()}
     paths, first_on = plan.paths.to(hidden.device), plan.first_on.to(hidden.device)
     with _linear_layers_once(mixer.mixer, paths, first_on):
         output = mixer.plain(hidden[0][paths], *[None for _ in args], **kwargs)  # [P, L, D]
     out = first_of(output).flatten(0, 1)[first_on]  # [T, D]
-    return _in_form_of(output, _padded_to(out, hidden.shape[1]))
+    return _in_form_of(output, out, hidden.shape[1])
 
 
 @contextlib.contextmanager

@@ -211,14 +211,11 @@ class GpuRecorder:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record a graph. If that fails, restore the device's random generator and raise the error of `work`."""
-        cause: RuntimeError | None = None
         try:
-            play = self._capture(work)
+            return self._capture(work)
         except RuntimeError as error:
             # The error at the end of a capture only says that something failed earlier; its context is that failure.
             cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
-        if cause is None:
-            return play
         # A failed capture leaves the random generator waiting for its end; a capture that succeeds releases it.
         self._capture(lambda: torch.zeros(1, device=self.device), shares=False)
         raise cause
@@ -334,8 +331,8 @@ def _tensors(batch: Batch) -> list[torch.Tensor]:
 
 def _with_tensors(batch: Batch, tensors: Sequence[torch.Tensor]) -> Batch:
     """The batch with its tensors replaced by these."""
-    given = iter(tensors)
-    return {**batch, **{name: next(given) for name in _TENSORS}, "plan": batch["plan"].with_tensors(given)}
+    rest = iter(tensors)
+    return {**batch, **{name: next(rest) for name in _TENSORS}, "plan": batch["plan"].with_tensors(rest)}
 
 
 def _shape(batch: Batch) -> Hashable:

@@ -5,7 +5,6 @@ long as no text needs one of them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -60,7 +59,7 @@ def guard_embedding(base: CausalLM, tokenizer: Tokenizer, *, path: str) -> None:
 
     If every token has a row, no hook is added, so the check costs no synchronization with the device.
     """
-    embedding: Any = base.get_input_embeddings()
+    embedding = base.get_input_embeddings()
     rows = len(embedding.weight)
     missing = tokens_without_row(tokenizer, rows)
     if not missing:
@@ -81,8 +80,7 @@ def with_row(model: CausalLM, token_id: int) -> int:
 
     Padding is masked by position, so any token will do.
     """
-    embedding: Any = model.get_input_embeddings()
-    return token_id if token_id < len(embedding.weight) else 0
+    return token_id if token_id < len(model.get_input_embeddings().weight) else 0
 
 
 def say_untrained_stop(base: CausalLM, tokenizer: Tokenizer, stop: str, *, notice: Callable[[str], None]) -> None:
@@ -92,8 +90,7 @@ def say_untrained_stop(base: CausalLM, tokenizer: Tokenizer, stop: str, *, notic
     cannot tell the tokens apart. There is no notice if LoRA adapts the output matrix, because the row is then trained.
     """
     token_id = tokenizer.convert_tokens_to_ids(stop)
-    embedding: Any = base.get_input_embeddings()
-    output: Any = base.get_output_embeddings()
+    embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
     if isinstance(output, LoraLayer):
         return
     for matrix, layer in (("embedding", embedding), ("output matrix", output)):

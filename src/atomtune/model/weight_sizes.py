@@ -4,17 +4,16 @@ Checked before any memory is allocated: a config with a wrong size describes a m
 which a library would begin to build. Only the headers of the weight files are read.
 """
 
-import zipfile
-from collections.abc import Iterator
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from atomtune.errors import BadModel, listing
 from atomtune.model.auto_class import auto_class
 from atomtune.model.causal_lm import CausalLM
+from atomtune.model.fingerprint import stored_weights
 
 #: A model may have more parameters than its files have numbers (a tied matrix, buffers), but not twice as many.
 _MOST_TIMES = 2
@@ -30,10 +29,15 @@ def refuse_other_sizes(path: str, config: Any, files: list[Path], *, trust_remot
 
     config  a transformers config
     """
-    shapes = [shape for file in files for shape in _shapes(file)]
+    shapes: list[list[int]] = []
+    stored = 0  # how many parameters the files hold at most
+    for file in files:
+        for _, shape, weight in stored_weights(file):
+            shapes.append(shape)
+            stored += math.prod(shape) * (1 if _is_floating_point(weight) else _PACKED)
     if not shapes:
         return
-    tensors, largest = len(shapes), max(max(shape, default=0) for shape, _ in shapes)
+    tensors, largest = len(shapes), max(max(shape, default=0) for shape in shapes)
     text = config.get_text_config()
     problems = []
     for name, value in sorted(text.to_dict().items()):
@@ -45,7 +49,6 @@ def refuse_other_sizes(path: str, config: Any, files: list[Path], *, trust_remot
     if problems:
         raise BadModel(_not_together(path, problems))
     described = _parameters(config, trust_remote_code=trust_remote_code)
-    stored = sum(numbers for _, numbers in shapes)
     if described > _MOST_TIMES * stored:
         raise BadModel(
             _not_together(path, [f"  it describes {described:,} parameters; the files hold {stored:,} numbers"])
@@ -81,21 +84,8 @@ def _parameters(config: Any, *, trust_remote_code: bool) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def _shapes(file: Path) -> Iterator[tuple[list[int], int]]:
-    """(shape, number of parameters it may hold at most) of every tensor in a file."""
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118  # not a dict
-                part = weights.get_slice(name)
-                yield _counted(list(part.get_shape()), part.get_dtype().startswith(("F8", "F16", "F32", "F64", "BF")))
-        return
-    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    for weight in tensors.values():
-        yield _counted(list(weight.shape), weight.is_floating_point())
-
-
-def _counted(shape: list[int], is_floating_point: bool) -> tuple[list[int], int]:
-    numbers = 1
-    for size in shape:
-        numbers *= size
-    return shape, numbers if is_floating_point else numbers * _PACKED
+def _is_floating_point(weight: Any) -> bool:
+    """Whether a stored weight, a tensor or a slice of safetensors, holds floating-point numbers."""
+    if isinstance(weight, torch.Tensor):
+        return weight.is_floating_point()
+    return weight.get_dtype().startswith(("F8", "F16", "F32", "F64", "BF"))
