@@ -339,6 +339,19 @@ def test_resume_without_optimizer_continues_the_learning_rate_schedule(models, d
     assert resumed_rates[8:] == rates[8:]
 
 
+@pytest.mark.parametrize(("optim", "starts_over"), [("sgd", True), ("adamw_torch", False)])
+def test_another_optimizer_starts_from_scratch_on_resume(models, dialogues, tmp_path, capsys, optim, starts_over):  # noqa: PLR0917
+    # Regression: it got the state of the first one, and its first step ended in a traceback.
+    command = arguments(models("llama"), dialogues, tmp_path / "out")
+    assert main([*command, "--optim", "adamw_torch_fused", "--max_steps", "2"]) == 0
+    assert main([*command, "--optim", optim, "--max_steps", "4", "--resume", "--resume_anyway"]) == 0
+    said = "the checkpoint holds the state of --optim adamw_torch_fused, so the optimizer starts from scratch."
+    assert (said in " ".join(capsys.readouterr().out.split())) == starts_over
+    state = torch.load(tmp_path / "out" / "checkpoint-4" / "optimizer.pt")["state"]
+    assert starts_over or {entry["step"].item() for entry in state.values()} == {4.0}
+    assert _rates(tmp_path / "out" / "checkpoint-4")[2:] == pytest.approx([5e-3 * 2 / 4, 5e-3 * 1 / 4])
+
+
 def _rates(checkpoint: Path) -> list[float]:
     log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     return [entry["learning_rate"] for entry in log if "learning_rate" in entry]
@@ -353,6 +366,17 @@ def test_a_plateau_schedule_that_restarts_on_resume_is_reported(models, dialogue
     command[command.index("--max_steps") + 1] = "3"
     assert main([*command, "--resume"]) == 0
     assert "so the schedule starts from scratch" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_plateau_schedule_that_keeps_its_rate_on_resume_is_reported(models, dialogues, tmp_path, capsys):
+    # Regression: --resume_anyway promises the new values, and the old rate stayed without a word.
+    plateau = ("--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_size", "4", "--eval_strategy", "steps")
+    command = arguments(models("llama"), dialogues, tmp_path / "out", *plateau)
+    assert main([*command, "--max_steps", "1"]) == 0
+    assert main([*command, "--max_steps", "2", "--learning_rate", "1e-4", "--resume", "--resume_anyway"]) == 0
+    kept = "so it goes on with the state in the checkpoint, at a learning rate of 0.005."
+    assert kept in " ".join(capsys.readouterr().out.split())
+    assert _rates(tmp_path / "out" / "checkpoint-2") == [5e-3, 5e-3]
 
 
 def test_a_run_started_from_weights_does_not_restart_without_them(whole, tmp_path, capsys):
