@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3F
 from atomtune.cli import main
 from atomtune.evaluate.run_folder import run_records
 from atomtune.model.adapter import load_trained
+from atomtune.train.checkpoint.start import FromWeights, find_start
 from tests.conftest import DIALOGUES
 from tests.trained import train_by_heart
 from tests.vision_language import write_checkpoint
@@ -175,6 +176,19 @@ def test_a_merged_model_inside_the_run_folder_is_not_copied(text_adapter, whole_
     assert export_to("Gemma3ForConditionalGeneration", adapter, whole_base, tmp_path / "out") == 0
     assert not (tmp_path / "out" / "merged").exists()
     assert (tmp_path / "out" / "additional_chat_templates" / "x.jinja").is_file()
+
+
+def test_the_state_of_the_training_in_a_checkpoint_is_not_exported(text_adapter, whole_base, tmp_path):
+    # Regression: --continue_training refused the copy as a damaged checkpoint: its manifest was of the old names.
+    (checkpoint,) = text_adapter.glob("checkpoint-*")
+    assert export_to("Gemma3ForConditionalGeneration", checkpoint, whole_base, tmp_path / "out") == 0
+    copied, in_checkpoint, in_run = (
+        {file.name for file in folder.iterdir()} for folder in (tmp_path / "out", checkpoint, text_adapter)
+    )
+    assert copied == in_checkpoint & in_run
+    flags = {"resume": False, "resume_from_checkpoint": None, "lengths": {}, "notice": print}
+    start = find_start(tmp_path / "new", checkpoint=str(tmp_path / "out"), **flags)
+    assert start == FromWeights(tmp_path / "out" / "adapter_model.safetensors")
 
 
 @pytest.mark.slow
