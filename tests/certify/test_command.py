@@ -19,7 +19,7 @@ from atomtune.console import Console
 from atomtune.engines.engine import Request, UnknownTokens
 from atomtune.engines.served_folder import ServedFolder
 from atomtune.engines.transformers_in_process import TransformersInProcess
-from atomtune.errors import BadModel
+from atomtune.errors import BadModel, RunFailed
 from atomtune.model.adapter_folder import base_of
 from atomtune.model.load import load_tokenizer
 from atomtune.settings.command_settings import CertifySettings
@@ -238,6 +238,17 @@ def test_certificates_of_other_engines_stay(adapter):
         ("vllm", True),
         ("in-process", True),
     ]
+
+
+def test_the_certificate_of_one_engine_is_kept_if_the_next_does_not_start(adapter, monkeypatch, capsys):
+    def broken(*arguments: object, **more: object) -> None:
+        raise RunFailed("vLLM ended while it was starting.")
+
+    monkeypatch.setattr(command, "refuse_without_vllm", lambda: None)
+    monkeypatch.setattr(command, "VllmServe", broken)
+    assert certify(adapter, None, "--engine", "vllm", "--prompts", "2") == 3
+    assert "vLLM ended while it was starting." in told(capsys)
+    assert certificate_in(adapter)["engine"] == "in-process"
 
 
 @pytest.mark.slow

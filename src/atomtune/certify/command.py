@@ -80,10 +80,12 @@ def certify(settings: CertifySettings) -> int:
             ]
         )
     side = trained_side(settings, console)
-    outcomes = [certify_served(side, served, engine, settings, console) for engine in engines]
-    file = write_certificate(outcomes, served)
+    outcomes: list[EngineOutcome] = []
+    for engine in engines:
+        outcomes.append(certify_served(side, served, engine, settings, console))
+        write_certificate(outcomes[-1], served)  # a further engine may not start
     refuse_failed([(served, outcome) for outcome in outcomes])
-    console.say(translated(f"The certificate is {file}."))
+    console.say(translated(f"The certificate is {_certificate_of(served)}."))
     console.next_steps([_command_that_serves(settings, outcomes[0].engine)])
     return 0
 
@@ -337,14 +339,11 @@ def one_line(outcome: EngineOutcome) -> str:
     )
 
 
-def write_certificate(outcomes: Sequence[EngineOutcome], served: Path) -> Path:
+def write_certificate(outcome: EngineOutcome, served: Path) -> None:
     """Write certificate.json into what is served, or beside a GGUF; entries of other engines are kept."""
     file = _certificate_of(served)
-    entries = [outcome.to_json() for outcome in outcomes]
-    own = {entry["engine"] for entry in entries}
-    kept = [entry for entry in _read(file) if entry.get("engine") not in own]
-    write_text(file, json.dumps([*kept, *entries], ensure_ascii=False, indent=2) + "\n")
-    return file
+    kept = [entry for entry in _read(file) if entry.get("engine") != outcome.engine]
+    write_text(file, json.dumps([*kept, outcome.to_json()], ensure_ascii=False, indent=2) + "\n")
 
 
 def _certificate_of(served: Path) -> Path:
