@@ -388,7 +388,16 @@ def test_a_run_started_from_weights_does_not_restart_without_them(whole, tmp_pat
     assert main(arguments(base, data, out, "--resume")) == 2
     assert "started from weights and has no complete checkpoint" in capsys.readouterr().err
     weights = str(undisturbed / "adapter_model.safetensors")
-    assert main([*arguments(base, data, out, "--continue_training", "--checkpoint", weights), "--max_steps", "2"]) == 0
+    assert main([*arguments(base, data, out, "--continue_training", "--checkpoint", weights), "--max_steps", "1"]) == 0
+    # Regression: after a resume that had a checkpoint, the next one without any started over without the weights.
+    resume = arguments(base, data, out, "--max_steps", "2", "--resume")
+    assert main(resume) == 0
+    shutil.rmtree(out / "checkpoint-1")
+    shutil.rmtree(out / "checkpoint-2")
+    (out / "adapter_model.safetensors").unlink()
+    capsys.readouterr()
+    assert main(resume) == 2
+    assert "started from weights and has no complete checkpoint" in capsys.readouterr().err
 
 
 def test_another_run_does_not_overwrite_a_finished_runs_adapter(models, whole, tmp_path, capsys):

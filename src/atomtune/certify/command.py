@@ -85,7 +85,8 @@ def certify(settings: CertifySettings) -> int:
         outcomes.append(certify_served(side, served, engine, settings, console))
         write_certificate(outcomes[-1], served)  # a further engine may not start
     refuse_failed([(served, outcome) for outcome in outcomes])
-    console.say(translated(f"The certificate is {_certificate_of(served)}."))
+    file = _certificate_of(served)
+    console.say(translated(f"The certificate is {file}."))
     console.next_steps([_command_that_serves(settings, outcomes[0].engine)])
     return 0
 
