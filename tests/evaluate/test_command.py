@@ -259,6 +259,10 @@ def test_tool_calls_are_counted_where_the_reference_has_one(models, tmp_path, ca
         (["--adapter_path", "ADAPTER", "--output_dir", "/dev/null"], "--output_dir /dev/null cannot be written: "),
         # Regression: two of the same name mixed their figures, and the intervals ended in a traceback.
         (["--adapter_path", "ADAPTER", "ADAPTER", "--dataset_path", "RUN"], "more than once. Name each adapter once."),
+        # Regression: these were ignored, so the figures were not of what the user asked for.
+        (["--adapter_path", "ADAPTER", "--template", "chatml"], "--template and --chat_template_kwargs are for a base"),
+        (["--adapter_path", "ADAPTER", "--chat_template_kwargs", '{"enable_thinking": false}'], "are for a base without"),
+        (["--adapter_path", "ADAPTER", "--keys", "instruction=q"], "are used with --dataset_path only"),
     ],
 )
 def test_impossible_evaluations_are_refused_with_the_reason(words, said, by_heart, dialogues, capsys):

@@ -232,14 +232,24 @@ def _add_probe_and_tasks(
 
 
 def _refuse_nothing_named(settings: EvaluateSettings) -> None:
-    """Raise BadSettings if no model or no records are named, BadModel if an adapter is missing."""
-    missing: list[str] = []
+    """Raise BadSettings if no model or no records are named, or a flag has no effect; BadModel without an adapter."""
+    problems: list[str] = []
     if not settings.adapter_path and not settings.model_path:
-        missing.append("--adapter_path is missing: the run's output folder. --model_path alone evaluates a base.")
+        problems.append("--adapter_path is missing: the run's output folder. --model_path alone evaluates a base.")
     if not settings.adapter_path and not settings.dataset_path:
-        missing.append("--dataset_path is missing: records to evaluate on.")
-    if missing:
-        raise BadSettings(missing)
+        problems.append("--dataset_path is missing: records to evaluate on.")
+    if settings.adapter_path and (settings.template != "auto" or settings.chat_template_kwargs):
+        problems.append(
+            "--template and --chat_template_kwargs are for a base without an adapter. Leave them out: an adapter is "
+            "evaluated with the template and the variables of its training."
+        )
+    if not settings.dataset_path and (settings.format != "auto" or settings.keys or settings.roles):
+        problems.append(
+            "--format, --keys and --roles are used with --dataset_path only. Leave them out: the held-out records are "
+            "read as in training."
+        )
+    if problems:
+        raise BadSettings(problems)
     for folder in map(Path, settings.adapter_path):
         refuse_empty_folder(folder)
         if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
