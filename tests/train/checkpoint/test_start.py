@@ -127,7 +127,7 @@ def test_a_folder_with_results_is_not_started_in_again(tmp_path, holds):
         record(tmp_path, status="running" if holds == "a killed run" else "preempted")
     if holds == "a stopped run's checkpoint":
         checkpoint(tmp_path, 4)
-    with pytest.raises(BadSettings, match="already holds a run. --resume continues it"):
+    with pytest.raises(BadSettings, match="already holds a run"):
         started(tmp_path)
 
 
