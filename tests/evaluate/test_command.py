@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from atomtune.cli import main
 from atomtune.console import Console
+from atomtune.evaluate import command as command_of_evaluate
 from atomtune.evaluate import evaluation
 from atomtune.evaluate import models as models_of_evaluate
 from atomtune.evaluate.account import Account
@@ -188,6 +189,30 @@ def test_an_interrupted_evaluation_reports_the_records_all_models_finished(by_he
     found = report_in(tmp_path / "out")
     assert found["records"] == 3 and found["stopped_early"] is True
     assert "stopped early" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_stop_during_the_forgetting_probe_keeps_the_report(by_heart, tmp_path, monkeypatch, capsys):
+    def stopped(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_of_evaluate, "probe_scores", stopped)
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES[:2])
+    words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(*words, "--no_generate") == 75
+    assert "2 records that all models have answered, without the forgetting probe." in capsys.readouterr().err
+    assert report_in(tmp_path / "out")["records"] == 2
+
+
+def test_a_stop_before_the_first_records_are_done_writes_nothing(by_heart, tmp_path, monkeypatch, capsys):
+    def stopped(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "score_targets", stopped)
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES[:2])
+    words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(*words, "--no_generate") == 75
+    assert "stopped before the first records were done; nothing is written." in capsys.readouterr().err
+    assert not (tmp_path / "out" / "report.json").exists()
 
 
 def test_the_time_estimate_is_printed_after_one_models_first_batch(by_heart, dialogues, tmp_path, monkeypatch, capsys):

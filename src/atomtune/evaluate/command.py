@@ -52,6 +52,8 @@ _NOT_COMPARED = {
 _IDENTITY = ("base", "adapters", "data", "data_sha256", "held_out", "records", "stopped_early", "settings")
 
 _PROBE_MISSING = message(", without the forgetting probe")
+_TASKS_MISSING = message(", without all scores of lm-eval")
+_BOTH_MISSING = message(", without the forgetting probe and lm-eval")
 
 
 def evaluate(settings: EvaluateSettings) -> int:
@@ -67,7 +69,7 @@ def evaluate(settings: EvaluateSettings) -> int:
     write_reports(report, folder)
     console.say(f"\nreport.html, report.md and report.json are in {folder}.")
     if report.stopped_early:
-        missing = "" if settings.no_probe or not settings.adapter_path or report.has_probe else _PROBE_MISSING
+        missing = _missing_in(report, settings)
         raise Stopped(
             f"stopped early: the report covers the {report.records:,} records that all models have answered{missing}."
         )
@@ -76,6 +78,17 @@ def evaluate(settings: EvaluateSettings) -> int:
         commands = ["chat", *adapter, "--compare"], ["certify", *adapter]
         console.next_steps(map(as_command, commands))
     return 0
+
+
+def _missing_in(report: Report, settings: EvaluateSettings) -> str:
+    """What a report lacks besides records because of Ctrl-C, as the end of a sentence."""
+    lacks_probe = bool(settings.adapter_path) and not settings.no_probe and not report.has_probe
+    lacks_scores = bool(settings.lm_eval_tasks) and len(report.lm_eval) < len(report.models)
+    if lacks_probe and lacks_scores:
+        return _BOTH_MISSING
+    if lacks_scores:
+        return _TASKS_MISSING
+    return _PROBE_MISSING if lacks_probe else ""
 
 
 def output_folder(settings: EvaluateSettings) -> Path:
