@@ -8,7 +8,7 @@ import pytest
 
 from atomtune.errors import BadModel, BadSettings
 from atomtune.train.checkpoint.atomic import seal, staging_of
-from atomtune.train.checkpoint.start import Finished, Fresh, FromWeights, Resumed, beginning, find_start
+from atomtune.train.checkpoint.start import Finished, Fresh, FromWeights, Resumed, beginning, find_start, foreign_files
 
 LENGTHS = {"max_steps": 8, "num_train_epochs": 3.0}
 
@@ -67,7 +67,8 @@ def test_continuing_in_the_same_folder_does_not_change_how_the_run_began(tmp_pat
         ({}, {}, False),
         ({}, {"max_steps": 9}, True),
         ({}, {"max_steps": 7}, False),
-        # Ended early, after 8 steps: 9 are more, 8 are not
+        # Ended early, after 8 steps: 9 are more, 8 are not, and 20 is what it had
+        ({"max_steps": 20}, {"max_steps": 20}, False),
         ({"max_steps": 20}, {"max_steps": 9}, True),
         ({"max_steps": 20}, {"max_steps": 8}, False),
         ({"max_steps": 20}, {"max_steps": -1}, True),
@@ -136,3 +137,11 @@ def test_the_message_names_a_missing_optimizer_state_and_the_weights_to_use_inst
     assert "It holds no optimizer state" in started(tmp_path, resume=True).message
     (kept / "optimizer.pt").touch()
     assert Resumed(kept, 4).message == f"Resuming from {kept} at step 4."
+
+
+def test_only_files_that_no_run_wrote_are_foreign(tmp_path):
+    (tmp_path / "README.md").touch()
+    (tmp_path / "loss.png").symlink_to(tmp_path / "README.md")  # the link itself would be replaced
+    assert foreign_files(tmp_path) == ["README.md"]
+    record(tmp_path, status="failed")  # in the middle of its last save
+    assert foreign_files(tmp_path) == []
