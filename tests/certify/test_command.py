@@ -277,11 +277,23 @@ def test_an_unwritable_certificate_folder_is_refused_before_loading(adapter, mon
 def test_an_engine_is_asked_for_no_more_context_than_the_base_has_positions(adapter):
     # vLLM refuses to start with more: an adapter trained on records of the full length could not be certified there.
     positions = json.loads((Path(base_of(adapter, None)) / "config.json").read_text())["max_position_embeddings"]
-    for longest, context in ((64, 64 + 40), (positions, positions)):
+    for longest, context in ((256, 256 + 40), (positions, positions)):
         metadata = json.loads((adapter / "atomtune.json").read_text())
         (adapter / "atomtune.json").write_text(json.dumps({**metadata, "max_seq_length": longest}))
         settings = CertifySettings(adapter_path=str(adapter), dtype="float32", max_new_tokens=40)
         assert command.trained_side(settings, Console()).context == context
+
+
+def test_an_engine_is_asked_for_room_for_the_longest_prompt(adapter):
+    # Regression: with a template that begins with a long text, the engine refused our own prompts as too long.
+    file = adapter / "chat_template.jinja"
+    file.write_text(file.read_text().replace("Human: ", f"{'Think twice. ' * 10}Human: "))
+    metadata = json.loads((adapter / "atomtune.json").read_text())
+    (adapter / "atomtune.json").write_text(json.dumps({**metadata, "max_seq_length": 64}))
+    settings = CertifySettings(adapter_path=str(adapter), dtype="float32", max_new_tokens=8)
+    side = command.trained_side(settings, Console())
+    longest = max(len(each.prompt.prompt_ids) for each in side.expected)
+    assert longest > 64 + 8 and side.context == longest + 8
 
 
 def prompts_of(adapter: Path, monkeypatch) -> set[str]:

@@ -169,7 +169,8 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     model = load_trained(base, adapter).eval()
     expected = expect(model, prompts, template, max_new_tokens=settings.max_new_tokens)
     stops = stop_ids(model, template)
-    context = max_tokens + settings.max_new_tokens
+    longest = max(max_tokens, *(len(prompt.prompt_ids) for prompt in prompts))  # our own may be longer than any record
+    context = longest + settings.max_new_tokens
     context = min(context, positions_of(model.config) or context)
     del model, base
     free_memory()
