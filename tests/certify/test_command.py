@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from atomtune.certify import command
+from atomtune.certify.comparison import ALLOWED, EngineOutcome
 from atomtune.certify.prompts import OUR_OWN, CertPrompt
 from atomtune.cli import main
 from atomtune.console import Console
@@ -238,6 +239,22 @@ def test_certificates_of_other_engines_stay(adapter):
         ("vllm", True),
         ("in-process", True),
     ]
+
+
+@pytest.mark.parametrize("content", ['{"engine"', "{}", "[1, null]"])
+def test_a_damaged_certificate_is_replaced(tmp_path, content):
+    (tmp_path / "certificate.json").write_text(content)
+    command.write_certificate(EngineOutcome("vllm", "1", "float32", ALLOWED["float32"]), tmp_path)
+    assert certificate_in(tmp_path)["engine"] == "vllm"
+
+
+def test_a_folder_is_served_by_transformers_and_a_gguf_by_llama_cpp_by_default(adapter, monkeypatch):
+    for check in ("refuse_without_transformers_serve", "refuse_without_llama_cpp"):
+        monkeypatch.setattr(command, check, lambda: None)
+    gguf = adapter / "model.gguf"
+    gguf.touch()
+    for served, engine in ((adapter, "transformers"), (gguf, "llama.cpp")):
+        assert command.engines_for(served, [], setting="--served") == [engine]
 
 
 def test_the_certificate_of_one_engine_is_kept_if_the_next_does_not_start(adapter, monkeypatch, capsys):

@@ -152,7 +152,7 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
         # Export and serve may have given some of them before
         notice=lambda text: None if text in console.notices else console.notice(text),
     )
-    max_tokens = max(metadata.max_seq_length or _OF_ANOTHER_TOOL, 64)
+    max_tokens = metadata.max_seq_length or _OF_ANOTHER_TOOL
     records = _records(adapter, template, max_tokens, console)
     template = _of_today(template, console)
     prompts = choose_prompts(records, template, count=settings.prompts, max_tokens=max_tokens)
