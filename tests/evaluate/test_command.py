@@ -296,6 +296,18 @@ def test_impossible_evaluations_are_refused_with_the_reason(words, said, by_hear
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("learn", "answers"), [("all", 4), ("last", 2)])
+def test_the_answers_that_training_learned_are_evaluated_in_other_files_too(by_heart, tmp_path, capsys, learn, answers):
+    adapter = Path(shutil.copytree(by_heart, tmp_path / "out"))
+    record = json.loads((adapter / "run.json").read_text(encoding="utf-8"))
+    record["settings"]["learn"]["value"] = learn
+    (adapter / "run.json").write_text(json.dumps(record))
+    conversations = [{**dialogue, "history": [["Who is there?", "Nobody."]]} for dialogue in DIALOGUES[:2]]
+    data = write_jsonl(tmp_path / "other.jsonl", conversations)
+    assert evaluate("--adapter_path", str(adapter), "--dataset_path", str(data), "--no_generate", "--no_probe") == 0
+    assert f"2 records with {answers} answers" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
