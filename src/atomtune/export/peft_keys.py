@@ -58,9 +58,12 @@ def _copy(adapter: Path, out: Path) -> None:
 
 
 def _rewrite_config(file: Path, renamed: dict[str, str]) -> None:
-    """Replace full names of layers by the new ones; last parts of names (q_proj) mean the same in both classes."""
+    """Replace full names of layers and patterns by the new names; last parts (q_proj) mean the same in both classes."""
     values = json_object(file)
     modules = {module_of(old): module_of(new) for old, new in renamed.items()}
+    # A pattern may match none of the new names. Tensors of target_parameters would not be layers.
+    if isinstance(values.get("target_modules"), str) and not values.get("target_parameters"):
+        values["target_modules"] = sorted({module_of(new) for new in renamed.values() if ".lora_" in new})
     for listed in ("target_modules", "modules_to_save"):
         if isinstance(values.get(listed), list):
             values[listed] = sorted(modules.get(name, name) for name in values[listed])
