@@ -5,6 +5,7 @@ import re
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -410,6 +411,18 @@ def test_only_a_report_of_the_same_evaluation_is_replaced(by_heart, tmp_path):
         assert evaluate(*flags, *words) == 0
         assert (adapter / folder / "report.md").exists(), words
     assert len(list(adapter.glob("evaluation*"))) == 6
+
+
+@pytest.mark.parametrize(
+    "key", ["base", "adapters", "data", "data_sha256", "held_out", "records", "stopped_early", "settings"]
+)
+def test_a_report_that_differs_in_what_it_was_made_from_is_kept(report, tmp_path, key):
+    same = SimpleNamespace(to_json=lambda: report_in(report))
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    for before, place in (({"written": "2020"}, folder), ({key: "another"}, tmp_path / "evaluation-1")):
+        (folder / "report.json").write_text(json.dumps({**report_in(report), **before}))
+        assert command_of_evaluate.beside_others(folder, same) == place
 
 
 def test_the_report_of_another_adapter_of_the_same_name_is_not_replaced(by_heart, dialogues, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Trainer
 
 from atomtune.cli import main
 
@@ -523,6 +524,15 @@ def test_the_best_checkpoint_is_found_after_a_move(worst, tmp_path, way):
     assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
     assert json.loads((out / "run.json").read_text())["outcome"]["kept_step"] == 1
     assert (moved / "checkpoint-1").is_dir()
+
+
+def test_the_best_checkpoint_is_loaded_in_full_even_if_peft_leaves_tensors_out(worst, tmp_path, monkeypatch):
+    # It leaves out tensors whose names it changes; here it leaves out all, and the last step's would be saved.
+    (command, whole), out = worst, tmp_path / "out"
+    killed_after(6, whole, out)
+    monkeypatch.setattr(Trainer, "_load_best_model", lambda trainer: None)
+    assert main([*command, "--output_dir", str(out), "--resume"]) == 0
+    assert adapter_is_of(out) == ["checkpoint-1"]
 
 
 def damaged_after_training(monkeypatch, checkpoint: Path) -> None:
