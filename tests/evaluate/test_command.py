@@ -492,9 +492,19 @@ def test_an_adapter_of_another_tool_is_evaluated_up_to_the_positions_of_its_base
     assert found["records_read"] == found["records_used"] == 2 and found["records_cut"] == 0
 
 
+def test_records_with_other_names_for_keys_and_roles_are_read_as_the_flags_say(by_heart, tmp_path, capsys):
+    dialog = [{"role": "guest", "content": "Who are you?"}, {"role": "keeper", "content": "I keep the light."}]
+    data = write_jsonl(tmp_path / "data.jsonl", [{"dialog": dialog}])
+    words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    names = ["--keys", "dialog=messages", "--roles", "guest=user", "keeper=assistant", "--format", "messages"]
+    assert evaluate(*words, *names, "--no_probe", "--max_new_tokens", "20") == 0
+    assert report_in(tmp_path / "out")["models"]["out"]["exact_match"][0] == 1
+
+
 def test_records_longer_than_the_base_has_positions_are_refused_before_it_is_loaded(models, tmp_path, capsys):
     """Regression: --max_seq_length was obeyed on any base: figures without meaning, and with GPT-2 an IndexError."""
-    data = write_jsonl(tmp_path / "data.jsonl", [{"instruction": "Who are you? " * 400, "output": "I keep the light."}])
+    long = {"instruction": "Who are you? " * 400, "output": "I keep the light."}
+    data = write_jsonl(tmp_path / "data.jsonl", [DIALOGUES[0], long, DIALOGUES[1]])
     words = ["--model_path", str(models("llama")), "--dataset_path", str(data), "--max_seq_length", "4000"]
     assert evaluate(*words, "--output_dir", str(tmp_path / "out"), "--no_generate") == 2
     captured = capsys.readouterr()
