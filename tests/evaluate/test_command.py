@@ -492,6 +492,14 @@ def test_an_adapter_of_another_tool_is_evaluated_up_to_the_positions_of_its_base
     assert found["records_read"] == found["records_used"] == 2 and found["records_cut"] == 0
 
 
+def test_a_file_without_a_usable_record_is_refused_with_the_reasons(models, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "data.jsonl", [{"instruction": "Who are you?", "output": 5}, {"instruction": "Hi."}])
+    assert evaluate("--model_path", str(models("llama")), "--dataset_path", str(data)) == 2
+    told = capsys.readouterr().err
+    assert "data.jsonl:1" in told and "data.jsonl:2" in told
+    assert f"{data}: none of 2 records can be used. Fix the records listed above." in told
+
+
 def test_records_with_other_names_for_keys_and_roles_are_read_as_the_flags_say(by_heart, tmp_path, capsys):
     dialog = [{"role": "guest", "content": "Who are you?"}, {"role": "keeper", "content": "I keep the light."}]
     data = write_jsonl(tmp_path / "data.jsonl", [{"dialog": dialog}])
