@@ -60,7 +60,7 @@ def evaluate(settings: EvaluateSettings) -> int:
     """Run `atomtune evaluate`. Raises Stopped (exit code 75) after Ctrl-C, with the report of what was done."""
     console = Console()
     folder = output_folder(settings)
-    _refuse_nothing_named(settings)  # before the folder: the reports go into the adapter's
+    _refuse_impossible(settings)  # before the folder: the reports go into the adapter's
     refuse_unwritable(folder)
     report = measure(settings, console)
     if settings.output_dir is None:
@@ -128,7 +128,7 @@ def measure(settings: EvaluateSettings, console: Console) -> Report:
 
     Raises BadSettings if no records are named or held out, Stopped if Ctrl-C comes before the first batch is done.
     """
-    _refuse_nothing_named(settings)
+    _refuse_impossible(settings)
     _refuse_missing_packages(settings)
     quiet_libraries()
     to_read = _what_to_read(settings)
@@ -244,7 +244,7 @@ def _add_probe_and_tasks(
         done.stopped_early = True
 
 
-def _refuse_nothing_named(settings: EvaluateSettings) -> None:
+def _refuse_impossible(settings: EvaluateSettings) -> None:
     """Raise BadSettings if no model or no records are named, or a flag has no effect; BadModel without an adapter."""
     problems: list[str] = []
     if not settings.adapter_path and not settings.model_path:
