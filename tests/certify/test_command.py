@@ -13,13 +13,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from atomtune.certify import command
+from atomtune.certify.comparison import ALLOWED, EngineOutcome
 from atomtune.certify.prompts import OUR_OWN, CertPrompt
 from atomtune.cli import main
 from atomtune.console import Console
 from atomtune.engines.engine import Request, UnknownTokens
 from atomtune.engines.served_folder import ServedFolder
 from atomtune.engines.transformers_in_process import TransformersInProcess
-from atomtune.errors import BadModel
+from atomtune.errors import BadModel, RunFailed
 from atomtune.model.adapter_folder import base_of
 from atomtune.model.load import load_tokenizer
 from atomtune.settings.command_settings import CertifySettings
@@ -240,6 +241,33 @@ def test_certificates_of_other_engines_stay(adapter):
     ]
 
 
+@pytest.mark.parametrize("content", ['{"engine"', "{}", "[1, null]"])
+def test_a_damaged_certificate_is_replaced(tmp_path, content):
+    (tmp_path / "certificate.json").write_text(content)
+    command.write_certificate(EngineOutcome("vllm", "1", "float32", ALLOWED["float32"]), tmp_path)
+    assert certificate_in(tmp_path)["engine"] == "vllm"
+
+
+def test_a_folder_is_served_by_transformers_and_a_gguf_by_llama_cpp_by_default(adapter, monkeypatch):
+    for check in ("refuse_without_transformers_serve", "refuse_without_llama_cpp"):
+        monkeypatch.setattr(command, check, lambda: None)
+    gguf = adapter / "model.gguf"
+    gguf.touch()
+    for served, engine in ((adapter, "transformers"), (gguf, "llama.cpp")):
+        assert command.engines_for(served, [], setting="--served") == [engine]
+
+
+def test_the_certificate_of_one_engine_is_kept_if_the_next_does_not_start(adapter, monkeypatch, capsys):
+    def broken(*arguments: object, **more: object) -> None:
+        raise RunFailed("vLLM ended while it was starting.")
+
+    monkeypatch.setattr(command, "refuse_without_vllm", lambda: None)
+    monkeypatch.setattr(command, "VllmServe", broken)
+    assert certify(adapter, None, "--engine", "vllm", "--prompts", "2") == 3
+    assert "vLLM ended while it was starting." in told(capsys)
+    assert certificate_in(adapter)["engine"] == "in-process"
+
+
 @pytest.mark.slow
 def test_an_answer_whose_stop_token_reaches_the_token_limit_passes(by_heart, adapter):
     """Engines that stop at the limit report that, even if the last token was the stop token: the certificate failed."""
@@ -266,11 +294,23 @@ def test_an_unwritable_certificate_folder_is_refused_before_loading(adapter, mon
 def test_an_engine_is_asked_for_no_more_context_than_the_base_has_positions(adapter):
     # vLLM refuses to start with more: an adapter trained on records of the full length could not be certified there.
     positions = json.loads((Path(base_of(adapter, None)) / "config.json").read_text())["max_position_embeddings"]
-    for longest, context in ((64, 64 + 40), (positions, positions)):
+    for longest, context in ((256, 256 + 40), (positions, positions)):
         metadata = json.loads((adapter / "atomtune.json").read_text())
         (adapter / "atomtune.json").write_text(json.dumps({**metadata, "max_seq_length": longest}))
         settings = CertifySettings(adapter_path=str(adapter), dtype="float32", max_new_tokens=40)
         assert command.trained_side(settings, Console()).context == context
+
+
+def test_an_engine_is_asked_for_room_for_the_longest_prompt(adapter):
+    # Regression: with a template that begins with a long text, the engine refused our own prompts as too long.
+    file = adapter / "chat_template.jinja"
+    file.write_text(file.read_text().replace("Human: ", f"{'Think twice. ' * 10}Human: "))
+    metadata = json.loads((adapter / "atomtune.json").read_text())
+    (adapter / "atomtune.json").write_text(json.dumps({**metadata, "max_seq_length": 64}))
+    settings = CertifySettings(adapter_path=str(adapter), dtype="float32", max_new_tokens=8)
+    side = command.trained_side(settings, Console())
+    longest = max(len(each.prompt.prompt_ids) for each in side.expected)
+    assert longest > 64 + 8 and side.context == longest + 8
 
 
 def prompts_of(adapter: Path, monkeypatch) -> set[str]:

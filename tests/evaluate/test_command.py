@@ -11,6 +11,7 @@ from pytest import approx
 from transformers import AutoModelForCausalLM
 
 from atomtune.cli import main
+from atomtune.evaluate import command as command_of_evaluate
 from atomtune.evaluate import evaluation
 from atomtune.evaluate import models as models_of_evaluate
 from atomtune.evaluate.metrics import METRICS, NATS
@@ -174,6 +175,30 @@ def test_an_interrupted_evaluation_reports_the_records_all_models_finished(by_he
     assert "stopped early" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_stop_during_the_forgetting_probe_keeps_the_report(by_heart, tmp_path, monkeypatch, capsys):
+    def stopped(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_of_evaluate, "probe_scores", stopped)
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES[:2])
+    words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(*words, "--no_generate") == 75
+    assert "2 records that all models have answered, without the forgetting probe." in capsys.readouterr().err
+    assert report_in(tmp_path / "out")["records"] == 2
+
+
+def test_a_stop_before_the_first_records_are_done_writes_nothing(by_heart, tmp_path, monkeypatch, capsys):
+    def stopped(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "score_targets", stopped)
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES[:2])
+    words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    assert evaluate(*words, "--no_generate") == 75
+    assert "stopped before the first records were done; nothing is written." in capsys.readouterr().err
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
 def test_the_time_estimate_is_printed_after_one_models_first_batch(by_heart, dialogues, tmp_path, monkeypatch, capsys):
     """Regression: the estimate came only after all models' first batches, and never if one batch held all records."""
     said, real = [], evaluation.score_targets
@@ -243,6 +268,10 @@ def test_tool_calls_are_counted_where_the_reference_has_one(models, tmp_path, ca
         (["--adapter_path", "ADAPTER", "--output_dir", "/dev/null"], "--output_dir /dev/null cannot be written: "),
         # Regression: two of the same name mixed their figures, and the intervals ended in a traceback.
         (["--adapter_path", "ADAPTER", "ADAPTER", "--dataset_path", "RUN"], "more than once. Name each adapter once."),
+        # Regression: these were ignored, so the figures were not of what the user asked for.
+        (["--adapter_path", "ADAPTER", "--template", "chatml"], "--template and --chat_template_kwargs are for a base"),
+        (["--adapter_path", "ADAPTER", "--chat_template_kwargs", "{}"], "are for a base without"),
+        (["--adapter_path", "ADAPTER", "--keys", "instruction=q"], "are used with --dataset_path only"),
     ],
 )
 def test_impossible_evaluations_are_refused_with_the_reason(words, said, by_heart, dialogues, capsys):

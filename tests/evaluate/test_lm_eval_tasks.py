@@ -81,6 +81,24 @@ def test_a_custom_lm_eval_task_shows_what_the_adapter_learned(lm_eval, guard, tm
         assert "lighthouse acc" in text and "1.000 ± 0.000" in text
 
 
+def test_a_stop_during_the_tasks_keeps_the_report_and_says_what_is_missing(
+    lm_eval, by_heart, tmp_path, capsys, monkeypatch
+):
+    # Regression: the message named the records and the forgetting probe, and not the scores.
+    from atomtune.evaluate import lm_eval_tasks
+
+    def stopped(*arguments, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lm_eval_tasks, "simple_evaluate", stopped)
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES[:2])
+    words = ["evaluate", "--adapter_path", str(by_heart), "--dataset_path", str(data), "--no_generate", "--no_probe"]
+    words += ["--output_dir", str(tmp_path / "report"), "--lm_eval_tasks", str(task_folder(tmp_path / "tasks", PAIRS))]
+    assert main(words) == 75
+    assert "2 records that all models have answered, without all scores of lm-eval." in capsys.readouterr().err
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["records"] == 2
+
+
 @pytest.mark.parametrize(("family", "name"), [("llama", "atom"), ("llama", "vicuna"), ("qwen3", "qwen3")])
 def test_prompt_and_answer_get_the_same_token_ids_as_in_training(lm_eval, models, family, name, tmp_path):
     from transformers import AutoModelForCausalLM

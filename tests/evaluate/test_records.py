@@ -12,6 +12,35 @@ from tests.evaluate.evaluated import evaluate, report_in, trained_on_part
 from tests.trained import CALLING
 
 
+@pytest.mark.parametrize(("learn", "answers"), [("all", 4), ("last", 2)])
+def test_the_answers_that_training_learned_are_evaluated_in_other_files_too(by_heart, tmp_path, capsys, learn, answers):
+    adapter = Path(shutil.copytree(by_heart, tmp_path / "out"))
+    record = json.loads((adapter / "run.json").read_text(encoding="utf-8"))
+    record["settings"]["learn"]["value"] = learn
+    (adapter / "run.json").write_text(json.dumps(record))
+    conversations = [{**dialogue, "history": [["Who is there?", "Nobody."]]} for dialogue in DIALOGUES[:2]]
+    data = write_jsonl(tmp_path / "other.jsonl", conversations)
+    assert evaluate("--adapter_path", str(adapter), "--dataset_path", str(data), "--no_generate", "--no_probe") == 0
+    assert f"2 records with {answers} answers" in capsys.readouterr().out
+
+
+def test_a_file_without_a_usable_record_is_refused_with_the_reasons(models, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "data.jsonl", [{"instruction": "Who are you?", "output": 5}, {"instruction": "Hi."}])
+    assert evaluate("--model_path", str(models("llama")), "--dataset_path", str(data)) == 2
+    told = capsys.readouterr().err
+    assert "data.jsonl:1" in told and "data.jsonl:2" in told
+    assert f"{data}: none of 2 records can be used. Fix the records listed above." in told
+
+
+def test_records_with_other_names_for_keys_and_roles_are_read_as_the_flags_say(by_heart, tmp_path, capsys):
+    dialog = [{"role": "guest", "content": "Who are you?"}, {"role": "keeper", "content": "I keep the light."}]
+    data = write_jsonl(tmp_path / "data.jsonl", [{"dialog": dialog}])
+    words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+    names = ["--keys", "dialog=messages", "--roles", "guest=user", "keeper=assistant", "--format", "messages"]
+    assert evaluate(*words, *names, "--no_probe", "--max_new_tokens", "20") == 0
+    assert report_in(tmp_path / "out")["models"]["out"]["exact_match"][0] == 1
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -95,7 +124,8 @@ def test_an_adapter_of_another_tool_is_evaluated_up_to_the_positions_of_its_base
 
 def test_records_longer_than_the_base_has_positions_are_refused_before_it_is_loaded(models, tmp_path, capsys):
     """Regression: --max_seq_length was obeyed on any base: figures without meaning, and with GPT-2 an IndexError."""
-    data = write_jsonl(tmp_path / "data.jsonl", [{"instruction": "Who are you? " * 400, "output": "I keep the light."}])
+    long = {"instruction": "Who are you? " * 400, "output": "I keep the light."}
+    data = write_jsonl(tmp_path / "data.jsonl", [DIALOGUES[0], long, DIALOGUES[1]])
     words = ["--model_path", str(models("llama")), "--dataset_path", str(data), "--max_seq_length", "4000"]
     assert evaluate(*words, "--output_dir", str(tmp_path / "out"), "--no_generate") == 2
     captured = capsys.readouterr()

@@ -1,13 +1,16 @@
 """The files of a report: none is lost, and none replaces that of another evaluation."""
 
+import json
 import re
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from atomtune.evaluate.report_files import beside_others
 from tests.conftest import DIALOGUES, write_jsonl
 from tests.evaluate.evaluated import evaluate, report_in
 
@@ -57,6 +60,18 @@ def test_only_a_report_of_the_same_evaluation_is_replaced(by_heart, tmp_path):
         assert evaluate(*flags, *words) == 0
         assert (adapter / folder / "report.md").exists(), words
     assert len(list(adapter.glob("evaluation*"))) == 6
+
+
+def test_a_report_that_differs_in_what_it_was_made_from_is_kept(by_heart, dialogues, tmp_path):
+    folder = tmp_path / "evaluation"
+    words = ["--adapter_path", str(by_heart), "--dataset_path", str(dialogues), "--output_dir", str(folder)]
+    assert evaluate(*words, "--no_generate", "--no_probe", "--records", "1") == 0
+    made = report_in(folder)
+    same = SimpleNamespace(to_json=lambda: made)
+    made_from = ("base", "adapters", "data", "data_sha256", "held_out", "records", "stopped_early", "settings")
+    for key, place in (("written", "evaluation"), *((key, "evaluation-1") for key in made_from)):
+        (folder / "report.json").write_text(json.dumps({**made, key: "another"}))
+        assert beside_others(folder, same).name == place, key
 
 
 def test_the_report_of_another_adapter_of_the_same_name_is_not_replaced(by_heart, dialogues, tmp_path):

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3F
 from atomtune.cli import main
 from atomtune.evaluate.run_folder import run_records
 from atomtune.model.adapter import load_trained
+from atomtune.train.checkpoint.start import FromWeights, find_start
 from tests.conftest import DIALOGUES
 from tests.trained import train_by_heart
 from tests.vision_language import write_checkpoint
@@ -106,6 +107,22 @@ def test_target_modules_given_as_full_names_are_renamed(text_adapter, whole_base
     assert written["target_modules"] == ["model.language_model.layers.0.mlp.up_proj", "q_proj"]
 
 
+@torch.no_grad()
+def test_target_modules_given_as_a_pattern_are_replaced_by_the_new_names(models, text_adapter, whole_base, tmp_path):
+    # Regression: PEFT did not load the copy, because the pattern matched no layer under its new name.
+    spelled = Path(shutil.copytree(text_adapter, tmp_path / "spelled"))
+    file = spelled / "adapter_config.json"
+    values = {**json.loads(file.read_text()), "target_modules": r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"}
+    file.write_text(json.dumps(values))
+    ids = torch.arange(20)[None] + 5
+    text = AutoModelForCausalLM.from_pretrained(models("gemma3_text"), dtype=torch.float32)
+    expected = PeftModel.from_pretrained(text, str(spelled)).eval()(input_ids=ids).logits
+    assert export_to("Gemma3ForConditionalGeneration", spelled, whole_base, tmp_path / "out") == 0
+    whole = Gemma3ForConditionalGeneration.from_pretrained(whole_base, dtype=torch.float32)
+    logits = PeftModel.from_pretrained(whole, str(tmp_path / "out")).eval()(input_ids=ids).logits
+    assert torch.allclose(logits, expected, atol=1e-4)  # float32; the whole class builds its masks differently
+
+
 def test_an_unknown_or_incompatible_model_class_is_refused(text_adapter, whole_base, tmp_path, capsys):
     for class_name, message in (("NoSuchForCausalLM", "no such class"), ("GPT2LMHeadModel", "it is not a class for")):
         assert export_to(class_name, text_adapter, whole_base, tmp_path / "out") == 2
@@ -175,6 +192,19 @@ def test_a_merged_model_inside_the_run_folder_is_not_copied(text_adapter, whole_
     assert export_to("Gemma3ForConditionalGeneration", adapter, whole_base, tmp_path / "out") == 0
     assert not (tmp_path / "out" / "merged").exists()
     assert (tmp_path / "out" / "additional_chat_templates" / "x.jinja").is_file()
+
+
+def test_the_state_of_the_training_in_a_checkpoint_is_not_exported(text_adapter, whole_base, tmp_path):
+    # Regression: --continue_training refused the copy as a damaged checkpoint: its manifest was of the old names.
+    (checkpoint,) = text_adapter.glob("checkpoint-*")
+    assert export_to("Gemma3ForConditionalGeneration", checkpoint, whole_base, tmp_path / "out") == 0
+    copied, in_checkpoint, in_run = (
+        {file.name for file in folder.iterdir()} for folder in (tmp_path / "out", checkpoint, text_adapter)
+    )
+    assert copied == in_checkpoint & in_run
+    flags = {"resume": False, "resume_from_checkpoint": None, "lengths": {}, "notice": print}
+    start = find_start(tmp_path / "new", checkpoint=str(tmp_path / "out"), **flags)
+    assert start == FromWeights(tmp_path / "out" / "adapter_model.safetensors")
 
 
 @pytest.mark.slow

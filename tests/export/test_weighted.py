@@ -1,6 +1,8 @@
 """Weighted adapters: W + sum of weight * B A, compared with sums computed here, also on quantized bases."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,16 +115,24 @@ def test_invalid_adapter_weights_on_the_command_line_are_refused(adapters, tmp_p
     assert not (tmp_path / "m").exists()
 
 
-def test_a_dora_adapter_is_refused_with_a_weight(adapters, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"use_dora": True}, "DoRA, which also scales the base's weights"),
+        ({"modules_to_save": ["lm_head"]}, "layers that were trained in full"),
+        ({"target_parameters": ["experts.down_proj"]}, "adapters of experts"),
+        ({"bias": "lora_only"}, "trained biases"),
+    ],
+)
+def test_an_adapter_that_does_more_than_add_matrices_is_refused_with_a_weight(
+    adapters, tmp_path, capsys, setting, words
+):
     _, wide, narrow = adapters
-    other = tmp_path / "dora"
-    other.mkdir()
-    for file in narrow.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
+    other = Path(shutil.copytree(narrow, tmp_path / "other"))
     config = json.loads((other / "adapter_config.json").read_text())
-    (other / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    (other / "adapter_config.json").write_text(json.dumps({**config, **setting}))
     assert merge(tmp_path / "m", "--adapter_path", str(wide), str(other), "--weights", "1", "1") == 2
-    assert "DoRA" in capsys.readouterr().err
+    assert f"{other} holds {words}, and cannot be added with a weight." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("others", [(), ("narrow",)], ids=["alone", "beside another"])

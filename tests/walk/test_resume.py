@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Trainer
 
 from atomtune.cli import main
 
@@ -339,6 +340,19 @@ def test_resume_without_optimizer_continues_the_learning_rate_schedule(models, d
     assert resumed_rates[8:] == rates[8:]
 
 
+@pytest.mark.parametrize(("optim", "starts_over"), [("sgd", True), ("adamw_torch", False)])
+def test_another_optimizer_starts_from_scratch_on_resume(models, dialogues, tmp_path, capsys, optim, starts_over):  # noqa: PLR0917
+    # Regression: it got the state of the first one, and its first step ended in a traceback.
+    command = arguments(models("llama"), dialogues, tmp_path / "out")
+    assert main([*command, "--optim", "adamw_torch_fused", "--max_steps", "2"]) == 0
+    assert main([*command, "--optim", optim, "--max_steps", "4", "--resume", "--resume_anyway"]) == 0
+    said = "the checkpoint holds the state of --optim adamw_torch_fused, so the optimizer starts from scratch."
+    assert (said in " ".join(capsys.readouterr().out.split())) == starts_over
+    state = torch.load(tmp_path / "out" / "checkpoint-4" / "optimizer.pt")["state"]
+    assert starts_over or {entry["step"].item() for entry in state.values()} == {4.0}
+    assert _rates(tmp_path / "out" / "checkpoint-4")[2:] == pytest.approx([5e-3 * 2 / 4, 5e-3 * 1 / 4])
+
+
 def _rates(checkpoint: Path) -> list[float]:
     log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     return [entry["learning_rate"] for entry in log if "learning_rate" in entry]
@@ -355,6 +369,17 @@ def test_a_plateau_schedule_that_restarts_on_resume_is_reported(models, dialogue
     assert "so the schedule starts from scratch" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_plateau_schedule_that_keeps_its_rate_on_resume_is_reported(models, dialogues, tmp_path, capsys):
+    # Regression: --resume_anyway promises the new values, and the old rate stayed without a word.
+    plateau = ("--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_size", "4", "--eval_strategy", "steps")
+    command = arguments(models("llama"), dialogues, tmp_path / "out", *plateau)
+    assert main([*command, "--max_steps", "1"]) == 0
+    assert main([*command, "--max_steps", "2", "--learning_rate", "1e-4", "--resume", "--resume_anyway"]) == 0
+    kept = "so it goes on with the state in the checkpoint, at a learning rate of 0.005."
+    assert kept in " ".join(capsys.readouterr().out.split())
+    assert _rates(tmp_path / "out" / "checkpoint-2") == [5e-3, 5e-3]
+
+
 def test_a_run_started_from_weights_does_not_restart_without_them(whole, tmp_path, capsys):
     base, data, undisturbed = whole
     out = tmp_path / "out"
@@ -364,7 +389,16 @@ def test_a_run_started_from_weights_does_not_restart_without_them(whole, tmp_pat
     assert main(arguments(base, data, out, "--resume")) == 2
     assert "started from weights and has no complete checkpoint" in capsys.readouterr().err
     weights = str(undisturbed / "adapter_model.safetensors")
-    assert main([*arguments(base, data, out, "--continue_training", "--checkpoint", weights), "--max_steps", "2"]) == 0
+    assert main([*arguments(base, data, out, "--continue_training", "--checkpoint", weights), "--max_steps", "1"]) == 0
+    # Regression: after a resume that had a checkpoint, the next one without any started over without the weights.
+    resume = arguments(base, data, out, "--max_steps", "2", "--resume")
+    assert main(resume) == 0
+    shutil.rmtree(out / "checkpoint-1")
+    shutil.rmtree(out / "checkpoint-2")
+    (out / "adapter_model.safetensors").unlink()
+    capsys.readouterr()
+    assert main(resume) == 2
+    assert "started from weights and has no complete checkpoint" in capsys.readouterr().err
 
 
 def test_another_run_does_not_overwrite_a_finished_runs_adapter(models, whole, tmp_path, capsys):
@@ -490,6 +524,15 @@ def test_the_best_checkpoint_is_found_after_a_move(worst, tmp_path, way):
     assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
     assert json.loads((out / "run.json").read_text())["outcome"]["kept_step"] == 1
     assert (moved / "checkpoint-1").is_dir()
+
+
+def test_the_best_checkpoint_is_loaded_in_full_even_if_peft_leaves_tensors_out(worst, tmp_path, monkeypatch):
+    # It leaves out tensors whose names it changes; here it leaves out all, and the last step's would be saved.
+    (command, whole), out = worst, tmp_path / "out"
+    killed_after(6, whole, out)
+    monkeypatch.setattr(Trainer, "_load_best_model", lambda trainer: None)
+    assert main([*command, "--output_dir", str(out), "--resume"]) == 0
+    assert adapter_is_of(out) == ["checkpoint-1"]
 
 
 def damaged_after_training(monkeypatch, checkpoint: Path) -> None:

@@ -81,9 +81,12 @@ def certify(settings: CertifySettings) -> int:
             ]
         )
     side = trained_side(settings, console)
-    outcomes = [certify_served(side, served, engine, settings, console) for engine in engines]
-    file = write_certificate(outcomes, served)
+    outcomes: list[EngineOutcome] = []
+    for engine in engines:
+        outcomes.append(certify_served(side, served, engine, settings, console))
+        write_certificate(outcomes[-1], served)  # a further engine may not start
     refuse_failed([(served, outcome) for outcome in outcomes])
+    file = _certificate_of(served)
     console.say(translated(f"The certificate is {file}."))
     console.next_steps([_command_that_serves(settings, outcomes[0].engine)])
     return 0
@@ -150,7 +153,7 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
         # Export and serve may have given some of them before
         notice=lambda text: None if text in console.notices else console.notice(text),
     )
-    max_tokens = max(metadata.max_seq_length or _OF_ANOTHER_TOOL, 64)
+    max_tokens = metadata.max_seq_length or _OF_ANOTHER_TOOL
     records = _records(adapter, template, max_tokens, console)
     template = _of_today(template, console)
     prompts = choose_prompts(records, template, count=settings.prompts, max_tokens=max_tokens)
@@ -167,7 +170,8 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     model = load_trained(base, adapter).eval()
     expected = expect(model, prompts, template, max_new_tokens=settings.max_new_tokens)
     stops = stop_ids(model, template)
-    context = max_tokens + settings.max_new_tokens
+    longest = max(max_tokens, *(len(prompt.prompt_ids) for prompt in prompts))  # our own may be longer than any record
+    context = longest + settings.max_new_tokens
     context = min(context, positions_of(model.config) or context)
     del model, base
     free_memory()
@@ -338,14 +342,11 @@ def one_line(outcome: EngineOutcome) -> str:
     )
 
 
-def write_certificate(outcomes: Sequence[EngineOutcome], served: Path) -> Path:
+def write_certificate(outcome: EngineOutcome, served: Path) -> None:
     """Write certificate.json into what is served, or beside a GGUF; entries of other engines are kept."""
     file = _certificate_of(served)
-    entries = [outcome.to_json() for outcome in outcomes]
-    own = {entry["engine"] for entry in entries}
-    kept = [entry for entry in _read(file) if entry.get("engine") not in own]
-    write_text(file, json.dumps([*kept, *entries], ensure_ascii=False, indent=2) + "\n")
-    return file
+    kept = [entry for entry in _read(file) if entry.get("engine") != outcome.engine]
+    write_text(file, json.dumps([*kept, outcome.to_json()], ensure_ascii=False, indent=2) + "\n")
 
 
 def _certificate_of(served: Path) -> Path:

@@ -35,13 +35,15 @@ _NOT_COMPARED = {
 }
 
 _PROBE_MISSING = message(", without the forgetting probe")
+_TASKS_MISSING = message(", without all scores of lm-eval")
+_BOTH_MISSING = message(", without the forgetting probe and lm-eval")
 
 
 def evaluate(settings: EvaluateSettings) -> int:
     """Run `atomtune evaluate`. Raises Stopped (exit code 75) after Ctrl-C, with the report of what was done."""
     console = Console()
     folder = output_folder(settings)
-    _refuse_nothing_named(settings)  # before the folder: the reports go into the adapter's
+    _refuse_impossible(settings)  # before the folder: the reports go into the adapter's
     refuse_unwritable(folder)
     report = measure(settings, console)
     if settings.output_dir is None:
@@ -50,7 +52,7 @@ def evaluate(settings: EvaluateSettings) -> int:
     write_reports(report, folder)
     console.say(f"\nreport.html, report.md and report.json are in {folder}.")
     if report.stopped_early:
-        missing = "" if settings.no_probe or not settings.adapter_path or report.has_probe else _PROBE_MISSING
+        missing = _missing_in(report, settings)
         raise Stopped(
             f"stopped early: the report covers the {report.records:,} records that all models have answered{missing}."
         )
@@ -61,12 +63,23 @@ def evaluate(settings: EvaluateSettings) -> int:
     return 0
 
 
+def _missing_in(report: Report, settings: EvaluateSettings) -> str:
+    """What a report lacks besides records because of Ctrl-C, as the end of a sentence."""
+    lacks_probe = bool(settings.adapter_path) and not settings.no_probe and not report.has_probe
+    lacks_scores = bool(settings.lm_eval_tasks) and len(report.lm_eval) < len(report.models)
+    if lacks_probe and lacks_scores:
+        return _BOTH_MISSING
+    if lacks_scores:
+        return _TASKS_MISSING
+    return _PROBE_MISSING if lacks_probe else ""
+
+
 def measure(settings: EvaluateSettings, console: Console) -> Report:
     """Load the models, evaluate them on the records, and compute the figures.
 
     Raises BadSettings if no records are named or held out, Stopped if Ctrl-C comes before the first batch is done.
     """
-    _refuse_nothing_named(settings)
+    _refuse_impossible(settings)
     _refuse_missing_packages(settings)
     quiet_libraries()
     to_read = what_to_read(settings)
@@ -182,15 +195,25 @@ def _add_probe_and_tasks(
         done.stopped_early = True
 
 
-def _refuse_nothing_named(settings: EvaluateSettings) -> None:
-    """Raise BadSettings if no model or no records are named, BadModel if an adapter is missing."""
-    missing: list[str] = []
+def _refuse_impossible(settings: EvaluateSettings) -> None:
+    """Raise BadSettings if no model or no records are named, or a flag has no effect; BadModel without an adapter."""
+    problems: list[str] = []
     if not settings.adapter_path and not settings.model_path:
-        missing.append("--adapter_path is missing: the run's output folder. --model_path alone evaluates a base.")
+        problems.append("--adapter_path is missing: the run's output folder. --model_path alone evaluates a base.")
     if not settings.adapter_path and not settings.dataset_path:
-        missing.append("--dataset_path is missing: records to evaluate on.")
-    if missing:
-        raise BadSettings(missing)
+        problems.append("--dataset_path is missing: records to evaluate on.")
+    if settings.adapter_path and (settings.template != "auto" or settings.chat_template_kwargs):
+        problems.append(
+            "--template and --chat_template_kwargs are for a base without an adapter. Leave them out: an adapter is "
+            "evaluated with the template and the variables of its training."
+        )
+    if not settings.dataset_path and (settings.format != "auto" or settings.keys or settings.roles):
+        problems.append(
+            "--format, --keys and --roles are used with --dataset_path only. Leave them out: the held-out records are "
+            "read as in training."
+        )
+    if problems:
+        raise BadSettings(problems)
     for folder in map(Path, settings.adapter_path):
         refuse_empty_folder(folder)
         if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():

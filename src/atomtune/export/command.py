@@ -139,7 +139,7 @@ def _certify(settings: ExportSettings, file: Path, console: Console) -> None:
     )
     side = trained_side(certify_settings, console)
     outcome = certify_served(side, file, "llama.cpp", certify_settings, console)
-    write_certificate([outcome], file)
+    write_certificate(outcome, file)
     refuse_failed([(file, outcome)])
 
 

@@ -16,6 +16,9 @@ from atomtune.model.json_files import json_object
 _CARD = "README.md"
 #: The line of a card that names the class of the base (model_card.py).
 _IMPORT = re.compile(r"^from transformers import (?P<name>\w+), AutoTokenizer$", re.MULTILINE)
+#: Files of a checkpoint that are not its adapter's: the state of the training, and the manifest of the old names.
+_OF_A_CHECKPOINT = ("manifest.json", "trainer_state.json")
+_PICKLES = (".pt", ".pth", ".bin")
 #: The folder of a tokenizer with several chat templates.
 _TEMPLATES = "additional_chat_templates"
 
@@ -41,22 +44,26 @@ def rewrite_keys(adapter: Path, out: Path, class_name: str, base_path: str, *, t
 def _copy(adapter: Path, out: Path) -> None:
     """Copy the adapter's own files, without the checkpoints, merged models and exports in the folder of a run.
 
-    The certificate is not copied: it holds for the old names.
+    Not copied either: the certificate, which holds for the old names, and the state of the training in a checkpoint.
     The files are copied one by one: shutil.copytree reports a full disk as a list of all files, without errno.
     """
     out.mkdir(parents=True, exist_ok=True)
     own = (adapter / part for part in ("", _TEMPLATES))
     for file in (file for folder in own if folder.is_dir() for file in folder.iterdir()):
-        if file.is_file() and not file.name.startswith(".") and file.name != CERTIFICATE:
+        left_out = file.name in (CERTIFICATE, *_OF_A_CHECKPOINT) or file.suffix in _PICKLES
+        if file.is_file() and not file.name.startswith(".") and not left_out:
             goal = out / file.relative_to(adapter)
             goal.parent.mkdir(exist_ok=True)
             shutil.copy(file, goal)
 
 
 def _rewrite_config(file: Path, renamed: dict[str, str]) -> None:
-    """Replace full names of layers by the new ones; last parts of names (q_proj) mean the same in both classes."""
+    """Replace full names of layers and patterns by the new names; last parts (q_proj) mean the same in both classes."""
     values = json_object(file)
     modules = {module_of(old): module_of(new) for old, new in renamed.items()}
+    # A pattern may match none of the new names. Tensors of target_parameters would not be layers.
+    if isinstance(values.get("target_modules"), str) and not values.get("target_parameters"):
+        values["target_modules"] = sorted({module_of(new) for new in renamed.values() if ".lora_" in new})
     for listed in ("target_modules", "modules_to_save"):
         if isinstance(values.get(listed), list):
             values[listed] = sorted(modules.get(name, name) for name in values[listed])

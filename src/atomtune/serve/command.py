@@ -241,7 +241,7 @@ def _certify(service: Service, settings: ServeSettings, console: Console) -> Non
     certified = [(model.folder, outcome) for model, outcome in zip(service.models, outcomes, strict=True)]
     for folder, outcome in certified:
         try:
-            write_certificate([outcome], folder)
+            write_certificate(outcome, folder)
         except OSError as error:  # models are often on a read-only disk
             console.notice(f"the certificate is not saved: {folder} cannot be written ({error.strerror}).")
     refuse_failed(certified)

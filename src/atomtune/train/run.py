@@ -41,7 +41,7 @@ from atomtune.train.arguments import lengths, lengths_set, trainer_arguments
 from atomtune.train.callbacks import BeforeFirstStep, Stop
 from atomtune.train.checkpoint.atomic import clear_staging, read_manifest
 from atomtune.train.checkpoint.best import best_to_keep
-from atomtune.train.checkpoint.start import Finished, Resumed, Start, find_start
+from atomtune.train.checkpoint.start import Finished, Resumed, Start, beginning, find_start
 from atomtune.train.dataset import Data, read_data
 from atomtune.train.defaults import derived_in, with_defaults, with_sequence_limit
 from atomtune.train.disk_space import check_space
@@ -95,7 +95,7 @@ def train_into_folder(settings: TrainSettings, *, speaks: bool = True) -> Path:
         before = _derived_before(start)
         run = RunContext(settings, args, start, read_record(folder), console, record, derived_before=before)
         try:
-            record.update(settings=settings.resolved(), start=start.name)
+            record.update(settings=settings.resolved(), start=beginning(start, folder))
             _run(run, began)
         except BaseException as error:
             answer = _recorded_failure(run, error)

@@ -18,7 +18,7 @@ from atomtune.errors import BadModel, RunFailed, listing
 from atomtune.folders import identity_of, new_folder
 from atomtune.model.adapter import fill_again, refuse_not_finite, refuse_unlike
 from atomtune.model.adapter_folder import AdapterMetadata
-from atomtune.train.checkpoint.atomic import checkpoints, damage, rotate, seal, staged
+from atomtune.train.checkpoint.atomic import checkpoints, damage, read_manifest, rotate, seal, staged
 from atomtune.train.checkpoint.best import why_unusable
 from atomtune.train.checkpoint.start import STATE, step_of
 from atomtune.train.checkpoint.state import WEIGHTS_ONLY, has_optimizer
@@ -31,6 +31,8 @@ FAILED_SAVES = 3
 BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
 #: Keys of a parameter group that come from the run's settings and that no optimizer changes.
 GROUP_SETTINGS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
+#: Settings of a run that decide its learning rates.
+RATE_SETTINGS = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs")
 #: The Trainer writes its arguments beside every adapter, as a pickle that nothing reads.
 _TRAINING_ARGUMENTS = "training_args.bin"
 _CARD = "README.md"
@@ -255,15 +257,36 @@ class SavingTrainer(Trainer):
             return
         groups = self.optimizer.param_groups
         settings_now = [{name: group[name] for name in GROUP_SETTINGS if name in group} for group in groups]
-        if has_optimizer(Path(checkpoint)):
+        before = _identity_in(Path(checkpoint))
+        if has_optimizer(Path(checkpoint)) and self._has_the_optimizer(before):
             with _fitting(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
-        else:  # --save_only_model: a new optimizer, but the schedule continues
+            self._say_kept_rate(before)
+        else:  # a new optimizer, but the schedule continues
             self._move_schedule_to(step_of(Path(checkpoint)))
         for group, settings in zip(self.optimizer.param_groups, settings_now, strict=True):
             group.update(settings)
         if isinstance(self.lr_scheduler, LambdaLR):
             _follow(self.lr_scheduler, self.optimizer.param_groups)
+
+    def _has_the_optimizer(self, before: Mapping[str, Any]) -> bool:
+        """Whether the state is of this run's --optim; if not (--resume_anyway), give a notice."""
+        optim = before.get("optim", self.args.optim)
+        if optim.removesuffix("_fused") == self.args.optim.removesuffix("_fused"):  # both have the same state
+            return True
+        self.notice(f"the checkpoint holds the state of --optim {optim}, so the optimizer starts from scratch.")
+        return False
+
+    def _say_kept_rate(self, before: Mapping[str, Any]) -> None:
+        """Give a notice if a changed learning rate or schedule (--resume_anyway) does not replace the saved rate."""
+        now = self.facts["identity"]
+        changed = any(before.get(name, now[name]) != now[name] for name in RATE_SETTINGS)
+        if changed and not isinstance(self.lr_scheduler, LambdaLR):
+            schedule, rate = now["lr_scheduler_type"], self.optimizer.param_groups[0]["lr"]
+            self.notice(
+                f"--lr_scheduler_type {schedule} follows the losses, so it goes on with the state in the checkpoint, "
+                f"at a learning rate of {rate:g}."
+            )
 
     def _move_schedule_to(self, step: int) -> None:
         """Move the schedule to a step of the run; give a notice if it also depends on more than the step."""
@@ -271,7 +294,8 @@ class SavingTrainer(Trainer):
             self.lr_scheduler.last_epoch = step
         else:  # it follows the losses, which only its state records
             self.notice(
-                "the checkpoint holds no state of the learning-rate schedule, so the schedule starts from scratch."
+                "the learning-rate schedule follows the losses, and no state of it is loaded, so the schedule starts "
+                "from scratch."
             )
 
 
@@ -283,6 +307,14 @@ def _follow(schedule: LambdaLR, groups: list[dict[str, Any]]) -> None:
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
     schedule.load_state_dict({**schedule.state_dict(), "base_lrs": base_rates, "_last_lr": rates})
+
+
+def _identity_in(checkpoint: Path) -> Mapping[str, Any]:
+    """The settings of the run that wrote a checkpoint; empty if another tool wrote it."""
+    try:
+        return dict(read_manifest(checkpoint).get("identity", {}))
+    except (OSError, ValueError):
+        return {}
 
 
 @contextlib.contextmanager

@@ -40,6 +40,10 @@ class Resumed:
     step: int
     name: ClassVar[str] = "resume"
 
+    def lies_in(self, folder: Path) -> bool:
+        """Whether the run continues in the folder of its checkpoint."""
+        return self.checkpoint.resolve().parent == folder.resolve()
+
     @property
     def message(self) -> str:
         without = " It holds no optimizer state (--save_only_model), so the optimizer starts from scratch."
@@ -74,6 +78,13 @@ class Finished:
 
 
 Start = Fresh | Resumed | FromWeights
+
+
+def beginning(start: Start, output_dir: Path) -> str:
+    """How the run in a folder began, for run.json; continuing it in the same folder does not change that."""
+    if isinstance(start, Resumed) and start.lies_in(output_dir):
+        return str(read_record(output_dir).get("start", Fresh.name))
+    return start.name
 
 
 def newest_whole(folder: Path, notice: Callable[[str], None]) -> Path | None:
@@ -135,6 +146,14 @@ def _last_run_in(output_dir: Path, lengths: dict[str, Any], notice: Callable[[st
     newest = newest_whole(output_dir, notice)
     if newest is not None:
         return _resumed(newest)
+    if record.get("start") == Resumed.name:
+        raise BadSettings(
+            [
+                f"The run in {output_dir} continued a checkpoint of another folder and has no complete one of its own; "
+                "--resume would start from the beginning.\nRepeat the command that started it: "
+                "--resume_from_checkpoint CHECKPOINT."
+            ]
+        )
     if record.get("start") == FromWeights.name:
         raise BadSettings(
             [
@@ -196,7 +215,7 @@ def _refuse_to_mix(start: Resumed | FromWeights, output_dir: Path) -> None:
                 "--resume would later mistake for this run's.\nPass another --output_dir, or move them away."
             ]
         )
-    goes_on = isinstance(start, Resumed) and start.checkpoint.resolve().parent == output_dir.resolve()
+    goes_on = isinstance(start, Resumed) and start.lies_in(output_dir)
     if (output_dir / WEIGHTS).exists() and not goes_on:
         raise BadSettings(
             [f"{output_dir} holds the adapter of a finished run, which this one would overwrite. Pass another one."]
