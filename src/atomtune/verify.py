@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.table import Table
 
 from atomtune.batch.collate import Collator
@@ -37,7 +38,7 @@ from atomtune.durations import rough_duration
 from atomtune.errors import BadSettings, CheckFailed
 from atomtune.language import translated
 from atomtune.model import liger
-from atomtune.model.adapter import LoraSpec, new_adapter, parameter_counts
+from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.agreement import (
     TIMES_NOISE,
     Measure,
@@ -268,7 +269,7 @@ class Check:
             softmax_dtype = torch.promote_types(dtype, torch.float32)
             return plain, one_at_a_time(model, self.examples, softmax_dtype=softmax_dtype)
 
-    def _loaded(self, dtype: torch.dtype) -> CausalLM:
+    def _loaded(self, dtype: torch.dtype) -> PeftModel:
         """The base with an adapter. One model is in memory at a time: the one before is freed first."""
         free_memory()
         base = load_base(BaseSpec(**self.model.base(), dtype=dtype, device=self.device))
@@ -276,7 +277,7 @@ class Check:
         return _as_after_training(base, self.lora)
 
 
-def _say_how_long(model: CausalLM, examples: Sequence[Example], console: Console) -> None:
+def _say_how_long(model: PeftModel, examples: Sequence[Example], console: Console) -> None:
     """Announce how long all records will take if that is long, estimated from the time of one record.
 
     The time grows with the records, and with the weights of base and adapter: a rank of 65,536 takes a minute even on a
@@ -288,7 +289,7 @@ def _say_how_long(model: CausalLM, examples: Sequence[Example], console: Console
     # All records are computed three times.
     seconds = (time.perf_counter() - began) * 3 * tokens / len(examples[0].ids)
     if seconds >= LONG_SECONDS:
-        trainable, total = parameter_counts(model)
+        trainable, total = model.get_nb_trainable_parameters()
         console.say(
             f"this takes about {rough_duration(seconds)}: an adapter of {trainable:,} weights on {total - trainable:,} "
             "of the base, three times over each record; --records takes fewer …"
@@ -319,7 +320,7 @@ def _keep_tokens_apart(base: CausalLM) -> None:
             state.threshold = 0.0
 
 
-def _as_after_training(base: CausalLM, lora: LoraSettings) -> CausalLM:
+def _as_after_training(base: CausalLM, lora: LoraSettings) -> PeftModel:
     """The base with an adapter as after some training: in a new one B is zero, so A would have no gradient."""
     match_targets(base, lora.lora_targets)
     adapted = new_adapter(base, LoraSpec(**{**lora.lora(), "dropout": 0.0}))

@@ -29,7 +29,7 @@ from atomtune.model.adapter_folder import (
 )
 from atomtune.model.adapter_keys import module_of, names_in, with_new_names
 from atomtune.model.causal_lm import CausalLM
-from atomtune.model.experts import count_of, endings, experts_of
+from atomtune.model.experts import endings, experts_of
 from atomtune.model.load_errors import explained
 from atomtune.model.lora_targets import (
     ALL_LINEAR,
@@ -171,17 +171,6 @@ def _drop_out_layers(model: PeftModel, dropout: float) -> None:
         for _, layer in _adapted_layers(model):
             for adapter in layer.lora_dropout:
                 layer.lora_dropout[adapter] = nn.Dropout(dropout)
-
-
-def parameter_counts(model: CausalLM) -> tuple[int, int]:
-    """Numbers of (trainable, all) parameters; a 4-bit weight counts with its unpacked size."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        count = count_of(parameter)
-        total += count
-        if parameter.requires_grad:
-            trainable += count
-    return trainable, total
 
 
 def start_from_weights(base: CausalLM, file: Path, lora: LoraSpec, *, notice: Callable[[str], None]) -> PeftModel:

@@ -20,7 +20,6 @@ from atomtune.model.adapter import (
     expert_tensors,
     left_out_by_peft,
     new_adapter,
-    parameter_counts,
     start_from_weights,
     why_not_merged,
 )
@@ -187,9 +186,9 @@ def _adapter_of_start(run: RunContext, base: Any, start: Resumed | FromWeights) 
     return start_from_weights(base, file, LoraSpec(**run.settings.lora.lora()), notice=run.console.notice)
 
 
-def _say_size(run: RunContext, model: Any, device: torch.device, dtype: torch.dtype) -> None:
+def _say_size(run: RunContext, model: peft.PeftModel, device: torch.device, dtype: torch.dtype) -> None:
     settings = run.settings.model
-    trainable, total = parameter_counts(model)
+    trainable, total = model.get_nb_trainable_parameters()
     number_format = dtype_name(dtype) + (f", {settings.quantize}" if settings.quantize else "")
     run.console.say(
         f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %), the base in "
