@@ -175,27 +175,32 @@ def test_an_interrupted_evaluation_reports_the_records_all_models_finished(by_he
     assert "stopped early" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_stop_during_the_forgetting_probe_keeps_the_report(by_heart, tmp_path, monkeypatch, capsys):
-    def stopped(*arguments: object, **more: object) -> None:
+@pytest.fixture
+def stopped_in(by_heart, tmp_path, monkeypatch, capsys):
+    """Evaluate two records, with Ctrl-C in this function of a module; returns the message. The reports go to `out`."""
+
+    def interrupt(*arguments: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command_of_evaluate, "probe_scores", stopped)
-    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES[:2])
-    words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
-    assert evaluate(*words, "--no_generate") == 75
-    assert "2 records that all models have answered, without the forgetting probe." in capsys.readouterr().err
+    def run(module: object, name: str) -> str:
+        monkeypatch.setattr(module, name, interrupt)
+        data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES[:2])
+        words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
+        assert evaluate(*words, "--no_generate") == 75
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_a_stop_during_the_forgetting_probe_keeps_the_report(stopped_in, tmp_path):
+    told = stopped_in(command_of_evaluate, "probe_scores")
+    assert "2 records that all models have answered, without the forgetting probe." in told
     assert report_in(tmp_path / "out")["records"] == 2
 
 
-def test_a_stop_before_the_first_records_are_done_writes_nothing(by_heart, tmp_path, monkeypatch, capsys):
-    def stopped(*arguments: object, **more: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluation, "score_targets", stopped)
-    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES[:2])
-    words = ["--adapter_path", str(by_heart), "--dataset_path", str(data), "--output_dir", str(tmp_path / "out")]
-    assert evaluate(*words, "--no_generate") == 75
-    assert "stopped before the first records were done; nothing is written." in capsys.readouterr().err
+def test_a_stop_before_the_first_records_are_done_writes_nothing(stopped_in, tmp_path):
+    told = stopped_in(evaluation, "score_targets")
+    assert "stopped before the first records were done; nothing is written." in told
     assert not (tmp_path / "out" / "report.json").exists()
 
 
