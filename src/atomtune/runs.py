@@ -142,7 +142,7 @@ def _list(folder: Path, settings: RunsSettings, console: Console) -> None:
         console.say(f"No runs in {folder}. `atomtune train` writes {RUN_RECORD} into its --output_dir.")
         return
     table = _table(
-        console, *map(translated, ("run", "status", "data", "records", "steps", "loss", "held out", "started"))
+        console, *map(translated, ("run", "status", "data", "records", "steps", "mean loss", "held out", "started"))
     )
     for summary in listed:
         summary["folder"] = _below(Path(summary["folder"]), folder)
