@@ -78,8 +78,8 @@ test-oldest: .venv-oldest/installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -q -n 2 --dist worksteal
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
-	  (echo "atomtune needs Python 3.11 to 3.13; pass one: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1)
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
+	  (echo "atomtune needs Python 3.11 to 3.14; pass one: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1)
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt

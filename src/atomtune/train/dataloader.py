@@ -8,9 +8,9 @@ batch. Now it ends the worker, which ends the run.
 """
 
 import errno
-import multiprocessing
 import os
 import signal
+import sys
 import traceback
 from typing import Any
 
@@ -73,8 +73,11 @@ def _signal_masked_context() -> Any:
 
 
 def with_signal_masked_workers(loader: Any) -> Any:
-    """The same DataLoader; if it forks workers, they ignore signals to the job."""
+    """The same DataLoader; on Linux its workers are forked, and ignore signals to the job.
+
+    From Python 3.14 on, workers are not forked by default: each then imports torch anew, at every pass over the data.
+    """
     inner = getattr(loader, "base_dataloader", loader)  # inside accelerate's wrapper
-    if inner.num_workers and inner.multiprocessing_context is None and multiprocessing.get_start_method() == "fork":
+    if inner.num_workers and inner.multiprocessing_context is None and sys.platform == "linux":
         inner.multiprocessing_context = _signal_masked_context()
     return loader
