@@ -279,7 +279,7 @@ def test_columns_align_with_wide_chinese_characters(capsys):
     with spoken("zh"):
         Console().columns(rows)
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["  eval_size  auto   按底座的宽度 96", "  x          是     1 遍", "  refused    train  留出"]
+    assert lines == ["  eval_size  auto   按基座的宽度 96", "  x          是     1 遍", "  refused    train  留出"]
 
 
 @pytest.fixture(scope="module")
