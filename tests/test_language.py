@@ -404,5 +404,14 @@ def test_inspect_and_plan_are_chinese(tmp_path, capsys):
     assert not english_in(said)
 
 
+def test_a_short_line_of_inspect_is_chinese(capsys):
+    # Regression: "or: 64, 2 条更长": a key of few letters, printed without `translated`.
+    assert (
+        main(["inspect", str(DEMO_BASE.parent / "persona.jsonl"), "--model_path", str(DEMO_BASE), "--language", "zh"])
+        == 0
+    )
+    assert "或者：64，2 条更长" in capsys.readouterr().out
+
+
 def test_languages_are_those_with_a_catalogue():
     assert {"en", *(file.stem for file in CATALOGUE.parent.glob("*.json"))} == set(LANGUAGES)
