@@ -404,6 +404,16 @@ def test_inspect_and_plan_are_chinese(tmp_path, capsys):
     assert not english_in(said)
 
 
+def test_a_message_that_begins_with_a_value_does_not_take_the_command_for_it():
+    """“atomtune train: out 里已经有一次训练”: the half-width colon showed that the command was part of the folder."""
+    chinese = catalogue("zh")
+    text = "\natomtune train: out already holds a run. --resume continues it; another --output_dir starts a new one."
+    assert chinese.translated(text).startswith("\natomtune train：out 里已经有一次训练。")
+    text = "atomtune train: this is a bug in atomtune 0.1.0. Please report the lines above."
+    assert chinese.translated(text).startswith("atomtune train：这是 atomtune 0.1.0 的缺陷。")
+    assert chinese.translated("atomtune train: stopped by a signal.") == "atomtune train：收到信号，已停止。"
+
+
 def test_a_short_line_of_inspect_is_chinese(capsys):
     # Regression: "or: 64, 2 条更长": a key of few letters, printed without `translated`.
     assert (
