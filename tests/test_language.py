@@ -279,7 +279,7 @@ def test_columns_align_with_wide_chinese_characters(capsys):
     with spoken("zh"):
         Console().columns(rows)
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["  eval_size  auto   按底座的宽度 96", "  x          是     1 遍", "  refused    train  留出"]
+    assert lines == ["  eval_size  auto   按基座的宽度 96", "  x          是     1 遍", "  refused    train  留出"]
 
 
 @pytest.fixture(scope="module")
@@ -402,6 +402,25 @@ def test_inspect_and_plan_are_chinese(tmp_path, capsys):
     assert "记录与词元" in said
     assert "显存" in said or "内存" in said
     assert not english_in(said)
+
+
+def test_a_message_that_begins_with_a_value_does_not_take_the_command_for_it():
+    """“atomtune train: out 里已经有一次训练”: the half-width colon showed that the command was part of the folder."""
+    chinese = catalogue("zh")
+    text = "\natomtune train: out already holds a run. --resume continues it; another --output_dir starts a new one."
+    assert chinese.translated(text).startswith("\natomtune train：out 里已经有一次训练。")
+    text = "atomtune train: this is a bug in atomtune 0.1.0. Please report the lines above."
+    assert chinese.translated(text).startswith("atomtune train：这是 atomtune 0.1.0 的缺陷。")
+    assert chinese.translated("atomtune train: stopped by a signal.") == "atomtune train：收到信号，已停止。"
+
+
+def test_a_short_line_of_inspect_is_chinese(capsys):
+    # Regression: "or: 64, 2 条更长": a key of few letters, printed without `translated`.
+    assert (
+        main(["inspect", str(DEMO_BASE.parent / "persona.jsonl"), "--model_path", str(DEMO_BASE), "--language", "zh"])
+        == 0
+    )
+    assert "或者：64，2 条更长" in capsys.readouterr().out
 
 
 def test_languages_are_those_with_a_catalogue():

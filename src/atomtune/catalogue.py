@@ -28,6 +28,8 @@ _FLAG = re.compile(r"(?<![\w-])--(?=[a-z])", re.ASCII)
 #: A line about a record: its place and its problem; before the first one comes the command.
 _ABOUT_A_RECORD = re.compile(r"(atomtune \w+: )?(\S+:\d+  )(.+)\.")
 _LINES_ABOUT_RECORDS = re.compile(_ABOUT_A_RECORD.pattern + r"\n")
+#: Before an error. A key that begins with a value would match with the command as a part of it.
+_OF_A_COMMAND = re.compile(r"atomtune \w+: ")
 _FULL_WIDTH_END = tuple("。；：，？！）")
 #: The border between Chinese and Latin letters or digits, where Chinese is written with a space.
 _BORDER = re.compile(r"[\u4e00-\u9fff][A-Za-z0-9]|[A-Za-z0-9][\u4e00-\u9fff]")
@@ -98,6 +100,7 @@ class Catalogue:
         templates.sort(key=lambda template: (template.n_letters, template.n_characters), reverse=True)
         self.long_templates = [template for template in templates if not template.is_short]
         self.short_templates = [template for template in templates if template.is_short]
+        self.errors_of_commands = [template for template in templates if template.english.startswith("atomtune {")]
 
     def translated(self, text: str, *, is_ours: bool = False) -> str:
         """A text in the other language; unchanged if it is none of our messages.
@@ -113,6 +116,8 @@ class Catalogue:
             return text.replace(message, f"{command}{about_a_record[2]}{reason}。", 1)
         if _LINES_ABOUT_RECORDS.match(message):  # a key for one line would also match the end of the lines below it
             return text.replace(message, str(self._in_parts(message, is_ours=True)), 1)
+        if _OF_A_COMMAND.match(message) and (error := self._filled_first(self.errors_of_commands, message)):
+            return text.replace(message, error, 1)
         ways = [self._of_a_name, self._one_after_another, self._whole, self._short] if is_ours else [self._whole]
         found = next(filter(None, (way(message) for way in ways)), None)
         result = found or self._in_parts(message, is_ours) or message

@@ -160,7 +160,7 @@ def test_the_page_answers_as_chat_and_contacts_no_other_host(opened, by_heart):
     assert "微调后" in tab.page.inner_text("#tuned")
     assert "输入消息" in tab.page.get_attribute("#typed textarea", "placeholder")
     about = tab.page.inner_text(".about")  # although the terminal uses English
-    assert "适配器，底座" in about and "在 cpu 上用 float32" in about
+    assert "适配器，基座" in about and "在 cpu 上用 float32" in about
     for question in ("晚安", "今天天气怎么样？"):
         tab.ask(question)
         tab.shows("tuned", tuned.chat(question).replace("\n", ""))

@@ -124,7 +124,7 @@ def limits(report: Report) -> Iterator[str]:
     else:
         yield f"suggested: {nothing_lost.tokens:,}, {_cost(nothing_lost, total)}"
     if little_lost.tokens < nothing_lost.tokens:
-        yield f"       or: {little_lost.tokens:,}, {_cost(little_lost, total)}"
+        yield translated(f"       or: {little_lost.tokens:,}, {_cost(little_lost, total)}")
 
 
 def _cost(limit: Limit, total: int) -> str:
