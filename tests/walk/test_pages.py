@@ -156,5 +156,16 @@ def test_make_targets_and_extras_that_pages_name_exist():
             )
 
 
+def test_pages_and_make_name_the_versions_of_python_that_are_allowed():
+    oldest, beyond = re.search(
+        r'requires-python = ">=3\.(\d+),<3\.(\d+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    ).groups()
+    versions = (f"3.{oldest}", f"3.{int(beyond) - 1}")
+    for page in ("README.md", "README.zh-CN.md", "Makefile"):
+        named = re.findall(r"Python (3\.\d+) (?:to|到) (3\.\d+)", (ROOT / page).read_text(encoding="utf-8"))
+        assert named and set(named) == {versions}, page
+    assert f"(3, {oldest}) <= sys.version_info < (3, {beyond})" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
 def test_settings_are_defined_for_exactly_the_existing_commands():
     assert GROUPS.keys() == COMMANDS.keys()
