@@ -16,7 +16,7 @@ from atomtune.cli import main
 from atomtune.console import Console
 from atomtune.data.records import Example
 from atomtune.inspect.html_page import LABELS
-from atomtune.inspect.tokens import CONTROL_LEARNED, LEARNED, TokenDecoder, byte_of, coloured, show, with_marks
+from atomtune.inspect.tokens import CONTROL_LEARNED, LEARNED, TokenDecoder, coloured, show, with_marks
 from tests.conftest import DIALOGUES, SHARED_DATA, write_jsonl
 from tests.tiny import CHATML, tokenizer_of
 
@@ -352,18 +352,6 @@ def test_decoded_tokens_concatenate_to_the_text_with_visible_spaces(kind):
                 raw += seen[0].encode()
                 seen = seen[1:]
         assert raw.decode().replace("·", " ").replace("↵", "\n").strip(" ") == text
-
-
-def test_the_byte_alphabet_equals_that_of_the_tokenizers_library():
-    from tokenizers import pre_tokenizers
-
-    assert byte_of().keys() == set(pre_tokenizers.ByteLevel.alphabet())
-    assert sorted(byte_of().values()) == list(range(256))
-    for text in ("é", "ÿ\x00 \n", "中"):
-        (piece,) = [
-            word for word, _ in pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
-        ]
-        assert bytes(byte_of()[character] for character in piece) == text.encode()
 
 
 @pytest.mark.parametrize(("piece", "shown"), [(" a", "·a"), ("\x1b[31m", "⟨1B⟩[31m"), ("\u202e", "⟨202E⟩"), ("", "⟨⟩")])

@@ -95,8 +95,7 @@ def candidates_of(settings: EvaluateSettings, console: Console) -> Candidates:
 
 def _base_alone(settings: EvaluateSettings) -> Candidates:
     """A base without an adapter, with the template that the settings name."""
-    if not settings.model_path:
-        raise BadSettings(["--adapter_path is missing: the run's output folder. (--model_path alone takes a base.)"])
+    assert settings.model_path, "evaluate refuses a command without a model"
     tokenizer = load_tokenizer(settings.model_path, trust_remote_code=settings.trust_remote_code)
     variables = json.loads(settings.chat_template_kwargs) if settings.chat_template_kwargs else {}
     template = load_template(settings.template, tokenizer, variables=variables)

@@ -168,7 +168,7 @@ def _shown(done: Evaluation, row: int) -> Shown:
     nats: dict[str, float] = {}
     for name, results in done.results.items():
         result = results[row]
-        nats[name] = result.scores.nats / max(result.scores.tokens, 1)
+        nats[name] = result.scores.nats_per_token
         if result.answers:
             answers[name] = result.answers[-1].text
     prompt, reference = (question.prompt, question.reference) if question else ("", "")

@@ -108,8 +108,6 @@ def ledger_lines(ledger: Ledger) -> Iterator[str]:
 
 def limits(report: Report) -> Iterator[str]:
     """What the run's --max_seq_length costs, and lengths that would cost nothing or little."""
-    if not report.limits:
-        return
     this_run, nothing_lost, little_lost = report.limits
     ledger, total = report.ledger, report.ledger.records_read
     if this_run.records:
