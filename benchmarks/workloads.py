@@ -148,7 +148,7 @@ def build_base(folder: Path, source: list[dict[str, str]], shape: str = "small")
     shape  a key of SHAPES (a Llama like Atom) or of KINDS
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
     sizes = SHAPES.get(shape)
     trained_tokenizer(text for record in source for text in record.values()).save_pretrained(folder)
@@ -173,7 +173,7 @@ def build_base(folder: Path, source: list[dict[str, str]], shape: str = "small")
         dtype=torch.bfloat16 if sizes.words > _PUBLISHED else torch.float32,
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        LlamaForCausalLM._from_config(config).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
