@@ -112,15 +112,6 @@ def test_the_page_and_the_picture_show_every_trial(swept):
     assert (swept / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
-def test_a_sweep_is_resumed_only_with_resume_and_unchanged_settings(swept, run, capsys):
-    flags = (*RATES, "--output_dir", str(swept))
-    assert main(["sweep", *run, *flags]) == 2
-    assert "already holds a sweep" in capsys.readouterr().err
-    assert main(["sweep", *run, *flags, "--resume", "--lora_rank", "2"]) == 2
-    assert "--lora_rank was not set when the sweep began and is 2 now" in capsys.readouterr().err
-
-
 def started(run: tuple[str, ...], folder: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "atomtune", "sweep", *run, "--output_dir", str(folder), *flags],
@@ -211,6 +202,20 @@ def test_a_resumed_sweep_repeats_every_trial_without_a_result_once():
         attempted.add(trial.number)
         sweep = sweep.with_trial(replace(trial, status="failed"))
     assert attempted == {2, 4, 5, 6, 7}
+
+
+def test_a_sweep_is_resumed_only_with_resume_and_unchanged_settings(by_stand_in, capsys):
+    pytest.importorskip("optuna")
+    swept = ("--trials", "1", "--try", "learning_rate=1e-3,2e-3")
+    assert by_stand_in(*swept) == 0
+    for more, said in (
+        ((), "already holds a sweep"),
+        (("--resume", "--lora_rank", "2"), "--lora_rank was not set when the sweep began and is 2 now"),
+        (("--resume", "--try", "learning_rate=1e-3,2e-3,4e-3"), "--try differs from what it was"),
+    ):
+        assert by_stand_in(*swept, *more) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert by_stand_in(*swept, "--resume") == 0
 
 
 def test_trials_with_nothing_left_to_try_are_refused(by_stand_in, tmp_path, capsys):

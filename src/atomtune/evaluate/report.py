@@ -25,6 +25,8 @@ from atomtune.language import message, singular
 
 #: How many records are shown on each side.
 SHOWN = 8
+#: From here on, powers of ten are shown: the perplexity of a model that has diverged may have hundreds of digits.
+_LARGE = 1e9
 #: Measures that the sentence names as better, worse or unclear.
 _TELLING = ("nats_per_token", "chrf", "exact_match", "stop_rate", "call_known_rate", "probe_nats_per_token")
 
@@ -214,6 +216,8 @@ def shown(metric: Metric, value: float) -> str:
         return f"{100 * value:.1f} %"
     if metric.name == "chrf":
         return f"{value:.1f}"
+    if value >= _LARGE:
+        return f"{value:.1e}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
 
 
