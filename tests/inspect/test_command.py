@@ -228,6 +228,16 @@ def test_several_files_are_one_data_set(base, tmp_path, capsys):
     assert "one.jsonl:4, two.jsonl:1, one.jsonl:5" in err
 
 
+@pytest.mark.parametrize(("pairs", "places"), [(1, "a:1, a:2"), (2, "a:1, a:2, a:3 …"), (3, "a:1, a:2, a:3 …")])
+def test_places_that_are_not_shown_are_marked(base, tmp_path, capsys, pairs, places):
+    # Regression: of two pairs of copies, of which the later ones are counted, the last place was left out unsaid.
+    file = write_jsonl(tmp_path / "a.jsonl", [record for record in DIALOGUES[:pairs] for _ in range(2)])
+    _, out, _ = inspected(capsys, file, "--model_path", base, "--samples", "0")
+    lines = [line.strip() for line in out.splitlines()]
+    (at,) = [number for number, line in enumerate(lines) if line.startswith("duplicates ")]
+    assert lines[at + 1] == places.replace("a:", "a.jsonl:")
+
+
 def test_a_file_without_usable_records_still_gets_a_report(base, tmp_path, capsys):
     file = write_jsonl(tmp_path / "bad.jsonl", [{"instruction": "a", "output": ""}, {"instruction": "", "output": "b"}])
     code, out, err = inspected(capsys, file, "--model_path", base, "--html", tmp_path / "report.html", "--json")

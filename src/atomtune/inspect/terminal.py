@@ -220,7 +220,7 @@ def _places(report: Report, finding: Finding) -> Iterator[str]:
     """The origins of a problem on one line; refused records with their reason, one line each."""
     if finding.check != "refused":
         origins = [report.origin(int(row)) for row in finding.rows[:_SHOWN]]
-        more = " …" if finding.count > len(origins) > 0 else ""
+        more = " …" if len(finding.rows) > len(origins) else ""
         yield ", ".join(origins) + more
         return
     refused = report.ledger.records_refused
