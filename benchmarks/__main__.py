@@ -10,9 +10,8 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,21 +20,12 @@ from typing import Any
 import torch
 
 from benchmarks import workloads
-from benchmarks.contender import CONTENDERS
-
-HERE = Path(__file__).parent
-PERSONA = HERE.parent / "src" / "atomtune" / "demo" / "persona.jsonl"
+from benchmarks.contender import CONTENDERS, figures_of
 
 
-def run(name: str, base: Path, data: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.contender", name, "--base", str(base), "--data", str(data)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=False)
-    if done.returncode:
-        raise SystemExit(f"{name} on {data.stem} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure(source: Path, counts: dict[str, int], names: list[str], *, rounds: int, shape: str) -> list[dict[str, Any]]:
+def measure(
+    source: Path, counts: Mapping[str, int], names: Sequence[str], *, rounds: int, shape: str
+) -> list[dict[str, Any]]:
     """Train each contender on each workload, `rounds` times; one dictionary of figures per run."""
     runs = []
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +35,8 @@ def measure(source: Path, counts: dict[str, int], names: list[str], *, rounds: i
             data = workloads.write(workload, every[:count], Path(folder) / f"{workload}.jsonl")
             for turn in range(rounds):
                 for name in names:
-                    figures = run(name, base, data) | {"round": turn}
+                    words = [name, "--base", str(base), "--data", str(data)]
+                    figures = figures_of("benchmarks.contender", words, what=f"{name} on {workload}") | {"round": turn}
                     print(
                         f"{workload:6} round {turn}  {name:16} {figures['examples_per_second']:8.2f} examples/s  "
                         f"{figures['peak_memory_mb']:6.0f} MB  loss {figures['loss']:.3f}  "
@@ -93,13 +84,16 @@ def against_fastest_other(runs: list[dict[str, Any]], workload: str) -> Against 
     if not own or not other:
         return None
     packed = next((name for name in names if name == f"trl-packed-{own.rpartition('-')[2]}"), other)
-    by_round = {(figures["name"], figures["round"]): figures for figures in runs if figures["workload"] == workload}
-    rounds = sorted({number for _, number in by_round})
+    of_workload = [figures for figures in runs if figures["workload"] == workload]
+    speed = median_ratio(of_workload, "examples_per_second", own, other)
+    return Against(own, other, speed=speed, memory=median_ratio(of_workload, "peak_memory_mb", own, packed))
 
-    def ratio(figure: str, beside: str) -> float:
-        return statistics.median(by_round[own, r][figure] / by_round[beside, r][figure] for r in rounds)
 
-    return Against(own, other, speed=ratio("examples_per_second", other), memory=ratio("peak_memory_mb", packed))
+def median_ratio(runs: list[dict[str, Any]], figure: str, own: str, other: str) -> float:
+    """A figure of one contender over that of another on one workload: the median of the ratios within each round."""
+    by_round = {(figures["name"], figures["round"]): figures[figure] for figures in runs}
+    rounds = {number for _, number in by_round}
+    return statistics.median(by_round[own, number] / by_round[other, number] for number in rounds)
 
 
 def report(runs: list[dict[str, Any]]) -> str:
@@ -164,7 +158,9 @@ def _with_version(name: str) -> str:
 def arguments(about: str | None, contenders: Mapping[str, str], *, records: int, out: str) -> argparse.ArgumentParser:
     """The argument parser that the benchmarks on these workloads share."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, default=PERSONA, help="dialogues, JSONL; default: the demo's persona")
+    parser.add_argument(
+        "--source", type=Path, default=workloads.PERSONA, help="dialogues, JSONL; default: the demo's persona"
+    )
     parser.add_argument(
         "--records", type=int, default=records, help=f"first N records for short, a quarter for others; {records}"
     )

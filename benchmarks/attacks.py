@@ -15,6 +15,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -77,18 +78,15 @@ class World:
         words += ["--max_steps", 2, "--save_steps", 1, "--dtype", "float32", "--eval_size", 0, "--use_cpu", "--resume"]
         return [str(word) for word in (*words, *more)]
 
-    def records(self, *values: Any, name: str = "attack.jsonl") -> None:
-        self.data = self.folder / name
+    def records(self, *values: Any) -> None:
+        self.data = self.folder / "attack.jsonl"
         lines = (value if isinstance(value, str) else json.dumps(value) for value in values)
         self.data.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack: what is changed, the command, and the exit codes that are right.
-
-    unharmed  paths within the folder that must not change
-    """
+    """One attack: what is changed, the command, and the exit codes that are right."""
 
     kind: int
     name: str
@@ -96,7 +94,6 @@ class Attack:
     codes: tuple[int, ...] = (2,)
     variables: dict[str, str] = field(default_factory=dict)
     shell: str = ""  # a shell line around the command, to redirect its streams
-    unharmed: tuple[str, ...] = ()
 
 
 def behind(
@@ -170,8 +167,6 @@ def _be_command(words: list[str], output: Path, variables: dict[str, str]) -> No
 
 def shelled(attack: Attack, words: list[str], output: Path) -> tuple[int, float]:
     """Run a command the way a shell starts it: (exit code, seconds of processor time)."""
-    import shlex
-
     command = attack.shell.format(shlex.join([sys.executable, "-W", "ignore", "-m", "atomtune", *words]))
     cache = {"HF_DATASETS_CACHE": str(output.parent / "cache")}
     began = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -218,11 +213,10 @@ def table(kinds: list[int]) -> list[str]:
     import atomtune.serve.chat
     import atomtune.train.run  # noqa: F401  # imported once, before the forks
 
-    persona = Path(__file__).parent.parent / "src" / "atomtune" / "demo" / "persona.jsonl"
     tried, failed = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        records = workloads.read(persona, 40)
+        records = workloads.read(workloads.PERSONA, 40)
         world = World(
             root / "first", root / "base", workloads.write("short", records, root / "data.jsonl"), root / "run"
         )

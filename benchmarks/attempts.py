@@ -399,7 +399,7 @@ def of_links() -> Iterator[Attack]:
             (world.run / name).symlink_to(world.folder / "others")
             return world.resume()
 
-        yield Attack(6, f"a link {name}", link, (0, 2, 3), unharmed=("others",))
+        yield Attack(6, f"a link {name}", link, (0, 2, 3))
 
     def page(world: World) -> list[str]:
         os.mkfifo(world.folder / "others" / "pipe")

@@ -35,10 +35,13 @@ _WIDTHS: Values = {
 }
 
 
+def rope(*sections: int, **more: Any) -> Values:
+    """Rotary positions in sections: time, height, width. For text all three are equal."""
+    return {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": list(sections), **more}
+
+
 def _rope(*sections: int, **more: Any) -> Values:
-    """Rotary positions in sections: time, height, width."""
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": list(sections), **more}
-    return {"text_config": {"rope_parameters": rope}}
+    return {"text_config": {"rope_parameters": rope(*sections, **more)}}
 
 
 def _timm(architecture: str, **more: Any) -> Values:

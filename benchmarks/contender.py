@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 
+from atomtune.choices import Learn
+from atomtune.data.records import Example
+
 BATCH, MAX_TOKENS, RATE, RANK, ALPHA = 16, 512, 1e-4, 8, 32
 
 CONTENDERS = {
@@ -72,39 +75,58 @@ def non_embedding_weights(base: Path) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
 
 
-class Clock:
-    """A Trainer callback that measures the seconds of the training loop, without loading and set-up."""
+def stopwatch() -> Any:
+    """A Trainer callback that measures the `seconds` of the training loop, without loading and set-up."""
+    from transformers import TrainerCallback
 
-    def __new__(cls) -> Any:
-        from transformers import TrainerCallback
+    class Stopwatch(TrainerCallback):
+        seconds = 0.0
 
-        class _Clock(TrainerCallback):
-            seconds = 0.0
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            finish()
+            self.began = time.perf_counter()
 
-            def on_train_begin(self, *_: Any, **__: Any) -> None:
-                finish()
-                self.began = time.perf_counter()
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            finish()
+            self.seconds = time.perf_counter() - self.began
 
-            def on_train_end(self, *_: Any, **__: Any) -> None:
-                finish()
-                self.seconds = time.perf_counter() - self.began
-
-        return _Clock()
+    return Stopwatch()
 
 
-def encoded(base: Path, data: Path) -> list[dict[str, list[int]]]:
-    """Every record as token ids and a mask of the target tokens, encoded by atomtune."""
+def examples_in(base: Path, data: Path, *, template: str, max_tokens: int, learn: Learn) -> list[Example]:
+    """Every record of a file as atomtune encodes it, the same for all contenders."""
     from atomtune.data.cache import examples_of
     from atomtune.data.encoded_source import Rules
     from atomtune.data.encoding.choose_template import load_template
     from atomtune.data.example_table import as_examples
     from atomtune.model.load import load_tokenizer
 
-    template = load_template("atom", load_tokenizer(str(base)))
-    rules = Rules(max_tokens=MAX_TOKENS, learn="last")
-    stored = examples_of(data, template, rules, cache_dir=data.parent / "store").examples
-    examples = (example for row in stored for example in as_examples(row))
+    loaded = load_template(template, load_tokenizer(str(base)))
+    rules = Rules(max_tokens=max_tokens, learn=learn)
+    stored = examples_of(data, loaded, rules, cache_dir=data.parent / "store").examples
+    return [example for row in stored for example in as_examples(row)]
+
+
+def encoded(
+    base: Path, data: Path, *, template: str = "auto", max_tokens: int = MAX_TOKENS, learn: Learn = "all"
+) -> list[dict[str, list[int]]]:
+    """Every record as token ids and a mask of the target tokens, by default with the base's own template."""
+    examples = examples_in(base, data, template=template, max_tokens=max_tokens, learn=learn)
     return [{"input_ids": list(example.ids), "completion_mask": list(example.learn)} for example in examples]
+
+
+def padded(batch: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """ids, labels (-100 for tokens that are not targets) and mask, each [B, longest]."""
+    longest = max(len(record["input_ids"]) for record in batch)
+    ids, labels, mask = [], [], []
+    for record in batch:
+        tokens, learned = record["input_ids"], record["completion_mask"]
+        filling = longest - len(tokens)
+        ids.append(tokens + [0] * filling)
+        answers = [token if times else -100 for token, times in zip(tokens, learned, strict=True)]
+        labels.append(answers + [-100] * filling)
+        mask.append([1] * len(tokens) + [0] * filling)
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
 
 
 def plain_model(base: Path, dtype: torch.dtype) -> Any:
@@ -123,13 +145,17 @@ def lora(model: Any) -> Any:
     return LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
 
 
-def run_apart(module: str, words: Sequence[str], *, what: str, out: Path) -> None:
-    """Run a benchmark's module in a process of its own; print the last line of its output, and append it to a file."""
-    command = [sys.executable, "-m", module, *words]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+def figures_of(module: str, words: Sequence[str], *, what: str) -> Any:
+    """Run a benchmark's module in a process of its own; the last line of its output is its figures, as JSON."""
+    ended = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True, check=False)
     if ended.returncode:
-        raise SystemExit(f"{what}:\n{ended.stderr[-3000:]}")
-    line = ended.stdout.splitlines()[-1]
+        raise SystemExit(f"{what} ended with {ended.returncode}:\n{ended.stderr[-3000:]}")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def run_apart(module: str, words: Sequence[str], *, what: str, out: Path) -> None:
+    """Run a benchmark's module in a process of its own; print its figures, and append them to a file."""
+    line = json.dumps(figures_of(module, words, what=what))
     print(line, flush=True)
     with out.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
@@ -191,28 +217,23 @@ def plain(base: Path, data: Path, out: str, *, dtype: torch.dtype, checkpointing
     model = get_peft_model(model, lora(model))
     computed = 0
 
-    def collate(features: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def counted(features: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         nonlocal computed
-        longest = max(len(example["input_ids"]) for example in features)
-        computed += longest * len(features)
-        ids, labels = [], []
-        for example in features:
-            padding = longest - len(example["input_ids"])
-            ids.append(example["input_ids"] + [0] * padding)
-            learned = zip(example["input_ids"], example["completion_mask"], strict=True)
-            labels.append([token if is_learned else -100 for token, is_learned in learned] + [-100] * padding)
-        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+        batch = padded(features)
+        computed += batch["input_ids"].numel()
+        return batch
 
     class Plain(Trainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            # Without the mask, as in the tutorial: padding stands on the right, and has no labels
             return model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
 
-    clock = Clock()
+    clock = stopwatch()
     trainer = Plain(
         model=model,
-        train_dataset=encoded(base, data),
+        train_dataset=encoded(base, data, template="atom", learn="last"),
         args=TrainingArguments(**common(out), per_device_train_batch_size=BATCH, remove_unused_columns=False),
-        data_collator=collate,
+        data_collator=counted,
         callbacks=[clock],
     )
     result = trainer.train()
@@ -229,11 +250,11 @@ def trl(base: Path, data: Path, out: str, *, packing: bool, dtype: torch.dtype, 
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    rows = encoded(base, data)
+    rows = encoded(base, data, template="atom", learn="last")
     per_row = max(1, MAX_TOKENS * len(rows) // sum(len(row["input_ids"]) for row in rows))
     rows_a_step = max(1, BATCH // per_row) if packing else BATCH
     micro = 1 if packing and device().type == "cpu" else rows_a_step
-    clock, model = Clock(), plain_model(base, dtype)
+    clock, model = stopwatch(), plain_model(base, dtype)
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
@@ -322,7 +343,7 @@ def main() -> None:
         "matmul_gflops": rate / 1e9,
         "share_of_floor": floor / figures["seconds"],
     }
-    print(json.dumps(figures), file=sys.stdout)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import workloads
-from benchmarks.quality import encoded
+from benchmarks.contender import encoded
 from benchmarks.side_by_side import Run, Settings
+from benchmarks.workloads import DEMO, PERSONA
 
-DEMO = Path(__file__).parents[1] / "src" / "atomtune" / "demo"
 KINDS = ("persona", "style", "questions")
 #: Longer records are left out: all other records of a batch would be padded to their length.
 LONGEST = 128
@@ -472,7 +472,7 @@ def main() -> None:
     parser.add_argument("--base", nargs="+", default=[str(DEMO / "base")], help="folders")
     parser.add_argument("--records", nargs="+", type=int, default=[50, 200, 1000, 5000])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--dialogues", type=Path, default=DEMO / "persona.jsonl", help="instruction/input/output JSONL")
+    parser.add_argument("--dialogues", type=Path, default=PERSONA, help="instruction/input/output JSONL")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--held_out", type=int, default=100, help="records that loss and chrF are of")
     parser.add_argument("--processes", type=int, default=1)

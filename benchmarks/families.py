@@ -238,7 +238,7 @@ def tried(family: str, values: Values, *, limit: int, trace: bool = False) -> Fi
         if trace:
             traceback.print_exc()
         finding = Finding(family, reason=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:140]}")
-    return Finding(**{**vars(finding), "seconds": time.perf_counter() - start})
+    return dataclasses.replace(finding, seconds=time.perf_counter() - start)
 
 
 Findings = Sequence[tuple[str, Finding]]  # (kind of layers, finding)

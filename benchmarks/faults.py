@@ -6,6 +6,7 @@ same faults: `atomtune`, and `stock`, which is transformers' Trainer with PEFT u
 
 import contextlib
 import dataclasses
+import json
 import os
 import random
 import signal
@@ -33,8 +34,6 @@ def atomtune(base: Path, data: Path, out: Path, *, resume: bool) -> int:
 
 def stock(base: Path, data: Path, out: Path, *, resume: bool) -> int:
     """The same run with transformers' own Trainer."""
-    import json
-
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
     from transformers.trainer_utils import get_last_checkpoint

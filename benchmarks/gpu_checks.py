@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_workloads
-from benchmarks.gpu_meter import wait
+from benchmarks.contender import finish
 from benchmarks.gpu_workloads import device, has_gpu
 
 Figures = dict[str, Any]
@@ -58,11 +58,11 @@ def seconds_of(work: Callable[[], Any], *, times: int = 10) -> float:
     """Mean seconds of a call, after three calls as warm-up."""
     for _ in range(3):
         work()
-    wait()
+    finish()
     began = time.perf_counter()
     for _ in range(times):
         work()
-    wait()
+    finish()
     return (time.perf_counter() - began) / times
 
 

@@ -23,10 +23,10 @@ import torch
 
 from atomtune.model.memory import activation_bytes
 from benchmarks import gpu_workloads
+from benchmarks.contender import ALPHA, RANK, RATE, encoded, lora, padded
 from benchmarks.gpu_meter import Meter
 from benchmarks.gpu_workloads import LENGTHS, device, has_gpu, random_model
 
-RANK, ALPHA, RATE = 8, 32, 1e-4
 #: Steps until CUDA graphs exist for most shapes of a workload, by (workload, batch). They are not measured, so that the
 #: result holds for runs of a few hundred steps and more.
 REPLAYED_WARM_UP = {("style", 16): 180, ("long", 1): 60, ("short", 64): 50, ("style", 64): 45}
@@ -164,7 +164,7 @@ def trl(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) -> Fi
         ),
         train_dataset=Dataset.from_list(records),
         processing_class=AutoTokenizer.from_pretrained(base),
-        peft_config=_lora(model),
+        peft_config=lora(model),
         callbacks=[meter],
     )
     trainer.data_collator = _counted(trainer.data_collator, meter)
@@ -182,7 +182,7 @@ def plain(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) -> 
     model.config.use_cache = False
     recompute = _must_recompute(model, job["batch"] * max(len(record["input_ids"]) for record in records))
     trainer = Trainer(
-        model=get_peft_model(model, _lora(model)),
+        model=get_peft_model(model, lora(model)),
         train_dataset=records,
         args=TrainingArguments(
             **_trainer_arguments(scratch),
@@ -190,7 +190,7 @@ def plain(job: Figures, meter: Meter, base: Path, data: Path, scratch: Path) -> 
             remove_unused_columns=False,
             gradient_checkpointing=recompute,
         ),
-        data_collator=_counted(_padded, meter),
+        data_collator=_counted(padded, meter),
         callbacks=[meter],
     )
     loss = trainer.train().training_loss
@@ -205,8 +205,7 @@ RUNS: dict[str, Callable[[Figures, Meter, Path, Path, Path], Figures]] = {
 
 
 def _records(base: Path, data: Path) -> list[dict[str, list[int]]]:
-    examples = gpu_workloads.encoded(base, data)
-    return [{"input_ids": list(example.ids), "completion_mask": list(example.learn)} for example in examples]
+    return encoded(base, data, template="atom", max_tokens=LENGTHS[data.stem], learn="last")
 
 
 def _must_recompute(model: Any, tokens: int) -> bool:
@@ -215,16 +214,6 @@ def _must_recompute(model: Any, tokens: int) -> bool:
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     kept = activation_bytes(model.config, tokens=tokens, element_bytes=2)
     return weights + kept > USABLE * torch.cuda.get_device_properties(0).total_memory
-
-
-def _lora(model: Any) -> Any:
-    """LoRA on the layers that atomtune adapts, because PEFT's own all-linear also adapts routers and experts."""
-    from peft import LoraConfig
-
-    from atomtune.model.lora_targets import all_linear
-
-    targets = list(all_linear(model).adapted)
-    return LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def _trainer_arguments(scratch: Path) -> Figures:
@@ -239,20 +228,6 @@ def _trainer_arguments(scratch: Path) -> Figures:
         "bf16": has_gpu(),
         "use_cpu": device().type == "cpu",
     }
-
-
-def _padded(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """ids, labels (-100 for tokens that are not targets) and mask, each [B, longest]."""
-    longest = max(len(record["input_ids"]) for record in batch)
-    ids, labels, mask = [], [], []
-    for record in batch:
-        tokens, learned = record["input_ids"], record["completion_mask"]
-        filling = longest - len(tokens)
-        ids.append(tokens + [0] * filling)
-        answers = [token if times else -100 for token, times in zip(tokens, learned, strict=True)]
-        labels.append(answers + [-100] * filling)
-        mask.append([1] * len(tokens) + [0] * filling)
-    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
 
 
 def _counted(collate: Callable[[Any], Any], meter: Meter) -> Callable[[Any], Any]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from benchmarks.contender import finish
+
 PROFILED_STEPS = 3
 #: Kinds of kernels by their names, the first that fits.
 KINDS = (
@@ -24,12 +26,6 @@ KINDS = (
     ("reductions", r"reduce|norm|isfinite"),
     ("elementwise", r"elementwise|vectorized|unrolled|silu|mul|add|rsqrt|pow|neg|dropout|bernoulli|distribution"),
 )
-
-
-def wait() -> None:
-    """Wait until the device has finished all queued work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 class Meter(TrainerCallback):
@@ -49,22 +45,22 @@ class Meter(TrainerCallback):
         self._counts.append((tokens, examples))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        wait()
+        finish()
         self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
         if step == 1:
-            wait()
+            finish()
             self.figures["first_step_s"] = time.perf_counter() - self._began
             self._began = time.perf_counter()
         elif step == self.warm_up:
-            wait()
+            finish()
             each = (time.perf_counter() - self._began) / (step - 1)
             self._measured = max(self.fewest, min(self.most, math.ceil(self.seconds / each)))
             self._began = time.perf_counter()
         elif self._measured and step == self.warm_up + self._measured:
-            wait()
+            finish()
             self._finish(time.perf_counter() - self._began)
             if self.profiles:
                 self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
@@ -73,7 +69,7 @@ class Meter(TrainerCallback):
             else:
                 control.should_training_stop = True
         elif self._profiler and step == self.warm_up + self._measured + PROFILED_STEPS:
-            wait()
+            finish()
             seconds = time.perf_counter() - self._began
             self._profiler.stop()
             self.figures["profile"] = kernels(trace_of(self._profiler), seconds)
@@ -82,7 +78,7 @@ class Meter(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if "seconds" not in self.figures and self._measured:  # the records ended before the planned steps
-            wait()
+            finish()
             self._measured = state.global_step - self.warm_up
             self._finish(time.perf_counter() - self._began)
 

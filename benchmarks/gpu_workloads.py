@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
+from atomtune.data.records import Example
 from benchmarks import workloads
+from benchmarks.contender import examples_in
 
 #: Qwen2 shapes: hidden, intermediate, layers, heads, key heads, vocabulary, and whether the output matrix is tied.
 SHAPES = {
@@ -107,27 +109,11 @@ def write_all(folder: Path, names: Iterable[str], *, dry_run: bool) -> None:
         (folder / f"{workload}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def write_base(folder: Path, shape: str, *, small: bool = False) -> Path:
+def write_base(folder: Path, shape: str, *, small: bool = False) -> None:
     """Write config.json and a tokenizer, but no weights."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=8_000,
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([" " + word for word in words()] * 2 + ["Human: \n", "Assistant: \n"] * 4, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
-    )
-    tokenizer.save_pretrained(folder)
+    texts = [" " + word for word in words()] * 2 + ["Human: \n", "Assistant: \n"] * 4
+    workloads.trained_tokenizer(texts).save_pretrained(folder)
     config_of(shape, small=small).save_pretrained(folder)
-    return folder
 
 
 def config_of(shape: str, *, layers: int | None = None, small: bool = False) -> Any:
@@ -204,15 +190,6 @@ def load_random_weights() -> None:
     transformers.AutoModelForCausalLM.from_pretrained = staticmethod(from_pretrained)
 
 
-def encoded(base: Path, data: Path) -> list[Any]:
+def encoded(base: Path, data: Path) -> list[Example]:
     """Every record as an atomtune Example, the same for all contenders."""
-    from atomtune.data.cache import examples_of
-    from atomtune.data.encoded_source import Rules
-    from atomtune.data.encoding.choose_template import load_template
-    from atomtune.data.example_table import as_examples
-    from atomtune.model.load import load_tokenizer
-
-    template = load_template("atom", load_tokenizer(str(base)))
-    rules = Rules(max_tokens=LENGTHS[data.stem], learn="last")
-    stored = examples_of(data, template, rules, cache_dir=data.parent / "store").examples
-    return [example for row in stored for example in as_examples(row)]
+    return examples_in(base, data, template="atom", max_tokens=LENGTHS[data.stem], learn="last")

@@ -28,8 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contender import device, finish, peak_memory_mb, run_apart, run_benchmark
-from benchmarks.quality import encoded
+from benchmarks.contender import device, encoded, finish, peak_memory_mb, run_apart, run_benchmark
 from benchmarks.replay import padded_loss
 
 CONTENDERS = ("atomtune", "peft")

@@ -13,8 +13,6 @@ import platform
 import random
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -22,7 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.__main__ import PERSONA
+from benchmarks import workloads
+from benchmarks.contender import figures_of
 
 #: Texts per call of the tokenizer; larger batches were no faster.
 _BATCH = 1000
@@ -127,18 +126,14 @@ class Peak:
 
 def _apart(*words: str) -> Any:
     """Run a part of this module in its own process and return what it prints."""
-    command = [sys.executable, "-m", "benchmarks.million", *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return figures_of("benchmarks.million", words, what=" ".join(words))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3, help="pairs of the tokenizer alone and a whole start")
-    parser.add_argument("--source", type=Path, default=PERSONA, help="dialogues that the records are made of")
+    parser.add_argument("--source", type=Path, default=workloads.PERSONA, help="dialogues that the records are made of")
     parser.add_argument("--part", choices=("bare", "encode"), help=argparse.SUPPRESS)
     parser.add_argument("--base", type=Path, help="a model's folder, for its tokenizer")
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
@@ -154,8 +149,6 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """Time the tokenizer alone, the encoding and a start from the cache, in turn; print the figures."""
-    from benchmarks import workloads
-
     with tempfile.TemporaryDirectory() as folder:
         base = options.base or workloads.build_base(Path(folder) / "base", workloads.read(options.source, 10**9), "toy")
         data = write(options.source, options.records, Path(folder) / "million.jsonl")

@@ -23,19 +23,21 @@ import torch
 from benchmarks.contender import (
     ALPHA,
     BATCH,
+    MAX_TOKENS,
     RANK,
-    Clock,
     common,
+    encoded,
     finish,
     lora,
     peak_memory_mb,
     plain_model,
     run_apart,
     run_benchmark,
+    stopwatch,
 )
 
 CONTENDERS = ("atomtune", "trl")
-HELD_OUT, MAX_TOKENS = 100, 512
+HELD_OUT = 100
 
 
 def split(data: Path, *, seed: int, records: int, folder: Path) -> tuple[Path, Path]:
@@ -54,22 +56,6 @@ def split(data: Path, *, seed: int, records: int, folder: Path) -> tuple[Path, P
     learned.write_text("\n".join(learned_lines) + "\n", encoding="utf-8")
     held_out.write_text("\n".join(held_out_lines) + "\n", encoding="utf-8")
     return learned, held_out
-
-
-def encoded(
-    base: Path, data: Path, *, template: str = "auto", max_tokens: int = MAX_TOKENS
-) -> list[dict[str, list[int]]]:
-    """Every record as token ids and a mask of the target tokens, by default with the base's own template."""
-    from atomtune.data.cache import examples_of
-    from atomtune.data.encoded_source import Rules
-    from atomtune.data.encoding.choose_template import load_template
-    from atomtune.data.example_table import as_examples
-    from atomtune.model.load import load_tokenizer
-
-    loaded = load_template(template, load_tokenizer(str(base)))
-    stored = examples_of(data, loaded, Rules(max_tokens=max_tokens), cache_dir=data.parent / "store").examples
-    examples = (example for row in stored for example in as_examples(row))
-    return [{"input_ids": list(example.ids), "completion_mask": list(example.learn)} for example in examples]
 
 
 def train_atomtune(base: Path, data: Path, out: Path, options: argparse.Namespace) -> float:
@@ -97,7 +83,7 @@ def train_trl(base: Path, data: Path, out: Path, options: argparse.Namespace) ->
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    clock, model = Clock(), plain_model(base, torch.bfloat16)
+    clock, model = stopwatch(), plain_model(base, torch.bfloat16)
     settings = {**common(str(out)), "num_train_epochs": options.epochs, "learning_rate": options.rate}
     trainer = SFTTrainer(
         model=model,

@@ -26,7 +26,6 @@ import torch
 from benchmarks import faults, workloads
 from benchmarks.faults import SAVE_STEPS, STEPS, adapter, forked, outcome
 
-Runner = Callable[..., int]
 Step = Callable[[int, Any, Callable[[], torch.Tensor]], torch.Tensor]
 
 
@@ -259,11 +258,10 @@ def main() -> None:
     options = parser.parse_args()
     import atomtune.train.run  # noqa: F401  # imported once, before the forks
 
-    persona = Path(__file__).parent.parent / "src" / "atomtune" / "demo" / "persona.jsonl"
     lines = ["| fault | atomtune | transformers' Trainer + PEFT |", "|---|---|---|"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        records = workloads.read(persona, 40)
+        records = workloads.read(workloads.PERSONA, 40)
         base = workloads.build_base(folder / "base", records, "toy")
         data = workloads.write("short", records, folder / "records.jsonl")
         trials = []

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.contender import lora, plain_model
-from benchmarks.quality import MAX_TOKENS, encoded, mean_nats
+from benchmarks.contender import MAX_TOKENS, encoded, lora, plain_model
+from benchmarks.quality import mean_nats
 
 Encoded = dict[str, list[int]]
 

@@ -9,8 +9,6 @@ its name and its shapes.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -21,9 +19,8 @@ import psutil
 import torch
 
 from benchmarks import workloads
-from benchmarks.contender import BATCH, RANK, atomtune, matmul_rate, non_embedding_weights, peak_memory_mb
+from benchmarks.contender import BATCH, RANK, atomtune, figures_of, matmul_rate, non_embedding_weights, peak_memory_mb
 
-HERE = Path(__file__).parent
 PROFILED = 4  # the last steps of the run
 FLOOR, SMALL, HEAD, ATTENTION = "frozen matrices", "LoRA's products", "output matrix and loss", "attention"
 ELEMENTWISE, COPIES, REST = "norms, SwiGLU, RoPE, residuals", "copies and casts", "other kernels"
@@ -126,12 +123,8 @@ def main() -> None:
         base = workloads.build_base(Path(folder) / "base", every, options.shape)
         for name in options.workloads:
             data = workloads.write(name, every[: options.records], Path(folder) / f"{name}.jsonl")
-            command = [sys.executable, "-m", "benchmarks.steps", "--source", str(options.source), "--one", base, data]
-            command += ["--dtype", options.dtype]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=False)
-            if done.returncode:
-                raise SystemExit(f"{name} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-            profiles[name] = json.loads(done.stdout.splitlines()[-1])
+            words = ["--source", str(options.source), "--one", str(base), str(data), "--dtype", options.dtype]
+            profiles[name] = figures_of("benchmarks.steps", words, what=name)
     print(table(profiles))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import transformers
 
 from benchmarks import checkpoints
+from benchmarks.checkpoints import rope
 
 #: Tokens of every tiny vocabulary.
 WORDS = 512
@@ -319,7 +320,7 @@ _ANY: Values = {
     "attention_heads": 4,
 }
 _LATENT_HEADS: Values = {"num_key_value_heads": 4, "head_dim": 8}
-_ROPE: Values = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [3, 3, 2]}
+_ROPE: Values = rope(3, 3, 2)
 _INKLING_2: Values = {
     "unpadded_vocab_size": WORDS,
     "sliding_window_size": 16,
@@ -439,13 +440,8 @@ xlm-roberta xlm-roberta-xl
 _OF_DECODER = "bart blenderbot blenderbot-small marian mbart mvp pegasus plbart trocr whisper"
 _DECODERS |= dict.fromkeys(_OF_TWO_SIDED.split(), _TWO_SIDED) | dict.fromkeys(_OF_DECODER.split(), _DECODER)
 
-#: Rotary positions in three sections: time, height, width. For text all three are equal.
-_THREE_POSITIONS: Values = {
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]},
-}
-_HALF_TURNED: Values = {
-    "rope_parameters": {**_THREE_POSITIONS["rope_parameters"], "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
-}
+_THREE_POSITIONS: Values = {"rope_parameters": rope(2, 3, 3)}
+_HALF_TURNED: Values = {"rope_parameters": rope(1, 1, 2, partial_rotary_factor=0.5)}
 _TOWER: Values = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 _IMAGES: Values = {**_TOWER, "image_size": 32, "patch_size": 16}
 _QWEN_TOWER: Values = {"depth": 1, "num_heads": 2, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}

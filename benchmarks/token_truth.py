@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cache
@@ -473,10 +473,9 @@ def documented_answer(source: str, prompt: str, full: str, message: Message) -> 
     raise AssertionError(f"no document says how this answer is written ({stop})")
 
 
-def table(names: Sequence[str], progress: Callable[[str], None] = lambda name: None) -> dict[str, dict[str, Verdict]]:
+def table(names: Sequence[str]) -> dict[str, dict[str, Verdict]]:
     verdicts: dict[str, dict[str, Verdict]] = {}
     for name in names:
-        progress(name)
         template = template_for(name)
         verdicts[name] = {
             kind: Verdict("absent") if template is None else verdict(template, record) for kind, record in KINDS.items()

@@ -8,11 +8,13 @@ turns  conversations of three turns that branch from common openings
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 NAMES = ("short", "style", "tasks", "turns")
+DEMO = Path(__file__).parents[1] / "src" / "atomtune" / "demo"
+PERSONA = DEMO / "persona.jsonl"
 
 _STYLE = (
     "请模仿下面案例中人物的说话风格和语气来回答用户的问题。要求：口语化，古雅含蓄，不说现代词语；"
@@ -136,7 +138,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 #: Models with at least this many words are saved in bfloat16, the dtype in which such models are published.
 _PUBLISHED = 40_000
-_WORDS = 8_000  # vocabulary of a tokenizer that is trained on the data
+#: Vocabulary of a tokenizer that is trained on the data.
+_WORDS = 8_000
 
 
 def build_base(folder: Path, source: list[dict[str, str]], shape: str = "small") -> Path:
@@ -145,11 +148,10 @@ def build_base(folder: Path, source: list[dict[str, str]], shape: str = "small")
     shape  a key of SHAPES (a Llama like Atom) or of KINDS
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
     sizes = SHAPES.get(shape)
-    tokenizer = _tokenizer(source, words=sizes.words if sizes else _WORDS)
-    tokenizer.save_pretrained(folder)
+    trained_tokenizer(text for record in source for text in record.values()).save_pretrained(folder)
     torch.manual_seed(0)
     if sizes is None:
         special = {"vocab_size": _WORDS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -171,12 +173,12 @@ def build_base(folder: Path, source: list[dict[str, str]], shape: str = "small")
         dtype=torch.bfloat16 if sizes.words > _PUBLISHED else torch.float32,
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        LlamaForCausalLM._from_config(config).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
-def _tokenizer(source: list[dict[str, str]], *, words: int) -> Any:
-    """Train a byte-level BPE tokenizer on the data."""
+def trained_tokenizer(texts: Iterable[str]) -> Any:
+    """A byte-level BPE tokenizer of at most _WORDS tokens, trained on these texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -184,12 +186,12 @@ def _tokenizer(source: list[dict[str, str]], *, words: int) -> Any:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=min(words, _WORDS),
+        vocab_size=_WORDS,
         special_tokens=["<unk>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator((text for record in source for text in record.values()), trainer)
+    backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
     )

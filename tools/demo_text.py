@@ -12,6 +12,8 @@ from pathlib import Path
 
 CORPUS = Path(__file__).parent / "demo_corpus"
 MARK = "请回答用户问题: "
+#: Dialogues that a pass makes of one wording.
+VARIANTS = 3
 
 OPENINGS = {
     "zh": ["", "", "", "请问，", "你好，", "嗨，", "我想知道，", "问一下，", "你好呀，", "请问一下，"],
@@ -196,11 +198,11 @@ def role_plays(lang: str, count: int, rng: random.Random) -> Iterator[Dialogue]:
         yield Dialogue(told + said, "", answer) if rng.random() < 0.6 else Dialogue(told, said, answer)
 
 
-def dialogues(rng: random.Random, repeats: int = 3) -> list[Dialogue]:
-    """One pass: every topic (``repeats`` variants per wording), the things of the lexicon, roles and manners."""
+def dialogues(rng: random.Random) -> list[Dialogue]:
+    """One pass: every topic (VARIANTS of each wording), the things of the lexicon, roles and manners."""
     made = [("zh", sample) for sample in sums(150, rng)]
     for block in read_blocks("dialogues_zh.txt", "zh") + read_blocks("dialogues_en.txt", "en"):
-        for mark, text in block.asks * repeats:
+        for mark, text in block.asks * VARIANTS:
             made.append((block.lang, exchange(mark, text, rng.choice(block.answers), block.lang, rng)))
     patterns = read_blocks("things.txt", "zh")
     for slots in read_things():

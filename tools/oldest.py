@@ -18,5 +18,5 @@ def oldest(requirement: str) -> str | None:
 if __name__ == "__main__":
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
     left = sys.argv[1:]
-    bounds = [oldest(one) for one in project["dependencies"] if not any(one.startswith(name) for name in left)]
-    print(" ".join(filter(None, bounds)))
+    requirements = [line for line in project["dependencies"] if not line.startswith(tuple(left))]
+    print(" ".join(filter(None, map(oldest, requirements))))

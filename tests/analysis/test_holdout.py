@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atomtune.analysis.holdout import alike, held_out, overlapping
+from atomtune.analysis.holdout import alike, overlapping
+from atomtune.analysis.holdout import held_out as split
 from atomtune.analysis.shared_beginnings import beginnings_of, without_beginning
 from atomtune.data.records import Record, Turn
 from tests.analysis.reading import texts_of
@@ -26,7 +27,7 @@ def together(*records: Record) -> list[list[int]]:
 
 def of_one_file(groups, count: int, *, seed: int, is_asked_for: bool = False) -> tuple[list[int], list[int]]:
     files = numpy.zeros(len(groups), dtype=numpy.int64)
-    learned, held, _ = held_out(groups, files, [count], is_asked_for=is_asked_for, seed=seed)
+    learned, held, _ = split(groups, files, [count], is_asked_for=is_asked_for, seed=seed)
     return learned, held
 
 
@@ -62,8 +63,9 @@ def test_dissimilar_rows_are_held_out_in_the_exact_count():
 def test_records_that_differ_are_not_all_held_out_beside_a_large_group_of_alike_ones(is_asked_for, count, held_out):
     # Catches a quota that is filled from the few other records, of which none would be left to learn.
     groups = numpy.array([0] * 900 + list(range(900, 1000)))
-    learned, held = of_one_file(groups, count, seed=1, is_asked_for=is_asked_for)
-    assert len(held) == held_out and min(held) >= 900
+    files = numpy.zeros(1000, dtype=numpy.int64)
+    learned, held, wanted = split(groups, files, [count], is_asked_for=is_asked_for, seed=1)
+    assert len(held) == wanted == held_out and min(held) >= 900
     assert set(range(900)) < set(learned)
 
 
@@ -75,7 +77,7 @@ def test_records_that_differ_are_not_all_held_out_beside_a_large_group_of_alike_
 )
 def test_each_file_keeps_its_quota_and_one_with_quota_0_is_learned_whole(rows, quotas, seed):
     groups, files = numpy.array([group for group, _ in rows]), numpy.array([file for _, file in rows])
-    learned, held, wanted = held_out(groups, files, [*quotas, 0], is_asked_for=False, seed=seed)
+    learned, held, wanted = split(groups, files, [*quotas, 0], is_asked_for=False, seed=seed)
     assert sorted([*learned, *held]) == list(range(len(rows)))
     assert not set(groups[learned].tolist()) & set(groups[held].tolist())
     assert not (files[held] == 2).any()

@@ -1,5 +1,8 @@
 """Report: which records changed most, what a sentence claims, and how figures are written."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from atomtune.evaluate.account import Account
@@ -92,6 +95,8 @@ def test_the_markdown_shows_every_line_of_a_text_as_it_is():
         ("nats_per_token", 1.234, "1.23"),
         ("perplexity", 999.0, "999.00"),
         ("perplexity", 1234.5, "1,234"),
+        ("perplexity", 999_999_999.0, "999,999,999"),
+        ("perplexity", 2.688e43, "2.7e+43"),
     ],
 )
 def test_a_figure_is_written_in_its_measures_unit(name, value, text):
@@ -119,3 +124,15 @@ def test_all_models_are_drawn_on_one_scale_and_judged_by_their_change():
     assert (base.left, out.right) == (6, WIDTH - 6)
     assert base.left < base.at < base.right < out.left < out.at < out.right
     assert (base.verdict, out.verdict) == ("", "better")
+
+
+def test_the_infinite_perplexity_of_a_model_that_diverged_is_drawn_at_the_end_of_the_scale():
+    # Regression: its place on the page was "nan", and a large one was written with all of its 300 digits.
+    models = {"base": Figure(5.0, 4.0, 6.0), "out": Figure(math.inf, 900.0, math.inf), "other": Figure(*3 * [math.inf])}
+    report = replace(report_of([1.0]), models={name: {"perplexity": figure} for name, figure in models.items()})
+    base, out, other = cells_of(report, MEASURE["perplexity"])
+    assert base is not None and out is not None and other is not None
+    assert 6 == base.left < base.right < out.left == out.at == out.right == other.left == other.right == WIDTH - 6
+    alone = replace(report, models={"out": {"perplexity": models["other"]}})
+    (only,) = cells_of(alone, MEASURE["perplexity"])
+    assert only is not None and only.at == WIDTH - 6 and only.text == "inf"

@@ -16,7 +16,7 @@ from atomtune.cli import main
 from atomtune.console import Console
 from atomtune.data.records import Example
 from atomtune.inspect.html_page import LABELS
-from atomtune.inspect.tokens import CONTROL_LEARNED, LEARNED, TokenDecoder, byte_of, coloured, show, with_marks
+from atomtune.inspect.tokens import CONTROL_LEARNED, LEARNED, TokenDecoder, coloured, show, with_marks
 from tests.conftest import DIALOGUES, SHARED_DATA, write_jsonl
 from tests.tiny import CHATML, tokenizer_of
 
@@ -228,6 +228,16 @@ def test_several_files_are_one_data_set(base, tmp_path, capsys):
     assert "one.jsonl:4, two.jsonl:1, one.jsonl:5" in err
 
 
+@pytest.mark.parametrize(("pairs", "places"), [(1, "a:1, a:2"), (2, "a:1, a:2, a:3 …"), (3, "a:1, a:2, a:3 …")])
+def test_places_that_are_not_shown_are_marked(base, tmp_path, capsys, pairs, places):
+    # Regression: of two pairs of copies, of which the later ones are counted, the last place was left out unsaid.
+    file = write_jsonl(tmp_path / "a.jsonl", [record for record in DIALOGUES[:pairs] for _ in range(2)])
+    _, out, _ = inspected(capsys, file, "--model_path", base, "--samples", "0")
+    lines = [line.strip() for line in out.splitlines()]
+    (at,) = [number for number, line in enumerate(lines) if line.startswith("duplicates ")]
+    assert lines[at + 1] == places.replace("a:", "a.jsonl:")
+
+
 def test_a_file_without_usable_records_still_gets_a_report(base, tmp_path, capsys):
     file = write_jsonl(tmp_path / "bad.jsonl", [{"instruction": "a", "output": ""}, {"instruction": "", "output": "b"}])
     code, out, err = inspected(capsys, file, "--model_path", base, "--html", tmp_path / "report.html", "--json")
@@ -352,18 +362,6 @@ def test_decoded_tokens_concatenate_to_the_text_with_visible_spaces(kind):
                 raw += seen[0].encode()
                 seen = seen[1:]
         assert raw.decode().replace("·", " ").replace("↵", "\n").strip(" ") == text
-
-
-def test_the_byte_alphabet_equals_that_of_the_tokenizers_library():
-    from tokenizers import pre_tokenizers
-
-    assert byte_of().keys() == set(pre_tokenizers.ByteLevel.alphabet())
-    assert sorted(byte_of().values()) == list(range(256))
-    for text in ("é", "ÿ\x00 \n", "中"):
-        (piece,) = [
-            word for word, _ in pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
-        ]
-        assert bytes(byte_of()[character] for character in piece) == text.encode()
 
 
 @pytest.mark.parametrize(("piece", "shown"), [(" a", "·a"), ("\x1b[31m", "⟨1B⟩[31m"), ("\u202e", "⟨202E⟩"), ("", "⟨⟩")])

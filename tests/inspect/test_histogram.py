@@ -6,7 +6,7 @@ import random
 import numpy
 import pytest
 
-from atomtune.inspect.histogram import STEP, histogram, limit_at, percentiles, suggested
+from atomtune.inspect.histogram import STEP, Limit, histogram, limit_at, percentiles, suggested
 
 #: More than the length of any record here.
 MOST = 4096
@@ -46,7 +46,8 @@ def test_a_histogram_counts_everything_once(seed):
     assert bars[0].low == 0
     assert all(one.high + 1 == other.low for one, other in itertools.pairwise(bars))
     assert [bar.count for bar in bars] == [sum(bar.low <= value <= bar.high for value in values) for bar in bars]
-    assert sum(bar.count for bar in bars) == len(values)
+    assert sum(bar.count for bar in bars) == len(values) and bars[-1].count
+    assert str(bars[0].high + 1).rstrip("0") in ("1", "2", "5") or len(bars) == 1, "a round width"
     # All bars have the same width, except that the last one may take in a few values that are far longer.
     widths = {bar.high - bar.low for bar in bars}
     assert len({bar.high - bar.low for bar in bars[:-1]}) <= 1
@@ -55,6 +56,11 @@ def test_a_histogram_counts_everything_once(seed):
 
 def test_percentiles_are_values_that_occur():
     assert percentiles(numpy.array([9, 1, 1, 1])) == {"median": 1, "90 %": 9, "99 %": 9, "longest": 9}
+    assert percentiles(numpy.arange(200, 0, -1)) == {"median": 100, "90 %": 180, "99 %": 198, "longest": 200}
+
+
+def test_a_limit_costs_what_the_longer_records_have_beyond_it():
+    assert limit_at(numpy.array([10, 64, 65, 100]), 64) == Limit(64, records=2, lost=37)
 
 
 def test_no_suggested_length_exceeds_the_bases_limit():

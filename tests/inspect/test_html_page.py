@@ -123,6 +123,9 @@ def test_a_large_dataset_is_shown_in_part_with_a_notice(tmp_path, monkeypatch):
     assert len(told["records"]) == 20
     assert len(told["problems"]["duplicates"]) == 2
     assert "20 of 71 used records" in text
+    monkeypatch.setattr(page_module, "MOST_TOKENS", 1)  # a record longer than that is shown if it is the first
+    assert main(["inspect", str(data), "--model_path", str(tmp_path), "--html", str(tmp_path / "one.html")]) == 0
+    assert len(told_in((tmp_path / "one.html").read_text(encoding="utf-8"))["records"]) == 1
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".r.html")]  # no temporary file is left
 
 

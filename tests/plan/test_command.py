@@ -137,6 +137,7 @@ def test_the_text_output_shows_memory_devices_and_time(models, dialogues, capsys
     text = capsys.readouterr().out
     for words in ("steps; layout", "Memory of a heavy step", "8 GB GPU", "Time: about"):
         assert words in text
+    assert "12 GB GPU" not in text, "cards after the first that holds all activations"
     assert text.splitlines()[-1].endswith(f" train --model_path {models('llama')} --dataset_path {dialogues}")
 
 

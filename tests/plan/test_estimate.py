@@ -12,7 +12,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from atomtune.model import memory
 from atomtune.model.adapter import LoraSpec
 from atomtune.plan.command import _kept_or_recomputed
-from atomtune.plan.estimate import StepSpec, Work, fits_on_gpu, operations, step_memory
+from atomtune.plan.estimate import (
+    SECONDS_A_LAYER,
+    SHARE_OF_RATE,
+    StepSpec,
+    Work,
+    fits_on_gpu,
+    operations,
+    seconds,
+    step_memory,
+)
 from atomtune.plan.model_size import ModelSize, measure
 
 LORA = LoraSpec(rank=8, alpha=32, dropout=0.0, targets=["all-linear"])
@@ -103,6 +112,20 @@ def test_recomputing_half_of_the_layers_lies_halfway_in_memory_and_work(qwen_7b)
     work = Work(steps=1, tokens=1000, targets=1000, mean_context=500)
     less, between, more = (operations(qwen_7b, work, recomputed=share) for share in (0, 0.5, 1))
     assert between == (less + more) / 2
+
+
+def test_on_a_cpu_products_and_launches_add_up_and_on_a_gpu_the_longer_counts(qwen_7b):
+    """A GPU computes while its host launches the next kernels; a CPU does one after the other."""
+    rate, steps = 1e14, 10
+    launching = {kind: steps * 28 * SECONDS_A_LAYER[kind] for kind in ("cpu", "cuda")}
+    for tokens in (100, 1_000_000):  # launches take longer, then products
+        work = Work(steps=steps, tokens=tokens, targets=tokens // 2, mean_context=100)
+        products = operations(qwen_7b, work, recomputed=0.5) / rate
+        on_cpu, on_gpu = products / SHARE_OF_RATE["cpu"], products / SHARE_OF_RATE["cuda"]
+        assert (on_gpu > launching["cuda"]) == (tokens == 1_000_000)
+        times = {kind: seconds(qwen_7b, work, recomputed=0.5, kind=kind, rate=rate) for kind in ("cpu", "cuda", "mps")}
+        assert times["cpu"] == pytest.approx(on_cpu + launching["cpu"])
+        assert times["cuda"] == times["mps"] == pytest.approx(max(on_gpu, launching["cuda"]))
 
 
 def test_the_plan_recomputes_the_layers_that_the_run_recomputes(monkeypatch, qwen_7b):

@@ -182,14 +182,21 @@ def test_the_oldest_exchange_is_forgotten_where_the_positions_run_out(trained):
     from atomtune.data.records import Turn
     from atomtune.model.generate import prompt_ids
     from atomtune.serve.conversation import Conversation
+    from atomtune.serve.tuned_model import ROOM_FOR_ANSWER
 
     tuned = load(trained, dtype="float32")
     talk = Conversation(tuned, None)
-    for number in range(4):
+    for number in range(8):
         talk.remember(f"{number}" + "很长" * 40, Turn("assistant", "好"))
-    assert talk.make_room("晚安") > 0
-    assert "3很长" in talk.messages[0]["content"] or len(talk.messages) > 2
-    assert len(prompt_ids(tuned.template, talk.asking("晚安"))) < tuned.positions
+    before = talk.messages
+    forgotten = talk.make_room("晚安")
+    assert 0 < forgotten < 8 and talk.messages == before[2 * forgotten :]
+    tokens = [
+        len(prompt_ids(tuned.template, [*before[2 * count :], {"role": "user", "content": "晚安"}]))
+        for count in (forgotten - 1, forgotten)
+    ]
+    assert tokens[0] + ROOM_FOR_ANSWER > tuned.positions >= tokens[1] + ROOM_FOR_ANSWER, "no more than necessary"
+    assert talk.make_room("晚安") == 0
 
 
 def test_a_question_that_cannot_be_sent_neither_ends_a_chat_nor_loses_its_conversation(trained, capsys, monkeypatch):

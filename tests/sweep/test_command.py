@@ -112,15 +112,6 @@ def test_the_page_and_the_picture_show_every_trial(swept):
     assert (swept / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
-def test_a_sweep_is_resumed_only_with_resume_and_unchanged_settings(swept, run, capsys):
-    flags = (*RATES, "--output_dir", str(swept))
-    assert main(["sweep", *run, *flags]) == 2
-    assert "already holds a sweep" in capsys.readouterr().err
-    assert main(["sweep", *run, *flags, "--resume", "--lora_rank", "2"]) == 2
-    assert "--lora_rank was not set when the sweep began and is 2 now" in capsys.readouterr().err
-
-
 def started(run: tuple[str, ...], folder: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "atomtune", "sweep", *run, "--output_dir", str(folder), *flags],
@@ -213,6 +204,30 @@ def test_a_resumed_sweep_repeats_every_trial_without_a_result_once():
     assert attempted == {2, 4, 5, 6, 7}
 
 
+def test_a_sweep_is_resumed_only_with_resume_and_unchanged_settings(by_stand_in, capsys):
+    pytest.importorskip("optuna")
+    swept = ("--trials", "1", "--try", "learning_rate=1e-3,2e-3")
+    assert by_stand_in(*swept) == 0
+    for more, said in (
+        ((), "already holds a sweep"),
+        (("--resume", "--lora_rank", "2"), "--lora_rank was not set when the sweep began and is 2 now"),
+        (("--resume", "--try", "learning_rate=1e-3,2e-3,4e-3"), "--try differs from what it was"),
+    ):
+        assert by_stand_in(*swept, *more) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert by_stand_in(*swept, "--resume") == 0
+
+
+def test_trials_with_nothing_left_to_try_are_refused(by_stand_in, tmp_path, capsys):
+    # Regression: the same run was trained --trials times, and the first of them was called the best.
+    pytest.importorskip("optuna")
+    fixed = ("--trials", "2", "--learning_rate", "1e-3", "--lora_rank", "8")
+    assert by_stand_in(*fixed, "--lora_dropout", "0") == 2
+    assert "learning_rate, lora_rank, lora_dropout are all fixed" in capsys.readouterr().err
+    assert by_stand_in(*fixed) == 0
+    assert [set(settings) for settings in tried_in(tmp_path / "out")] == 2 * [{"lora_dropout"}]
+
+
 def test_a_sweep_does_not_mix_with_other_files(run, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert main(["sweep", *run, *RATES, "--output_dir", str(tmp_path)]) == 2
@@ -295,6 +310,15 @@ def test_only_the_settings_of_try_are_tried_and_a_range_begins_in_its_middle(by_
     assert by_stand_in("--trials", "2", "--try", "learning_rate=1e-4:1e-2", "lora_rank=4,16") == 0
     assert [set(settings) for settings in tried_in(tmp_path / "out")] == 2 * [{"learning_rate", "lora_rank"}]
     assert tried_in(tmp_path / "out")[0]["learning_rate"] == "0.001"
+
+
+def test_sampled_trials_on_streamed_records_need_no_learning_rate_among_their_settings(by_stand_in, tmp_path):
+    # Regression: it was refused because the learning rates to try were not named, although others were.
+    pytest.importorskip("optuna")
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", numbered_dialogues()[:1])
+    streamed = ("--streaming", "--max_steps", "4", "--eval_path", str(held_out), "--learning_rate", "1e-3")
+    assert by_stand_in(*streamed, "--trials", "2", "--try", "lora_rank=4,8") == 0
+    assert [set(settings) for settings in tried_in(tmp_path / "out")] == 2 * [{"lora_rank"}]
 
 
 def test_a_sweep_without_try_runs_three_rates_and_its_files_hold_all_settings(by_stand_in, tmp_path, capsys):

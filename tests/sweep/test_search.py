@@ -50,6 +50,12 @@ def test_sampled_trials_lie_in_their_ranges_and_the_first_is_the_usual_one():
     assert len({tuple(trial.settings.values()) for trial in trials}) == 12
 
 
+def test_a_single_value_is_that_of_every_trial():
+    pytest.importorskip("optuna")
+    search = Sampled({"lora_rank": ("8",)}, trials=2, seed=3, first={}, kinds=KINDS)
+    assert search.next([]) == search.next([Trial(1, {"lora_rank": "8"})]) == {"lora_rank": "8"}
+
+
 def test_a_resumed_sweep_samples_the_same_trials():
     whole = trials_of(sampled(8), known=[])
     assert trials_of(sampled(8), known=whole[:5]) == whole

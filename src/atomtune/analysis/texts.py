@@ -172,5 +172,12 @@ def read_texts(records: Iterable[Record], sample: Iterable[Record]) -> Texts:
     """
     seen = _Seen(beginnings_of([own_text(record) for record in sample]))
     near = near_groups(seen.own_texts(records))
-    columns = (seen.prompts.whole(), seen.answers.whole())
-    return Texts(*columns, near, seen.script.whole(), seen.letters, seen.blank.whole(), seen.beside.whole())
+    return Texts(
+        prompts=seen.prompts.whole(),
+        answers=seen.answers.whole(),
+        near=near,
+        script=seen.script.whole(),
+        letters=seen.letters,
+        blank=seen.blank.whole(),
+        beside=seen.beside.whole(),
+    )

@@ -23,7 +23,7 @@ from atomtune.data.records import Record
 from atomtune.disk import text_of, why_unwritable, write_text
 from atomtune.engines.llama_cpp import LlamaCpp
 from atomtune.engines.llama_cpp import refuse_without_packages as refuse_without_llama_cpp
-from atomtune.engines.served_folder import ADAPTER_CONFIG, MODEL_CONFIG, ServedFolder
+from atomtune.engines.served_folder import ADAPTER_CONFIG, MODEL_CONFIG, ServedFolder, is_whole_model
 from atomtune.engines.transformers_in_process import TransformersInProcess
 from atomtune.engines.transformers_serve import TransformersServe
 from atomtune.engines.transformers_serve import refuse_without_packages as refuse_without_transformers_serve
@@ -33,7 +33,7 @@ from atomtune.errors import BadData, BadSettings, CheckFailed
 from atomtune.evaluate.run_folder import RunRecords, run_records
 from atomtune.language import translated
 from atomtune.model.adapter import load_trained
-from atomtune.model.adapter_folder import CERTIFICATE, CONFIG, AdapterMetadata, base_of
+from atomtune.model.adapter_folder import CERTIFICATE, AdapterMetadata, base_of
 from atomtune.model.base_as_trained import adapter_and_base, base_spec
 from atomtune.model.base_shape import positions_of
 from atomtune.model.causal_lm import CausalLM
@@ -180,7 +180,7 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
 
 def _refuse_whole_model(adapter: Path) -> None:
     """Raise BadSettings if the folder holds a complete model instead of an adapter."""
-    if (adapter / "config.json").is_file() and not (adapter / ADAPTER_CONFIG).is_file():
+    if is_whole_model(adapter):
         raise BadSettings(
             [
                 f"--adapter_path {adapter} is a whole model, not the adapter that it is certified against. Pass the "
@@ -226,7 +226,7 @@ def _merged(settings: CertifySettings, metadata: AdapterMetadata) -> AdapterMeta
     folder = Path(settings.served)
     if folder.suffix == ".gguf":
         return metadata
-    return None if (folder / CONFIG).is_file() else AdapterMetadata.load(folder)
+    return None if (folder / ADAPTER_CONFIG).is_file() else AdapterMetadata.load(folder)
 
 
 def _kinds(prompts: Sequence[CertPrompt]) -> str:
@@ -281,7 +281,7 @@ def certify_served(
 
 def _stored(served: Path, settings: CertifySettings) -> str | None:
     """The dtype of a complete model's weights on disk, to which a merge rounded; None for anything else."""
-    if not (served / "config.json").is_file() or (served / ADAPTER_CONFIG).is_file():
+    if not is_whole_model(served):
         return None
     return dtype_name(stored_dtype(str(served), trust_remote_code=settings.trust_remote_code))
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -43,8 +44,8 @@ def weights_format(file: Path) -> str:
         reader = GGUFReader(file)
     except (ValueError, OSError, LookupError, OverflowError) as error:  # an incomplete file, an index beyond its end
         raise BadModel(f"{file}: not readable as a GGUF: {error}") from error
-    kinds = [tensor.tensor_type.name.lower() for tensor in reader.tensors if len(tensor.shape) > 1]
-    return max(set(kinds), key=kinds.count) if kinds else "f32"
+    kinds = Counter(tensor.tensor_type.name.lower() for tensor in reader.tensors if len(tensor.shape) > 1)
+    return kinds.most_common(1)[0][0] if kinds else "f32"
 
 
 class LlamaCpp:

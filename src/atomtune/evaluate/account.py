@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from atomtune.data.ledger import Ledger, first_few, listed_refusals
@@ -107,4 +107,4 @@ def _of_models(refusal: Refusal, models: str) -> Refusal:
     """The refusal with the names of the models whose template refuses the record."""
     if refusal.kind not in _BY_A_TEMPLATE:
         return refusal
-    return Refusal(refusal.origin, f"{refusal.reason} (template of {models})", refusal.kind, refusal.broken)
+    return replace(refusal, reason=f"{refusal.reason} (template of {models})")

@@ -11,6 +11,7 @@ from atomtune.choices import Layout
 from atomtune.console import Console, as_command
 from atomtune.data.example_table import as_examples
 from atomtune.disk import sha256_of
+from atomtune.engines.served_folder import is_whole_model
 from atomtune.errors import BadSettings, Stopped
 from atomtune.evaluate.evaluation import Evaluation, EvaluationOptions, evaluate_records
 from atomtune.evaluate.models import Candidates, Models, candidates_of, load_models
@@ -22,7 +23,7 @@ from atomtune.evaluate.report_files import beside_others, output_folder, refuse_
 from atomtune.evaluate.terminal import say_report
 from atomtune.extras import refuse_missing_packages
 from atomtune.language import message
-from atomtune.model.adapter_folder import CONFIG, adapter_file, refuse_empty_folder
+from atomtune.model.adapter_folder import adapter_file, refuse_empty_folder
 from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import pad_id_of, quiet_libraries
 from atomtune.settings.command_settings import EvaluateSettings
@@ -216,7 +217,7 @@ def _refuse_impossible(settings: EvaluateSettings) -> None:
         raise BadSettings(problems)
     for folder in map(Path, settings.adapter_path):
         refuse_empty_folder(folder)
-        if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
+        if is_whole_model(folder):
             raise BadSettings([f"--adapter_path {folder} is a whole model, not an adapter. Pass it with --model_path."])
 
 

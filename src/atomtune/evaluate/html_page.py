@@ -3,6 +3,7 @@
 Texts of records are escaped, and the page's policy allows no scripts, so a script in a record is shown as text.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,9 +45,10 @@ def page(report: Report) -> str:
 def cells_of(report: Report, metric: Metric) -> list[Cell | None]:
     """A metric of every model, drawn on one scale; None for a model without this figure."""
     figures = [own.get(metric.name) for own in report.models.values()]
-    ends = [_ends(figure) for figure in figures if figure is not None]
-    low = min(left for left, _ in ends)
-    high = max(right for _, right in ends)
+    ends = [end for figure in figures if figure is not None for end in _ends(figure)]
+    # The perplexity of a model that has diverged may be infinite; it is drawn at the end of the others' scale.
+    finite = [end for end in ends if math.isfinite(end)] or [0.0]
+    low, high = min(finite), max(finite)
     span = high - low or 1.0
 
     def place(value: float) -> float:

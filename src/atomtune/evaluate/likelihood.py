@@ -29,6 +29,10 @@ class TargetScores:
     right: int  # tokens that were the model's first choice
     tokens: int
 
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / max(self.tokens, 1)
+
 
 @torch.no_grad()
 def score_targets(model: CausalLM, records: Sequence[Sequence[Example]], collator: Collator) -> list[TargetScores]:

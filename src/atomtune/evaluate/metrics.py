@@ -206,8 +206,4 @@ def judged(metric: Metric, difference: Figure) -> Literal["better", "worse", "un
 def change_per_record(ours: Sequence[RecordResult], theirs: Sequence[RecordResult]) -> list[float]:
     """Of each record, our nats per token less theirs: below 0 is an improvement."""
     pairs = zip(ours, theirs, strict=True)
-    return [_nats_per_token(our_result) - _nats_per_token(their_result) for our_result, their_result in pairs]
-
-
-def _nats_per_token(result: RecordResult) -> float:
-    return result.scores.nats / max(result.scores.tokens, 1)
+    return [our_result.scores.nats_per_token - their_result.scores.nats_per_token for our_result, their_result in pairs]

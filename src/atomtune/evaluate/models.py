@@ -82,8 +82,8 @@ def candidates_of(settings: EvaluateSettings, console: Console) -> Candidates:
     )
     for folder in folders:
         refuse_damaged(folder)
-    base_path = _common_base(settings, folders)
     templates, metadata = zip(*trained, strict=True)
+    base_path = _common_base(settings, folders, metadata)
     # PEFT allows no dots in a name, and calls the first adapter "default".
     adapters = ["default", *(f"adapter_{i}" for i in range(1, len(folders)))]
     instructions = [each.instruction or "" for each in metadata]
@@ -95,8 +95,7 @@ def candidates_of(settings: EvaluateSettings, console: Console) -> Candidates:
 
 def _base_alone(settings: EvaluateSettings) -> Candidates:
     """A base without an adapter, with the template that the settings name."""
-    if not settings.model_path:
-        raise BadSettings(["--adapter_path is missing: the run's output folder. (--model_path alone takes a base.)"])
+    assert settings.model_path, "evaluate refuses a command without a model"
     tokenizer = load_tokenizer(settings.model_path, trust_remote_code=settings.trust_remote_code)
     variables = json.loads(settings.chat_template_kwargs) if settings.chat_template_kwargs else {}
     template = load_template(settings.template, tokenizer, variables=variables)
@@ -149,13 +148,15 @@ def _refuse_repeated(folders: Sequence[Path]) -> None:
         raise BadSettings([f"--adapter_path names {twice[0]} more than once. Name each adapter once."])
 
 
-def _common_base(settings: EvaluateSettings, folders: Sequence[Path]) -> str:
-    bases = {base_of(folder, settings.model_path) for folder in folders}
-    if len(bases) > 1:
+def _common_base(settings: EvaluateSettings, folders: Sequence[Path], metadata: Sequence[AdapterMetadata]) -> str:
+    """The path of the adapters' base. Bases with the same fingerprint are one, wherever they are."""
+    paths = [base_of(folder, settings.model_path) for folder in folders]
+    bases = {each.base or path for each, path in zip(metadata, paths, strict=True)}
+    if len(set(paths)) > 1 and len(bases) > 1:
         raise BadSettings(
             [
-                f"These adapters name different bases: {', '.join(sorted(bases))}.",
+                f"These adapters name different bases: {', '.join(sorted(set(paths)))}.",
                 "Evaluate them separately, or pass --model_path.",
             ]
         )
-    return bases.pop()
+    return paths[0]

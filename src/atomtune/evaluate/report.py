@@ -25,6 +25,8 @@ from atomtune.language import message, singular
 
 #: How many records are shown on each side.
 SHOWN = 8
+#: From here on, powers of ten are shown: the perplexity of a model that has diverged may have hundreds of digits.
+_LARGE = 1e9
 #: Measures that the sentence names as better, worse or unclear.
 _TELLING = ("nats_per_token", "chrf", "exact_match", "stop_rate", "call_known_rate", "probe_nats_per_token")
 
@@ -168,7 +170,7 @@ def _shown(done: Evaluation, row: int) -> Shown:
     nats: dict[str, float] = {}
     for name, results in done.results.items():
         result = results[row]
-        nats[name] = result.scores.nats / max(result.scores.tokens, 1)
+        nats[name] = result.scores.nats_per_token
         if result.answers:
             answers[name] = result.answers[-1].text
     prompt, reference = (question.prompt, question.reference) if question else ("", "")
@@ -214,6 +216,8 @@ def shown(metric: Metric, value: float) -> str:
         return f"{100 * value:.1f} %"
     if metric.name == "chrf":
         return f"{value:.1f}"
+    if value >= _LARGE:
+        return f"{value:.1e}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
 
 

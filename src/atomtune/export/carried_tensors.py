@@ -36,10 +36,10 @@ def carry_over(base: Path, out: Path, *, loaded: Collection[str], prefix: str) -
     for file in base.glob(_PROCESSORS):
         shutil.copyfile(file, out / file.name)
     written = [name for file in weight_files(out) for name in _names(file)]
-    known = {name.removeprefix(f"{prefix}.") for name in (*written, *loaded)}
+    known = {_bare(name, prefix) for name in (*written, *loaded)}
     carried: dict[str, torch.Tensor] = {}
     for file in weight_files(base):
-        also_loaded = {name for name in _names(file) if name.removeprefix(f"{prefix}.") in known}
+        also_loaded = {name for name in _names(file) if _bare(name, prefix) in known}
         for name, tensor in _tensors(file, leaving_out=also_loaded):
             if not name.endswith(OLD_BUFFERS):
                 carried[name] = tensor
@@ -61,8 +61,7 @@ def keep_unrounded(base: Path, out: Path, *, prefix: str) -> tuple[str, ...]:
     restored: list[str] = []
     for shard in weight_files(out):
         tensors = dict(_tensors(shard))
-        # Names may or may not have the prefix, in the base's files and in the merged ones: compared are those without.
-        wide = {name: bare for name in tensors if (bare := name.removeprefix(f"{prefix}.")) in file_of}
+        wide = {name: bare for name in tensors if (bare := _bare(name, prefix)) in file_of}
         stored = _by_bare_name({file_of[bare] for bare in wide.values()}, set(wide.values()), prefix=prefix)
         unrounded: dict[str, torch.Tensor] = {}  # name in the shard → the base's tensor
         for name, bare in wide.items():
@@ -88,7 +87,7 @@ def _wider_than_most(base: Path, *, prefix: str) -> dict[str, Path]:
         for name, tensor in _tensors(file):
             if tensor.is_floating_point():
                 bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + tensor.nbytes
-                dtypes[name.removeprefix(f"{prefix}.")] = file, tensor.dtype
+                dtypes[_bare(name, prefix)] = file, tensor.dtype
     usual = max(bytes_of, key=bytes_of.__getitem__, default=torch.float32)
     return {name: file for name, (file, dtype) in dtypes.items() if dtype.itemsize > usual.itemsize}
 
@@ -102,7 +101,7 @@ def changed(base: Path, out: Path, names: Collection[str], *, prefix: str) -> li
 
     prefix  as in `carry_over`
     """
-    bare_names = {name: name.removeprefix(f"{prefix}.") for name in names}
+    bare_names = {name: _bare(name, prefix) for name in names}
     wanted = set(bare_names.values())
     ours = _by_bare_name(weight_files(out), wanted, prefix=prefix)
     theirs = _by_bare_name(weight_files(base), wanted, prefix=prefix)
@@ -118,9 +117,14 @@ def _by_bare_name(files: Iterable[Path], wanted: Collection[str], *, prefix: str
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         for name, tensor in _tensors(file):
-            if (bare := name.removeprefix(f"{prefix}.")) in wanted:
+            if (bare := _bare(name, prefix)) in wanted:
                 tensors[bare] = tensor
     return tensors
+
+
+def _bare(name: str, prefix: str) -> str:
+    """A tensor's name without the prefix, which the base's files and the merged ones may have or not."""
+    return name.removeprefix(f"{prefix}.")
 
 
 def _names(file: Path) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from atomtune.certify.command import certify_served, refuse_failed, trained_side, write_certificate
 from atomtune.console import Console, as_command
+from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadSettings, Stopped
 from atomtune.export.gguf import (
     adds_bos,
@@ -77,11 +78,13 @@ def _to_gguf(settings: ExportSettings, console: Console) -> None:
         merged = scratch / name  # the converter names the model after its folder
         write_merged(_merge_settings(settings), merged, console, unrounded=("--quantize", "f32"))
         copy_sentencepiece(base_path, merged)
-        template, _ = template_of(adapter, model_path=settings.model_path, trust_remote_code=settings.trust_remote_code)
+        template, metadata = template_of(
+            adapter, model_path=settings.model_path, trust_remote_code=settings.trust_remote_code
+        )
         say_where_a_space_goes(merged, template.tokenizer)
         console.say(f"converting to {file.name} …")
         convert(merged, folder / file.name, settings.quantize)
-    has_modelfile = _write_modelfile(settings, adapter, file, console)
+    has_modelfile = _write_modelfile(file, template, metadata.instruction, console)
     if settings.no_certify:
         console.notice("--no_certify: whether llama.cpp serves the tuned model from this file has not been checked.")
     else:
@@ -143,11 +146,11 @@ def _certify(settings: ExportSettings, file: Path, console: Console) -> None:
     refuse_failed([(file, outcome)])
 
 
-def _write_modelfile(settings: ExportSettings, adapter: Path, file: Path, console: Console) -> bool:
-    """Write a Modelfile next to the GGUF, or a notice why there is none; return whether it was written."""
-    template, metadata = template_of(
-        adapter, model_path=settings.model_path, trust_remote_code=settings.trust_remote_code
-    )
+def _write_modelfile(file: Path, template: Template, instruction: str | None, console: Console) -> bool:
+    """Write a Modelfile next to the GGUF, or a notice why there is none; return whether it was written.
+
+    instruction  that the training records share
+    """
     for_ollama = ollama_template(template, adds_bos=adds_bos(file))
     if for_ollama is None:
         console.notice(
@@ -156,8 +159,8 @@ def _write_modelfile(settings: ExportSettings, adapter: Path, file: Path, consol
         )
         return False
     # A template without a system role puts the shared instruction at the beginning of the user's text.
-    system = metadata.instruction if template.instruction_role == "system" else None
-    if metadata.instruction and system is None:
+    system = instruction if template.instruction_role == "system" else None
+    if instruction and system is None:
         console.notice("the training records share an instruction: start the first message in Ollama with it.")
     try:
         text = modelfile(file, for_ollama, stops=template.stops or (template.stop,), system=system)

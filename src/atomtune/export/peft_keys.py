@@ -48,8 +48,7 @@ def _copy(adapter: Path, out: Path) -> None:
     The files are copied one by one: shutil.copytree reports a full disk as a list of all files, without errno.
     """
     out.mkdir(parents=True, exist_ok=True)
-    own = (adapter / part for part in ("", _TEMPLATES))
-    for file in (file for folder in own if folder.is_dir() for file in folder.iterdir()):
+    for file in (*adapter.glob("*"), *(adapter / _TEMPLATES).glob("*")):
         left_out = file.name in (CERTIFICATE, *_OF_A_CHECKPOINT) or file.suffix in _PICKLES
         if file.is_file() and not file.name.startswith(".") and not left_out:
             goal = out / file.relative_to(adapter)

@@ -10,6 +10,8 @@ Lengths = NDArray[numpy.int32]  # [N]
 
 #: Suggested lengths are multiples of this, for which GPU kernels are fast.
 STEP = 64
+#: Most bars of a histogram.
+_MOST_BARS = 14
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,13 @@ class Bar:
     count: int
 
 
-def histogram(values: Lengths, *, most: int = 14) -> list[Bar]:
-    """At most `most` bars of one round width; the last one may be wider, for values above the 99th percentile."""
+def histogram(values: Lengths) -> list[Bar]:
+    """At most _MOST_BARS bars of one round width; the last one may be wider, for values above the 99th percentile."""
     if not len(values):
         return []
     usual = int(numpy.percentile(values, 99, method="inverted_cdf"))
     longest = int(values.max())
-    width = _round_width(usual, most - 1)  # one bar is left for values above the 99th percentile
+    width = _round_width(usual, _MOST_BARS - 1)  # one bar is left for values above the 99th percentile
     last = usual // width  # index of the last bar
     if longest // width > last:
         last += 1

@@ -33,18 +33,18 @@ from atomtune.language import in_chinese, language_spoken, singular
 
 #: Limits of the page's content, with which a browser still searches it without delay.
 MOST_RECORDS, MOST_TOKENS, MOST_REFUSED = 2000, 600_000, 500
-#: Check → (English name, Chinese name, Chinese meaning); the English meanings are in MEANINGS.
-LABELS: Mapping[Check, tuple[str, str, str]] = {
-    "refused": ("Refused", "被拒绝", "无法使用；每条旁边写有原因"),
-    "cut": ("Shortened", "被缩短", "提示被缩短，以放进 --max_seq_length"),
-    "duplicates": ("Exact copies", "完全重复", "与前面某条记录逐个词元相同"),
-    "near_duplicates": ("Near copies", "近似重复", "与前面某条记录几乎相同，不含完全重复"),
-    "conflicts": ("Different answers", "回答不一", "提示与另一条记录相同，回答却不同"),
-    "control": ("Special tokens as text", "文本中的特殊词元", "文本里写有特殊词元；它仍按普通文本处理"),
-    "blank": ("Blank answers", "空白回答", "回答只有空白"),
-    "one_token": ("One-token answers", "单词元回答", "除停止符外，回答只有一个词元"),
-    "no_stop": ("No stop token", "缺停止符", "回答没有以停止符结尾"),
-    "unknown": ("Unknown tokens", "未知词元", "学习的内容里有分词器不认识的词元"),
+#: Check → (English name, Chinese name).
+LABELS: Mapping[Check, tuple[str, str]] = {
+    "refused": ("Refused", "被拒绝"),
+    "cut": ("Shortened", "被缩短"),
+    "duplicates": ("Exact copies", "完全重复"),
+    "near_duplicates": ("Near copies", "近似重复"),
+    "conflicts": ("Different answers", "回答不一"),
+    "control": ("Special tokens as text", "文本中的特殊词元"),
+    "blank": ("Blank answers", "空白回答"),
+    "one_token": ("One-token answers", "单词元回答"),
+    "no_stop": ("No stop token", "缺停止符"),
+    "unknown": ("Unknown tokens", "未知词元"),
 }
 SCRIPT_NAMES = {
     "Han": ("Han (Chinese characters)", "汉字"),
@@ -90,7 +90,9 @@ def page(report: Report, decoder: TokenDecoder, *, seed: int) -> str:
         report=report,
         ledger=ledger,
         target_tokens=ledger.target_tokens + ledger.target_tokens_refused,
-        findings=[(report.findings[check], MEANINGS[check], *LABELS[check]) for check in CHECKS],
+        findings=[
+            (report.findings[check], MEANINGS[check], *LABELS[check], in_chinese(MEANINGS[check])) for check in CHECKS
+        ],
         lengths=_lengths(report),
         scripts=[(*SCRIPT_NAMES.get(name, (name, name)), share) for name, share in scripts(report)],
         shown=len(rows),

@@ -108,8 +108,6 @@ def ledger_lines(ledger: Ledger) -> Iterator[str]:
 
 def limits(report: Report) -> Iterator[str]:
     """What the run's --max_seq_length costs, and lengths that would cost nothing or little."""
-    if not report.limits:
-        return
     this_run, nothing_lost, little_lost = report.limits
     ledger, total = report.ledger, report.ledger.records_read
     if this_run.records:
@@ -222,7 +220,7 @@ def _places(report: Report, finding: Finding) -> Iterator[str]:
     """The origins of a problem on one line; refused records with their reason, one line each."""
     if finding.check != "refused":
         origins = [report.origin(int(row)) for row in finding.rows[:_SHOWN]]
-        more = " …" if finding.count > len(origins) > 0 else ""
+        more = " …" if len(finding.rows) > len(origins) else ""
         yield ", ".join(origins) + more
         return
     refused = report.ledger.records_refused

@@ -11,6 +11,7 @@ from typing import Any
 from rich.cells import cell_len
 from rich.style import Style
 from rich.text import Text
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from atomtune.console import Console
 from atomtune.data.records import Example
@@ -26,18 +27,6 @@ READ = (Style.parse("grey82 on grey19"), Style.parse("grey82 on grey27"))
 CONTROL_LEARNED, CONTROL_READ = Style.parse("bold black on #f0cf65"), Style.parse("bold #c9b6ff on #2b2640")
 
 
-def byte_of() -> dict[str, int]:
-    """GPT-2's alphabet, in which byte-level tokenizers write each byte as a printable character: character → byte."""
-    # Printable Latin-1 characters are themselves: ! to ~, ¡ to ¬, ® to ÿ. The other 68 bytes are the characters from
-    # U+0100 on, in order, so that a space is Ġ and a line end Ċ.
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printable]
-    bytes_of = {chr(byte): byte for byte in printable}
-    for i, byte in enumerate(others):
-        bytes_of[chr(0x100 + i)] = byte
-    return bytes_of
-
-
 class TokenDecoder:
     """Token id → its text for display; each id is decoded once."""
 
@@ -51,7 +40,8 @@ class TokenDecoder:
                 self.control.add(number)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         is_byte_level = backend is not None and "ByteLevel" in str(backend.decoder)
-        self._bytes = byte_of() if is_byte_level else {}
+        # Byte-level tokenizers write each byte as a printable character: a space as Ġ, a line end as Ċ.
+        self._bytes = {character: byte for byte, character in bytes_to_unicode().items()} if is_byte_level else {}
         self._known: dict[int, str] = {}
 
     def __call__(self, number: int) -> str:

@@ -81,9 +81,8 @@ class TerminalChat:
 
     def _say_who_answers(self, *, typed: bool) -> None:
         tuned, say = self.tuned, self.console.say
-        kind = "adapter on" if tuned.has_base else "merged model"
         dtype = dtype_name(next(tuned.model.parameters()).dtype)
-        name = f"{tuned.folder}: {kind} {tuned.base}" if tuned.has_base else f"{tuned.folder}: {kind}"
+        name = f"{tuned.folder}: adapter on {tuned.base}" if tuned.has_base else f"{tuned.folder}: merged model"
         say(f"{name} ({dtype} on {tuned.model.device.type}), template {tuned.template.name}.")
         self._say_instruction()
         if typed:

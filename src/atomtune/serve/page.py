@@ -5,14 +5,13 @@ picture that an answer names.
 """
 
 import os
-import re
 import shutil
 import tempfile
 import threading
 import time
 import webbrowser
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from atomtune.language import in_chinese, message, spoken, translated
 from atomtune.model.generate import Sampling
 from atomtune.model.load import dtype_name
 from atomtune.serve.address import ask_without_proxy
+from atomtune.serve.markdown import as_code, as_markdown, from_markdown
 from atomtune.serve.side_by_side import (
     Answer,
     Asking,
@@ -87,8 +87,6 @@ _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans CJK SC", "PingFan
 _HEIGHT = "max(300px, calc(100dvh - 280px))"
 #: Seconds between two updates of an answer that is being written, because each update draws all of it.
 _FRAME = 0.1
-#: Code in Markdown: fenced, or between backticks. Three backticks within a line open no fence.
-_CODE = re.compile(r"(^[ \t]*```[^`\n]*(?:\n.*?(?:^[ \t]*```|\Z)|\Z)|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 #: What the browser may load. Gradio's own page has inline styles and scripts.
 _OWN_ORIGIN = " ".join(("default-src", "'self'", "'unsafe-inline'", "'unsafe-eval'", "data:", "blob:"))
 
@@ -416,12 +414,12 @@ def about(tuned: TunedModel) -> str:
     """Which model answers, in which template, and the instruction of every message; as Markdown."""
     dtype, device = dtype_name(next(tuned.model.parameters()).dtype), tuned.model.device.type
     base = Path(tuned.base).name if Path(tuned.base).is_dir() else tuned.base  # names on the hub are shown in full
-    kind = translated(f"adapter on {_code(base)}" if tuned.has_base else "merged model")
-    name = tuned.template.title if tuned.template.name == OWN else f"template {_code(tuned.template.name)}"
+    kind = translated(f"adapter on {as_code(base)}" if tuned.has_base else "merged model")
+    name = tuned.template.title if tuned.template.name == OWN else f"template {as_code(tuned.template.name)}"
     parts = [kind, translated(f"{dtype} on {device}"), translated(name)]
-    lines = [f"**{_code(str(tuned.folder))}**  {' · '.join(parts)}"]
+    lines = [f"**{as_code(str(tuned.folder))}**  {' · '.join(parts)}"]
     if tuned.wording.instruction:
-        instruction = _code(shortened(tuned.wording.instruction))
+        instruction = as_code(shortened(tuned.wording.instruction))
         lines.append(translated(f"Each message is sent with the instruction {instruction}"))
     return "\n\n".join(lines)
 
@@ -459,21 +457,6 @@ def _only_from_here(app: ASGIApp) -> ASGIApp:
     return answer
 
 
-def as_markdown(text: str) -> str:
-    """A text for a box that renders Markdown; outside of code, what looks like a tag or a picture is escaped."""
-    return _outside_code(text, lambda part: part.replace("&", "&amp;").replace("<", "&lt;").replace("![", "&#33;["))
-
-
-def from_markdown(text: str) -> str:
-    """The inverse of `as_markdown`, for a question that was edited on the page."""
-    return _outside_code(text, lambda part: part.replace("&#33;[", "![").replace("&lt;", "<").replace("&amp;", "&"))
-
-
-def _outside_code(text: str, change: Callable[[str], str]) -> str:
-    parts = _CODE.split(text)  # text, code, text, code, … text
-    return "".join(part if number % 2 else change(part) for number, part in enumerate(parts))
-
-
 def _exchange_at(index: Any, exchanges: list[ShownExchange]) -> int:
     """The index of the exchange with the clicked message: a question, and an answer with or without thoughts."""
     message = index[0] if isinstance(index, list | tuple) else int(index)
@@ -482,10 +465,3 @@ def _exchange_at(index: Any, exchanges: list[ShownExchange]) -> int:
         if message < 0:
             return number
     return len(exchanges) - 1
-
-
-def _code(text: str) -> str:
-    """A text as inline code in Markdown, even if it contains backticks."""
-    ticks = "``" if "`" in text else "`"
-    space = " " if "`" in text else ""
-    return f"{ticks}{space}{' '.join(text.split())}{space}{ticks}"

@@ -17,24 +17,6 @@ Side = Literal["tuned", "base"]
 
 
 @dataclass(frozen=True)
-class ShownExchange:
-    """A question and the answers of both sides as a page shows them; None if that side was not asked.
-
-    An answer has the text written so far, and once it is complete, also the reply.
-    """
-
-    question: str
-    tuned: "Answer | None" = None
-    base: "Answer | None" = None
-
-    def by(self, side: Side) -> "Answer | None":
-        return self.tuned if side == "tuned" else self.base
-
-    def answered_by(self, side: Side, answer: "Answer") -> "ShownExchange":
-        return replace(self, tuned=answer) if side == "tuned" else replace(self, base=answer)
-
-
-@dataclass(frozen=True)
 class Answer:
     """The text of an answer so far and, once it is complete, the reply with its thoughts separated."""
 
@@ -51,6 +33,24 @@ class Answer:
         if self.reply is None:
             return self.text
         return self.reply.turn.text.strip() if self.thoughts else self.text.strip()
+
+
+@dataclass(frozen=True)
+class ShownExchange:
+    """A question and the answers of both sides as a page shows them; None if that side was not asked.
+
+    An answer has the text written so far, and once it is complete, also the reply.
+    """
+
+    question: str
+    tuned: Answer | None = None
+    base: Answer | None = None
+
+    def by(self, side: Side) -> Answer | None:
+        return self.tuned if side == "tuned" else self.base
+
+    def answered_by(self, side: Side, answer: Answer) -> "ShownExchange":
+        return replace(self, tuned=answer) if side == "tuned" else replace(self, base=answer)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from atomtune.console import Console
 from atomtune.data.encoding.chat_template import Message, Template
 from atomtune.data.encoding.reply import read_reply
 from atomtune.data.records import Turn
+from atomtune.engines.served_folder import is_whole_model
 from atomtune.errors import BadSettings
 from atomtune.model.adapter import answering_as, load_trained, refuse_damaged
-from atomtune.model.adapter_folder import CONFIG, base_of, template_of
+from atomtune.model.adapter_folder import base_of, template_of
 from atomtune.model.base_as_trained import base_spec, quantize_as_trained
 from atomtune.model.base_shape import positions_of
 from atomtune.model.causal_lm import CausalLM
@@ -290,7 +291,7 @@ def load_tuned(settings: LoadSettings, console: Console) -> TunedModel:
         trust_remote_code=settings.trust_remote_code,
         notice=console.notice,
     )
-    merged = not (folder / CONFIG).is_file() and (folder / "config.json").is_file()
+    merged = is_whole_model(folder)
     if merged and settings.model_path:
         raise BadSettings([f"--model_path: {folder} is already a complete model."])
     if not merged:

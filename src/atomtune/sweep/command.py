@@ -128,8 +128,16 @@ def _refuse_other_settings(settings: SweepSettings, before: Sweep) -> None:
 def _planned(settings: SweepSettings, console: Console) -> Sweep:
     """A new sweep, with the time a trial takes and the values to try if the user named none."""
     tried = dict(settings.tried)
+    usual = ("learning_rate", *USUAL_RANGES)
+    if settings.trials and not tried and all(name in settings.shared for name in usual):
+        raise BadSettings(
+            [
+                f"--trials: {', '.join(usual)} are all fixed, so nothing is left to try. Leave one of them out, or "
+                "name what to try: --try NAME=A,B."
+            ]
+        )
     if settings.train.data.streaming:  # plan would read all records first
-        if "learning_rate" not in tried and not (tried and not settings.trials):
+        if not tried:
             raise BadSettings(["With --streaming the learning rates to try must be named: --try learning_rate=A,B."])
         return Sweep(status="running", shared=settings.shared, tried=tried)
     console.say("Reading the records, and measuring how long a trial takes …")
@@ -144,8 +152,8 @@ def _planned(settings: SweepSettings, console: Console) -> Sweep:
                 "out automatically. Pass --eval_size N, or --eval_path FILE."
             ]
         )
-    if not tried or settings.trials:
-        tried = {**_usual(settings, float(forecast["learning_rate"])), **tried}
+    if not tried:
+        tried = _usual(settings, float(forecast["learning_rate"]))
     return Sweep(
         status="running",
         shared=settings.shared,
@@ -156,12 +164,14 @@ def _planned(settings: SweepSettings, console: Console) -> Sweep:
 
 
 def _usual(settings: SweepSettings, rate: float) -> dict[str, tuple[str, ...]]:
-    """Values to try if the user named none, the usual value first. Settings that the user fixed are not tried."""
+    """Values to try if the user named none: three learning rates, the usual one first; with --trials also ranges.
+
+    With --trials, settings that the user fixed are not tried.
+    rate  the learning rate that a run would use
+    """
     if not settings.trials:
         return {"learning_rate": tuple(f"{value:.2g}" for value in (rate, rate / RATE_FACTOR, rate * RATE_FACTOR))}
     ranges = {"learning_rate": (f"{rate / RATE_REACH:.2g}:{rate * RATE_REACH:.2g}",), **USUAL_RANGES}
-    if settings.tried:
-        return {}
     return {name: values for name, values in ranges.items() if name not in settings.shared}
 
 
@@ -184,14 +194,14 @@ def _forecast(shared: Mapping[str, object]) -> Mapping[str, float]:
         )
     if done.returncode == ExitCode.DONE:
         return json.loads(done.stdout.splitlines()[-1])
-    message = done.stderr.rpartition("atomtune plan: ")[2].strip()
+    reason = done.stderr.rpartition("atomtune plan: ")[2].strip()
     if done.returncode == ExitCode.USER_MISTAKE:
-        raise UserError(message)
+        raise UserError(reason)
     if done.returncode == ExitCode.STOPPED:
         raise Stopped("stopped by a signal before the first trial.")
     if done.returncode == ExitCode.RUN_FAILED or done.returncode < 0:
-        raise RunFailed(message or "Planning a trial was killed; most likely there was too little memory.")
-    raise AtomtuneError(message)
+        raise RunFailed(reason or "Planning a trial was killed; most likely there was too little memory.")
+    raise AtomtuneError(reason)
 
 
 def _search(settings: SweepSettings, sweep: Sweep) -> Search:

@@ -88,20 +88,24 @@ def commands(sweep: Sweep, folder: Path) -> list[str]:
 
 def rows(sweep: Sweep) -> list[list[str]]:
     """A row for each trial, the best first: name, values tried, loss, step, seconds, status."""
-    names = list(dict.fromkeys(name for trial in sweep.trials for name in trial.settings))
-    unfinished = [trial for trial in sweep.trials if trial not in sweep.ranked()]
+    ranked = sweep.ranked()
+    unfinished = [trial for trial in sweep.trials if trial not in ranked]
     table = []
-    for trial in [*sweep.ranked(), *unfinished]:
+    for trial in [*ranked, *unfinished]:
         loss = "–" if trial.eval_loss is None else f"{trial.eval_loss:.4f}"
-        tried = [trial.settings.get(name, "–") for name in names]
+        tried = [trial.settings.get(name, "–") for name in _tried_names(sweep)]
         step = "–" if trial.best_step is None else f"{trial.best_step:,}"
         table.append([trial.name, *tried, loss, step, duration(trial.seconds), translated(trial.status)])
     return table
 
 
 def headings(sweep: Sweep) -> list[str]:
-    names = list(dict.fromkeys(name for trial in sweep.trials for name in trial.settings))
-    return [message("trial"), *names, "held-out loss", "at step", message("time"), message("status")]
+    return [message("trial"), *_tried_names(sweep), "held-out loss", "at step", message("time"), message("status")]
+
+
+def _tried_names(sweep: Sweep) -> list[str]:
+    """The settings that any trial tried; a resumed sweep may try one that its earlier trials left as it was."""
+    return list(dict.fromkeys(name for trial in sweep.trials for name in trial.settings))
 
 
 def say_result(sweep: Sweep, folder: Path, console: Console) -> None:
@@ -151,6 +155,6 @@ def page(sweep: Sweep, *, title: str, image: str, commands: Sequence[str]) -> st
         sentences=sentences(sweep),
         headings=headings(sweep),
         rows=rows(sweep),
-        shared=[(name, value if isinstance(value, str) else str(value)) for name, value in sweep.shared.items()],
+        shared=sweep.shared.items(),
         commands=commands,
     )

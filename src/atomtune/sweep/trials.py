@@ -1,6 +1,5 @@
 """Trials: the runs of a sweep with their settings and results, as sweep.json holds them."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -76,9 +75,7 @@ class Sweep:
     def ranked(self) -> list[Trial]:
         """Finished trials, the lowest held-out loss first; of equal ones, the earlier first."""
         finished = [trial for trial in self.trials if trial.status == "finished" and trial.eval_loss is not None]
-        return sorted(
-            finished, key=lambda trial: (math.inf if trial.eval_loss is None else trial.eval_loss, trial.number)
-        )
+        return sorted(finished, key=lambda trial: (trial.eval_loss or 0.0, trial.number))
 
     @property
     def best(self) -> Trial | None:
