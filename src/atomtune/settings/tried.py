@@ -15,20 +15,22 @@ from atomtune.settings.run_settings import DataSettings
 NOT_SHARED = ("output_dir", "resume")
 #: Settings of the records that change neither the held-out records nor their tokens.
 SAME_RECORDS = ("layout",)
+#: Settings that a trial cannot have, and why.
+NOT_IN_A_SWEEP = {
+    **dict.fromkeys(("resume_from_checkpoint", "continue_training", "checkpoint"), "each trial starts from the base"),
+    "max_minutes": "it would stop each trial before its end; --max_steps makes them shorter",
+}
 #: Settings that cannot be tried, and why: the sweep sets them, or trials could not be compared.
 NOT_TRIED = {
-    **dict.fromkeys(("output_dir", "resume"), "the sweep sets it for each trial"),
+    **NOT_IN_A_SWEEP,
+    **dict.fromkeys(NOT_SHARED, "the sweep sets it for each trial"),
     "model_path": "losses of two bases cannot be compared; make a sweep for each",
     "seed": "it also selects the held-out records; make a sweep for each seed",
     "data_seed": "it selects the held-out records; make a sweep for each",
-    **dict.fromkeys(types_of((DataSettings,)), "it changes the records that are compared; make a sweep for each value"),
-}
-#: Settings that a trial cannot have, and why.
-NOT_IN_A_SWEEP = {
-    "resume_from_checkpoint": "each trial starts from the base",
-    "continue_training": "each trial starts from the base",
-    "checkpoint": "each trial starts from the base",
-    "max_minutes": "it would stop each trial before its end; --max_steps makes them shorter",
+    **dict.fromkeys(
+        types_of((DataSettings,)).keys() - set(SAME_RECORDS),
+        "it changes the records that are compared; make a sweep for each value",
+    ),
 }
 RANGE = ":"
 
@@ -74,8 +76,7 @@ def values_tried(
 
 
 def _misfits(name: str, values: tuple[str, ...], *, trials: int) -> Iterator[str]:
-    reason = NOT_IN_A_SWEEP.get(name) or (NOT_TRIED.get(name) if name not in SAME_RECORDS else None)
-    if reason:
+    if reason := NOT_TRIED.get(name):
         yield f"--try {name}: {reason}."
     ranges = [value for value in values if is_range(value)]
     if "" in values:
