@@ -120,13 +120,18 @@ def records_to_hold_out(settings: TrainSettings, records: int, *, derived_before
     if size is None and "eval_size" in derived_before:
         size = float(derived_before["eval_size"])
     if size is not None:
-        wanted = round(size * records) if size < 1 else int(size)
+        wanted = held_out_count(size, records)
         if size and not 0 < wanted < records:
             raise BadSettings([f"--eval_size {size:g} holds out {wanted} of {records} records."])
         return size
     if settings.data.eval_path or settings.trainer.get("eval_strategy") == "no" or records < LEAST_TO_SPLIT:
         return 0
     return min(round(HELD_OUT_SHARE * records), MOST_HELD_OUT)
+
+
+def held_out_count(eval_size: float, records: int) -> int:
+    """--eval_size, a share if it is below 1, as a number of records."""
+    return round(eval_size * records) if eval_size < 1 else int(eval_size)
 
 
 def with_defaults(run: RunContext, size: DataSize, shape: BaseShape) -> RunContext:
@@ -355,9 +360,3 @@ def _warn_of_rate(run: RunContext, own: float) -> None:
 
 def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def derived_in(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The values chosen by the run that wrote a checkpoint, from its manifest; empty if another tool wrote it."""
-    values = manifest.get("derived", {})
-    return dict(values) if isinstance(values, dict) else {}
