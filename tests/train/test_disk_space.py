@@ -22,7 +22,7 @@ WEIGHTS = 4_000_000
 
 @pytest.fixture
 def said_of(tmp_path, monkeypatch, capsys):
-    """A function: (free bytes, settings of the Trainer) → (what is printed, notices) for an adapter of WEIGHTS bytes."""
+    """(free bytes, settings of the Trainer) → (what is printed, notices), for an adapter of WEIGHTS bytes."""
 
     def check(free: int, **values: Any) -> tuple[str, list[str]]:
         settings = {"save_strategy": "steps", "save_total_limit": 3, "save_only_model": False, **values}
