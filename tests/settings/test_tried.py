@@ -71,6 +71,8 @@ def test_every_combination_appears_once():
         (("--try", "seed=1,2"), "it also selects the held-out records"),
         (("--try", "output_dir=a,b"), "the sweep sets it for each trial"),
         (("--try", "model_path=a,b"), "losses of two bases cannot be compared"),
+        # Each of these ended in a traceback.
+        *((("--try", f"{name}=1,2"), "a setting of the sweep") for name in ("json", "trials", "try", "config")),
         (("--try", "learning_rate=1e-5:1e-3"), "a range needs --trials N"),
         (("--trials", "3", "--try", "learning_rate=1e-3:1e-5"), "the lower number first"),
         (("--eval_size", "0"), "Leave out --eval_size 0."),

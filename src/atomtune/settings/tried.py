@@ -24,6 +24,7 @@ NOT_IN_A_SWEEP = {
 NOT_TRIED = {
     **NOT_IN_A_SWEEP,
     **dict.fromkeys(NOT_SHARED, "the sweep sets it for each trial"),
+    **dict.fromkeys((*types_of((SweepChoices,)), "config"), "it is a setting of the sweep, not of its trials"),
     "model_path": "losses of two bases cannot be compared; make a sweep for each",
     "seed": "it also selects the held-out records; make a sweep for each seed",
     "data_seed": "it selects the held-out records; make a sweep for each",
@@ -52,7 +53,7 @@ def as_words(value: Any) -> list[str]:
 def values_tried(
     choices: SweepChoices, known: Callable[[str], str | None], problems: list[str]
 ) -> dict[str, tuple[str, ...]]:
-    """setting → the values to try, in the order written; problems are added to `problems`.
+    """setting → the values to try, in the order written, of settings that can be tried; problems go to `problems`.
 
     known  a name as written → its setting; None, after adding a problem, if it is unknown
     """
@@ -72,12 +73,14 @@ def values_tried(
             tried[name] = values if known_already else (*values, new)
     for name, values in tried.items():
         problems += _misfits(name, values, trials=choices.trials)
-    return tried
+    return {name: values for name, values in tried.items() if name not in NOT_TRIED}
 
 
 def _misfits(name: str, values: tuple[str, ...], *, trials: int) -> Iterator[str]:
     if reason := NOT_TRIED.get(name):
+        name = name.rstrip("_")  # try_
         yield f"--try {name}: {reason}."
+        return
     ranges = [value for value in values if is_range(value)]
     if "" in values:
         yield f"--try {name}: a value is missing."
