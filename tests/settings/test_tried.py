@@ -95,3 +95,9 @@ def test_too_many_combinations_are_refused_without_enumerating_them():
     hundred = ",".join(map(str, range(1, 101)))
     flags = [word for name in ("lora_rank", "lora_alpha", "weight_decay") for word in ("--try", f"{name}={hundred}")]
     assert "1,000,000 combinations" in problems(*flags)
+
+
+@pytest.mark.parametrize("off", [("--continue_training", "False"), ("--max_minutes", "0.0")])
+def test_settings_that_are_switched_off_do_not_disturb_a_sweep(off):
+    # Both were refused: only `false` and `0` counted as off.
+    assert tried(*off, "--try", "lora_rank=8,16") == {"lora_rank": ("8", "16")}

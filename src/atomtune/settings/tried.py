@@ -130,10 +130,16 @@ def _ends_as_words(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
+def _is_on(value: Any) -> bool:
+    """Whether a setting, as it was written, does anything: it is not missing, false or 0."""
+    word = str(value).lower()
+    return word not in ("none", "false", "no", "off", "n", "f") and number_or_word(word) != 0
+
+
 def not_comparable(shared: Mapping[str, Any], tried: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
     """Problems of shared settings that would make trials incomparable."""
     for name, reason in NOT_IN_A_SWEEP.items():
-        if shared.get(name) not in (None, "false", "0"):
+        if _is_on(shared.get(name)):
             yield f"--{name} in a sweep: {reason}. Leave it out."
     for name in filter(is_secret, shared):
         yield f"--{name} in a sweep: the file of every trial would hold it. Leave it out, and set HF_TOKEN."
