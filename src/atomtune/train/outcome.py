@@ -72,7 +72,7 @@ class Outcome:
                 return [f"Training loss {self.train_first:.3f}."]
             return [f"Training loss {self.train_first:.3f} → {self.train_last:.3f}."]
         begins = f"{self.before:.3f} before training → " if self.before is not None else ""
-        at_end = "" if self.best_step == self.steps else f"; {self.last:.3f} at the end"
+        at_end = "" if self.last == self.best else f"; {self.last:.3f} at the end"
         if self.kept_step == self.best_step:
             return [
                 f"Held-out loss {begins}{self.best:.3f} at step {self.best_step:,}, the best, which is kept{at_end}."
