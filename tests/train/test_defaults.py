@@ -178,16 +178,30 @@ def test_a_resumed_run_holds_out_as_many_records_as_it_began_with():
     assert held_out("--eval_path", "e.jsonl", records=500, derived_before={"eval_size": 7}) == 0
 
 
+def resumed(tmp_path, before: dict, *flags: str, held_out: int = 11) -> RunContext:
+    """A run of 99 records, resumed with these flags, whose first part had chosen the values `before`."""
+    words = ["--model_path", "m", "--dataset_path", "d.jsonl", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    settings = read_train([*words, *flags])
+    args, record = trainer_arguments(settings), RunRecord(tmp_path, writes=False)
+    run = RunContext(settings, args, Fresh(), {}, Console(speaks=False), record, derived_before=before)
+    return with_defaults(run, DataSize(99, held_out=held_out, eval_size=held_out, longest_tokens=90), SHAPE)
+
+
 def resumed_for_more_epochs(tmp_path, *flags: str) -> RunContext:
     """A run of 99 records that began with 8 epochs and is resumed for 20."""
-    words = ["--model_path", "m", "--dataset_path", "d.jsonl", "--output_dir", str(tmp_path), "--use_cpu", "true"]
-    first, again = (read_train([*words, *flags, *more]) for more in ([], ["--num_train_epochs", "20"]))
-    size = DataSize(records=99, held_out=11, eval_size=11, longest_tokens=90)
-    before = derive(first, trainer_arguments(first), size, SHAPE).values
+    before = derived(tmp_path, *flags, records=99, held_out=11)
     assert (before["per_device_train_batch_size"], before["num_train_epochs"]) == (4, 8)
-    record = RunRecord(tmp_path, writes=False)
-    run = RunContext(again, trainer_arguments(again), Fresh(), {}, Console(speaks=False), record, derived_before=before)
-    return with_defaults(run, size, SHAPE)
+    return resumed(tmp_path, before, *flags, "--num_train_epochs", "20")
+
+
+@pytest.mark.parametrize("flags", [[], ["--eval_size", "0"]])
+def test_a_run_that_held_none_out_can_be_resumed_with_eval_size_0(tmp_path, flags):
+    # With the flag, which says what the run does anyway, it ended in a traceback.
+    run = resumed(tmp_path, {"eval_size": 0}, *flags, held_out=0)
+    assert run.settings.data.eval_size == 0
+    assert run.settings.origins["eval_size"] == (
+        "--eval_size" if flags else "auto: the run that is resumed held none out"
+    )
 
 
 def test_a_run_resumed_for_more_epochs_logs_evaluates_and_saves_at_intervals_of_its_new_length(tmp_path):

@@ -139,9 +139,9 @@ def with_defaults(run: RunContext, size: DataSize, shape: BaseShape) -> RunConte
     reasons = dict.fromkeys(kept, message("as in the run that is resumed"))
     # If a folder was chosen for the run, it stays the run's folder.
     settings = run.settings.with_derived({**kept, "output_dir": run.args.output_dir}, reasons)
-    derived = derive(settings, trainer_arguments(settings), size, shape)
+    derived = derive(settings, trainer_arguments(settings) if kept else run.args, size, shape)
     derived.values, derived.reasons = {**kept, **derived.values}, {**reasons, **derived.reasons}
-    if before.get("eval_size") == 0 and not run.settings.data.eval_path:
+    if before.get("eval_size") == 0 and "eval_size" in derived.values and not run.settings.data.eval_path:
         derived.reasons["eval_size"] = "the run that is resumed held none out"
     settings = settings.with_derived(derived.values, derived.reasons)
     of_manifest = {**derived.values, _LONGEST: shape.longest}
