@@ -13,14 +13,16 @@ BadModel, RunFailed, CheckFailed, Stopped. The program's random numbers, and wha
 
 import inspect as signatures
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from atomtune.console import Console
 from atomtune.settings.command_settings import LoadSettings
+from atomtune.settings.expect import default_of, field_infos
+from atomtune.settings.flags import types_of
 from atomtune.settings.read import GROUPS, read, read_settings
 
 if TYPE_CHECKING:
@@ -272,29 +274,21 @@ def evaluate(adapter_path: Paths = (), *, verbose: bool = False, **settings: Any
     )
 
 
-def _with_settings(function: Callable[..., Any], groups: Iterable[type[Any]]) -> None:
+def _with_settings(function: Callable[..., Any], groups: Sequence[type[Any]]) -> None:
     """Add all settings to the function's signature, with types and defaults, for help() and the Tab key."""
     signature = signatures.signature(function)
     parameters = dict(signature.parameters)
     rest = parameters.pop("settings")
-    for group in groups:
-        for field in fields(group):
-            if field.name not in parameters:
-                parameters[field.name] = signatures.Parameter(
-                    field.name, signatures.Parameter.KEYWORD_ONLY, default=_default(field), annotation=field.type
-                )
+    types = types_of(groups)
+    for name, info in field_infos(groups).items():
+        if name not in parameters:
+            # The function itself checks that a required setting is there.
+            parameters[name] = signatures.Parameter(
+                name, signatures.Parameter.KEYWORD_ONLY, default=default_of(info), annotation=types[name]
+            )
     if function in (train, sweep):  # these also take any setting of transformers.TrainingArguments
         parameters["settings"] = rest
     function.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
-
-
-def _default(field: Any) -> Any:
-    """A setting's default; None for a required one, which the function checks itself."""
-    info = field.default
-    if getattr(info, "default_factory", None) is not None:
-        return info.default_factory()
-    value = getattr(info, "default", info)
-    return None if value in (MISSING, ...) or type(value).__name__ == "PydanticUndefinedType" else value
 
 
 _with_settings(train, GROUPS["train"])

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from atomtune import __version__
-from atomtune.console import LastingStream, controls_shown
+from atomtune.console import Console, LastingStream, controls_shown, print_json, without_passwords
 from atomtune.errors import AtomtuneError, BadSettings, ExitCode
 from atomtune.language import LANGUAGES, language_of, spoken, translated
 from atomtune.process import STOP_SIGNALS
@@ -246,7 +246,6 @@ def _help(name: str, *, everything: bool) -> str:
 
 def _print_help_as_json(name: str | None = None) -> None:
     """Print the help of one command, or of all, as JSON."""
-    from atomtune.console import print_json
     from atomtune.settings.help_json import command_values, overview_values
     from atomtune.settings.read import GROUPS
 
@@ -258,21 +257,16 @@ def _print_help_as_json(name: str | None = None) -> None:
 
 def _notice(text: str) -> None:
     """Print a notice on standard error, and only in the first process of a job."""
-    from atomtune.console import Console
     from atomtune.settings.environment import is_first_process
 
     Console(stderr=True, speaks=is_first_process()).notice(text)
 
 
 def _say(text: str) -> None:
-    from atomtune.console import Console
-
     Console().say(text)
 
 
 def _say_error(text: str) -> None:
-    from atomtune.console import Console, without_passwords
-
     Console(stderr=True).say(without_passwords(text))
 
 
@@ -337,8 +331,6 @@ def _hear_again(hook: Callable[[Any], object]) -> Callable[[Any], None]:
 
 def _say_overview() -> None:
     """Print all commands with their lines."""
-    from atomtune.console import Console
-
     console = Console()
     console.say(translated(f"atomtune {__version__}: LoRA instruction fine-tuning"))
     console.say(translated("\nusage: atomtune COMMAND [--help] …\n"))

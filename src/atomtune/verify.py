@@ -351,7 +351,7 @@ def one_at_a_time(
     model: CausalLM, examples: Sequence[Example], *, softmax_dtype: torch.dtype = torch.float64
 ) -> Result:
     """The plain side: each record alone through the model's own forward, with the loss computed from all its logits."""
-    _forget_gradients(model)
+    model.zero_grad()
     targets = sum(sum(example.learn) for example in examples)
     loss, log_probabilities = 0.0, []
     for example in examples:
@@ -371,7 +371,7 @@ def in_batches(
     model: CausalLM, examples: Sequence[Example], collator: Collator, *, per_batch: int
 ) -> tuple[Result, int]:
     """The fast side, and the number of tokens it computed. A target that records share is repeated for each of them."""
-    _forget_gradients(model)
+    model.zero_grad()
     targets = sum(sum(example.learn) for example in examples)
     loss, tokens_computed, log_probabilities = 0.0, 0, []
     for start in range(0, len(examples), per_batch):
@@ -395,11 +395,6 @@ def _by_record(batch: Any, scores: torch.Tensor, examples: Sequence[Example]) ->
         own = [math.nan if place is None else by_place[place] for place in places.of(example)]
         log_probabilities.append(torch.tensor(own, dtype=torch.float64))
     return log_probabilities
-
-
-def _forget_gradients(model: CausalLM) -> None:
-    for weight in model.parameters():
-        weight.grad = None
 
 
 def _gradients(model: CausalLM) -> dict[str, torch.Tensor]:

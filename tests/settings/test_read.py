@@ -569,6 +569,21 @@ def test_a_contradiction_names_both_sides(flags, names):
 
 
 @pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max_steps", "0"), "--max_steps 0 trains nothing."),
+        (("--streaming",), "--streaming needs --max_steps:"),
+        (("--streaming", "--max_steps", "9", "--dataloader_num_workers", "2"), "every worker would read all the files"),
+        # Beside an invalid setting, max_steps was taken for missing.
+        (("--streaming", "--max_steps", "9", "--seed", "-1"), "--seed '-1': expected a whole number"),
+    ],
+)
+def test_each_problem_is_the_only_one_reported(flags, message):
+    (said,) = problems(*flags)
+    assert message in said
+
+
+@pytest.mark.parametrize(
     "flags",
     [
         ("--skip_overlength", "--overlength", "skip"),

@@ -71,6 +71,8 @@ def test_every_combination_appears_once():
         (("--try", "seed=1,2"), "it also selects the held-out records"),
         (("--try", "output_dir=a,b"), "the sweep sets it for each trial"),
         (("--try", "model_path=a,b"), "losses of two bases cannot be compared"),
+        # Each of these ended in a traceback.
+        *((("--try", f"{name}=1,2"), "a setting of the sweep") for name in ("json", "trials", "try", "config")),
         (("--try", "learning_rate=1e-5:1e-3"), "a range needs --trials N"),
         (("--trials", "3", "--try", "learning_rate=1e-3:1e-5"), "the lower number first"),
         (("--eval_size", "0"), "Leave out --eval_size 0."),
@@ -93,3 +95,9 @@ def test_too_many_combinations_are_refused_without_enumerating_them():
     hundred = ",".join(map(str, range(1, 101)))
     flags = [word for name in ("lora_rank", "lora_alpha", "weight_decay") for word in ("--try", f"{name}={hundred}")]
     assert "1,000,000 combinations" in problems(*flags)
+
+
+@pytest.mark.parametrize("off", [("--continue_training", "False"), ("--max_minutes", "0.0")])
+def test_settings_that_are_switched_off_do_not_disturb_a_sweep(off):
+    # Both were refused: only `false` and `0` counted as off.
+    assert tried(*off, "--try", "lora_rank=8,16") == {"lora_rank": ("8", "16")}

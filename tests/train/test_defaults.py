@@ -5,11 +5,13 @@ import math
 import pytest
 from transformers import PreTrainedConfig, TrainingArguments
 
+from atomtune.console import Console
 from atomtune.errors import BadSettings
 from atomtune.model.base_shape import NO_LIMIT, BaseShape, tokens_in_memory
 from atomtune.settings.read import read_train
 from atomtune.settings.run_settings import LoraSettings
 from atomtune.train.arguments import trainer_arguments
+from atomtune.train.checkpoint.start import Fresh
 from atomtune.train.defaults import (
     FEW_STEPS,
     HIGHEST_RATE,
@@ -22,7 +24,10 @@ from atomtune.train.defaults import (
     largest_batch,
     learning_rate,
     records_to_hold_out,
+    with_defaults,
 )
+from atomtune.train.run_context import RunContext
+from atomtune.train.run_report import RunRecord
 
 SHAPE = BaseShape(width=2000, longest=4096, longest_why="the base has 4,096 positions")
 
@@ -169,6 +174,50 @@ def test_a_resumed_run_holds_out_as_many_records_as_it_began_with():
     assert (held_out(records=500), held_out(records=40)) == (50, 0)
     assert held_out(records=500, derived_before={"eval_size": 7}) == 7
     assert held_out("--eval_size", "9", records=500, derived_before={"eval_size": 7}) == 9
+    # With --resume_anyway, a file of records to evaluate on was read and then ignored.
+    assert held_out("--eval_path", "e.jsonl", records=500, derived_before={"eval_size": 7}) == 0
+
+
+def resumed(tmp_path, before: dict, *flags: str, held_out: int = 11) -> RunContext:
+    """A run of 99 records, resumed with these flags, whose first part had chosen the values `before`."""
+    words = ["--model_path", "m", "--dataset_path", "d.jsonl", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    settings = read_train([*words, *flags])
+    args, record = trainer_arguments(settings), RunRecord(tmp_path, writes=False)
+    run = RunContext(settings, args, Fresh(), {}, Console(speaks=False), record, derived_before=before)
+    return with_defaults(run, DataSize(99, held_out=held_out, eval_size=held_out, longest_tokens=90), SHAPE)
+
+
+def resumed_for_more_epochs(tmp_path, *flags: str) -> RunContext:
+    """A run of 99 records that began with 8 epochs and is resumed for 20."""
+    before = derived(tmp_path, *flags, records=99, held_out=11)
+    assert (before["per_device_train_batch_size"], before["num_train_epochs"]) == (4, 8)
+    return resumed(tmp_path, before, *flags, "--num_train_epochs", "20")
+
+
+@pytest.mark.parametrize("flags", [[], ["--eval_size", "0"]])
+def test_a_run_that_held_none_out_can_be_resumed_with_eval_size_0(tmp_path, flags):
+    # With the flag, which says what the run does anyway, it ended in a traceback.
+    run = resumed(tmp_path, {"eval_size": 0}, *flags, held_out=0)
+    assert run.settings.data.eval_size == 0
+    assert run.settings.origins["eval_size"] == (
+        "--eval_size" if flags else "auto: the run that is resumed held none out"
+    )
+
+
+def test_a_run_resumed_for_more_epochs_logs_evaluates_and_saves_at_intervals_of_its_new_length(tmp_path):
+    # Its intervals were those of 260 steps, which other batches would have made, and the reason for its batch size said
+    # so too.
+    run = resumed_for_more_epochs(tmp_path)
+    assert run.args.per_device_train_batch_size == 4  # 20 epochs would allow 8
+    assert (run.args.eval_steps, run.args.save_steps, run.args.logging_steps) == (50, 50, 10)  # of 20 * 25 steps
+    names = ("per_device_train_batch_size", "learning_rate")
+    assert {run.settings.origins[name] for name in names} == {"auto: as in the run that is resumed"}
+
+
+def test_a_run_that_evaluates_as_often_as_it_logs_can_be_resumed_for_more_epochs(tmp_path):
+    # It was refused: its checkpoints were a multiple of new intervals, and its evaluations had the old ones.
+    args = resumed_for_more_epochs(tmp_path, "--eval_strategy", "steps").args
+    assert (args.eval_steps, args.save_steps, args.load_best_model_at_end) == (10, 50, True)
 
 
 def test_a_delayed_evaluation_is_not_made_at_the_start(tmp_path):

@@ -80,6 +80,12 @@ def test_the_best_step_and_the_one_that_is_kept_are_named():
     assert "at step 20, the best; 1.500 at the end" in last and "of step 40 of 40, not of the best one" in last
 
 
+def test_the_last_evaluation_of_a_run_that_goes_on_without_any_is_not_called_its_end():
+    # A run resumed with --eval_strategy no said "1.500 at step 10, the best; 1.500 at the end".
+    first, second, *_ = told([3.0, 1.5, None, None], FALLING).sentences()
+    assert first.endswith("→ 1.500 at step 10, the best.") and "of step 30 of 30, not of the best one" in second
+
+
 @pytest.mark.parametrize(
     ("held_out", "says"),
     [

@@ -68,7 +68,7 @@ def _of_data(values: Mapping[str, Any], written: Collection[str]) -> Iterator[st
         yield "--eval_path and --eval_size each choose the records to evaluate on. Pass one of them."
     if not on("streaming"):
         return
-    if (values.get("max_steps") or 0) <= 0:
+    if values.get("max_steps", 1) <= 0:  # missing beside an invalid setting, which is reported
         yield "--streaming needs --max_steps: how many records there are is not known before they are read."
     is_sorted = values.get("train_sampling_strategy", "random") != "random"
     for name in ("eval_size", "mix", *(["train_sampling_strategy"] if is_sorted else [])):

@@ -11,8 +11,6 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 CACHES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "XDG_CACHE_HOME")
 _LAST_PORT = 65_535
 _TRUTHS = {"y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"}
-
-
 #: How often a waiting thread spins before it sleeps, about 60 microseconds. On an idle machine this is as fast as
 #: libgomp's own 300,000; with another busy program beside two threads, a run took 24 s instead of 102 s (docs/log.md).
 SPINS = "3000"
@@ -43,11 +41,26 @@ def environment_problems(environment: Mapping[str, str] = os.environ) -> Iterato
             numbers[name] = int(text)
         else:
             yield f"the environment variable {name} is {text!r}; expected a whole number. {_remedy(name)}"
+    ranks = numbers.get("WORLD_SIZE", 1)
+    yield from _launcher_problems(environment, ranks)
+    if ranks == 0:
+        yield f"the environment says WORLD_SIZE=0; a job has one process or more. {_remedy('WORLD_SIZE')}"
+    elif "WORLD_SIZE" in numbers and numbers.get("RANK", 0) >= ranks:
+        yield (
+            f"the environment says RANK={numbers['RANK']} of WORLD_SIZE={ranks} processes, which count "
+            f"from 0. {_remedy('RANK', 'WORLD_SIZE')}"
+        )
+    yield from _mpi_problems(environment)
+    yield from _accelerate_problems(environment)
+
+
+def _launcher_problems(environment: Mapping[str, str], ranks: int) -> Iterator[str]:
+    """Problems if only some of a launcher's variables are set, or the port is none."""
     present = [name for name in LAUNCHER if name in environment]
     missing = [name for name in LAUNCHER if name not in environment]
     present += ["LOCAL_RANK"] if "LOCAL_RANK" in environment else []
     alone = {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"}.issuperset(present)  # defaults of a cluster, without a job
-    if present and missing and (not alone or numbers.get("WORLD_SIZE", 1) > 1):
+    if present and missing and (not alone or ranks > 1):
         listed = ", ".join(f"{name}={environment[name]}" for name in present)
         yield (
             f"the environment has {listed}, but not {', '.join(missing)}. A launcher sets all of them; these look left "
@@ -59,17 +72,6 @@ def environment_problems(environment: Mapping[str, str] = os.environ) -> Iterato
             f"the environment variable MASTER_PORT is {port!r}; expected a number from 1 to {_LAST_PORT:,}. "
             f"{_remedy('MASTER_PORT')}"
         )
-    ranks = numbers.get("WORLD_SIZE")
-    if ranks == 0:
-        yield f"the environment says WORLD_SIZE=0; a job has one process or more. {_remedy('WORLD_SIZE')}"
-    elif ranks is not None and numbers.get("RANK", 0) >= ranks:
-        yield (
-            f"the environment says RANK={numbers['RANK']} of WORLD_SIZE={ranks} processes, which count "
-            f"from 0. {_remedy('RANK', 'WORLD_SIZE')}"
-        )
-
-    yield from _mpi_problems(environment)
-    yield from _accelerate_problems(environment)
 
 
 def _mpi_problems(environment: Mapping[str, str]) -> Iterator[str]:

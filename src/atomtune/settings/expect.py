@@ -21,6 +21,27 @@ def field_infos(groups: Sequence[type[Any]]) -> dict[str, FieldInfo]:
     return infos
 
 
+def default_of(info: FieldInfo) -> Any:
+    """A setting's default; None for a required one."""
+    return None if info.is_required() else info.get_default(call_default_factory=True, validated_data={})
+
+
+def limits_of(info: FieldInfo) -> dict[str, float]:
+    """The range of a number, by pydantic's names for limits, the lower one first: `{"ge": 1, "le": 8}`."""
+    return {
+        name: getattr(limit, name)
+        for name in ("ge", "gt", "le", "lt")
+        for limit in info.metadata
+        if hasattr(limit, name)
+    }
+
+
+def members_of(kind: Any) -> tuple[Any, ...]:
+    """The members of a union; of another type, the type itself."""
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return typing.get_args(kind) if is_union else (kind,)
+
+
 def choices_in(kind: Any) -> tuple[str, ...]:
     """The words of a Literal, alone or in a union."""
     choices: tuple[str, ...] = ()
@@ -40,8 +61,8 @@ def expected(kind: Any, info: FieldInfo | None = None) -> str:
     if choices:
         words = [f"one of {', '.join(choices)}"]
     text = " or ".join(words)
-    limits = _range(info) if info is not None else ""
-    return f"{text}, {limits}" if limits else text
+    limits = limits_of(info) if info is not None else {}
+    return f"{text}, {_RANGE_WORDS[tuple(limits)].format(*limits.values())}" if limits else text
 
 
 #: In the order in which a message lists the members of a union.
@@ -58,9 +79,7 @@ _KINDS: dict[Any, str] = {
 
 def _parts(kind: Any) -> set[Any]:
     """The members of a union, with dict[str, bool] as dict, without None, and without list[str] if there is str."""
-    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    parts = set(typing.get_args(kind)) if union else {kind}
-    parts = {dict if typing.get_origin(part) is dict else part for part in parts}
+    parts = {dict if typing.get_origin(part) is dict else part for part in members_of(kind)}
     if str in parts:
         parts -= {list[str]}
     if dict in parts:  # dict or str: the str is the name of a file
@@ -68,18 +87,7 @@ def _parts(kind: Any) -> set[Any]:
     return parts
 
 
-def _range(info: FieldInfo) -> str:
-    """For example `at least 1 and at most 8`, from pydantic's metadata Ge(ge=1), Le(le=8)."""
-    limits = {
-        name: getattr(limit, name)
-        for name in ("ge", "gt", "le", "lt")
-        for limit in info.metadata
-        if hasattr(limit, name)
-    }
-    return _RANGE_WORDS[tuple(limits)].format(*limits.values()) if limits else ""
-
-
-#: One text per combination, because Chinese cannot be composed from two parts as English can.
+#: One text per combination of limits, because Chinese cannot be composed from two parts as English can.
 _RANGE_WORDS = {
     ("ge",): "{:,} or more",
     ("gt",): "more than {}",

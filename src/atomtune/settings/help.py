@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from atomtune.console import wrapped
 from atomtune.errors import EXIT_CODE_MEANINGS
 from atomtune.language import translated
-from atomtune.settings.expect import choices_in, field_infos
+from atomtune.settings.expect import choices_in, default_of, field_infos
 from atomtune.settings.flags import OF_A_RUN, flag_of
 from atomtune.settings.library import choices_of, library_settings
 
@@ -185,9 +185,9 @@ def _described(command: str, name: str, info: FieldInfo) -> str:
     choices = _library_choices(name)
     if len("|".join(choices)) > NAMES_IN_FLAG:
         text += translated(": ") + ", ".join(choices)
-    default = info.get_default(call_default_factory=True, validated_data={})
     if info.is_required():
         return f"{text} {translated('(required)')}"
+    default = default_of(info)
     if default is None or default is False or default == [] or "default:" in meaning:
         return text
     return f"{text} [{_shown(default)}]"

@@ -8,12 +8,12 @@ from pydantic.fields import FieldInfo
 
 from atomtune import __version__
 from atomtune.errors import EXIT_CODE_MEANINGS
-from atomtune.settings.expect import expected, field_infos
+from atomtune.settings.expect import default_of, expected, field_infos, limits_of, members_of
 from atomtune.settings.flags import OF_A_RUN, PATHS_ARE, arity, flag_of
 from atomtune.settings.help import ABOUT, EXAMPLES, USAGE, choices_of_setting, extra_of, heading_of, meaning_of
 from atomtune.settings.library import library_settings
 
-#: Attribute of a limit in pydantic's metadata → its key in the JSON.
+#: pydantic's name of a limit → its key in the JSON.
 _LIMITS = {"ge": "at_least", "gt": "more_than", "le": "at_most", "lt": "below"}
 LIBRARY = "transformers.Trainer"
 
@@ -55,19 +55,12 @@ def _own_settings(command: str, group: type[Any]) -> list[dict[str, Any]]:
 
 
 def _own_setting(command: str, group: type[Any], name: str, kind: Any, info: FieldInfo) -> dict[str, Any]:
-    limits = {
-        ours: getattr(limit, theirs)
-        for limit in info.metadata
-        for theirs, ours in _LIMITS.items()
-        if hasattr(limit, theirs)
-    }
-    default = None if info.is_required() else info.get_default(call_default_factory=True, validated_data={})
     return {
         **_shape(name, kind),
         "unit": extra_of(info, "unit"),
-        "range": limits,
+        "range": {_LIMITS[name]: limit for name, limit in limits_of(info).items()},
         "expected": expected(kind, info),
-        "default": default,
+        "default": default_of(info),
         "required": info.is_required(),
         "help": meaning_of(command, name, info),
         "section": heading_of(group, name),
@@ -111,14 +104,10 @@ def _shape(name: str, kind: Any) -> dict[str, Any]:
 def _type_name(kind: Any) -> str:
     """`int`, `float`, `bool`, `text`, `object` or `list`; members of a union are joined by `|`, without None."""
     names = []
-    for part in typing.get_args(kind) if _is_union(kind) else (kind,):
+    for part in members_of(kind):
         if part is not type(None):
             names.append(_TYPE_NAMES.get(part) or _TYPE_NAMES.get(typing.get_origin(part), "text"))
     return "|".join(dict.fromkeys(names))
-
-
-def _is_union(kind: Any) -> bool:
-    return typing.get_origin(kind) is typing.Union or type(kind).__name__ == "UnionType"
 
 
 _TYPE_NAMES: dict[Any, str] = {bool: "bool", int: "int", float: "float", str: "text", dict: "object", list: "list"}

@@ -110,27 +110,33 @@ def read(command: str, written: Written, *, notice: Callable[[str], None] = _say
 
 def read_train(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> TrainSettings:
     """Settings of `atomtune train [run.yaml] --flag value …`. Raises BadSettings with all problems."""
-    reader = EntryReader("train", {**library_types(), **types_of(GROUPS["train"])})
-    entries = _entries_of_run(reader, written, notice)
-    output, of_the_run = _output_and_run(TrainOutput, reader, entries)
-    train = _train_settings(reader, of_the_run, written, notice)
-    assert output is not None
+    train, output = _run_and_output("train", TrainOutput, written, notice)
     return replace(train, json=output.json)
 
 
 def read_plan(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> PlanSettings:
     """Settings of `atomtune plan`: those of the planned run, and its own. Raises BadSettings with all problems."""
-    reader = EntryReader("plan", {**library_types(), **types_of(GROUPS["plan"])})
-    entries = _entries_of_run(reader, written, notice)
-    output, of_the_run = _output_and_run(PlanOutput, reader, entries)
-    train = _train_settings(reader, of_the_run, written, notice)
-    assert output is not None
+    train, output = _run_and_output("plan", PlanOutput, written, notice)
     return PlanSettings(train=train, json=output.json)
 
 
-def _output_and_run(
-    group: type[S], reader: EntryReader, entries: Mapping[str, Entry]
-) -> tuple[S | None, dict[str, Entry]]:
+def _run_and_output(
+    command: str, group: type[S], written: Written, notice: Callable[[str], None]
+) -> tuple[TrainSettings, S]:
+    """The settings of a run, and those that a command adds to them. Raises BadSettings with all problems."""
+    reader = _reader_of_run(command)
+    output, of_the_run = _apart(group, reader, _entries_of_run(reader, written, notice))
+    train = _train_settings(reader, of_the_run, written, notice)
+    assert output is not None
+    return train, output
+
+
+def _reader_of_run(command: str) -> EntryReader:
+    """A reader of the command's settings and of all settings of the Trainer."""
+    return EntryReader(command, {**library_types(), **types_of(GROUPS[command])})
+
+
+def _apart(group: type[S], reader: EntryReader, entries: Mapping[str, Entry]) -> tuple[S | None, dict[str, Entry]]:
     """The settings of a command's own class (None if invalid), and the entries that belong to the run."""
     own = types_of((group,))
     output = _validated(group, {name: entry for name, entry in entries.items() if name in own}, reader.problems)
@@ -139,7 +145,7 @@ def _output_and_run(
 
 def read_sweep(written: Written, *, notice: Callable[[str], None] = _say_nothing) -> SweepSettings:
     """Settings of `atomtune sweep`; those of each trial are checked too. Raises BadSettings with all problems."""
-    reader = EntryReader("sweep", {**library_types(), **types_of(GROUPS["sweep"])})
+    reader = _reader_of_run("sweep")
     entries = _entries(reader, written, notice)
     if "try_" in entries:
         entries["try_"] = replace(entries["try_"], value=as_words(entries["try_"].value))
@@ -148,9 +154,7 @@ def read_sweep(written: Written, *, notice: Callable[[str], None] = _say_nothing
             entries = {**_demo_entries(reader), **entries}
         else:  # the demo would have no held-out records
             reader.problems.append("A sweep needs --model_path and --dataset_path, also when it is resumed.")
-    own = types_of((SweepChoices,))
-    choices = _validated(SweepChoices, {name: entry for name, entry in entries.items() if name in own}, reader.problems)
-    of_the_run = {name: entry for name, entry in entries.items() if name not in own}
+    choices, of_the_run = _apart(SweepChoices, reader, entries)
     tried = values_tried(choices, reader.known_setting, reader.problems) if choices else {}
     _check_trials(of_the_run, tried, reader, written)
     train = _train_settings(reader, of_the_run, written, notice)

@@ -153,6 +153,11 @@ class DataSettings(RecordSettings):
         10_000, "with --streaming: number of records to shuffle among", at_least=1, rare=True, unit="records"
     )
 
+    @property
+    def sources(self) -> list[str]:
+        """Where the records to train on and to evaluate on are."""
+        return [*self.dataset_paths, self.eval_path] if self.eval_path else self.dataset_paths
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TokenizerSettings:

@@ -3,6 +3,7 @@
 from dataclasses import fields
 from typing import Any
 
+from atomtune.settings.expect import default_of
 from atomtune.settings.run_settings import TokenizerSettings
 
 
@@ -13,9 +14,8 @@ def words_of(settings: Any, *groups: type[Any]) -> list[str]:
     """
     words = []
     for name in dict.fromkeys(field.name for group in groups for field in fields(group)):
-        default = type(settings).__pydantic_fields__[name].get_default(call_default_factory=True, validated_data={})
         value = getattr(settings, name)
-        if value == default:
+        if value == default_of(type(settings).__pydantic_fields__[name]):
             continue
         words.append(f"--{name}")
         if value is not True:

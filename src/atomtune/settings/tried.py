@@ -15,20 +15,23 @@ from atomtune.settings.run_settings import DataSettings
 NOT_SHARED = ("output_dir", "resume")
 #: Settings of the records that change neither the held-out records nor their tokens.
 SAME_RECORDS = ("layout",)
+#: Settings that a trial cannot have, and why.
+NOT_IN_A_SWEEP = {
+    **dict.fromkeys(("resume_from_checkpoint", "continue_training", "checkpoint"), "each trial starts from the base"),
+    "max_minutes": "it would stop each trial before its end; --max_steps makes them shorter",
+}
 #: Settings that cannot be tried, and why: the sweep sets them, or trials could not be compared.
 NOT_TRIED = {
-    **dict.fromkeys(("output_dir", "resume"), "the sweep sets it for each trial"),
+    **NOT_IN_A_SWEEP,
+    **dict.fromkeys(NOT_SHARED, "the sweep sets it for each trial"),
+    **dict.fromkeys((*types_of((SweepChoices,)), "config"), "it is a setting of the sweep, not of its trials"),
     "model_path": "losses of two bases cannot be compared; make a sweep for each",
     "seed": "it also selects the held-out records; make a sweep for each seed",
     "data_seed": "it selects the held-out records; make a sweep for each",
-    **dict.fromkeys(types_of((DataSettings,)), "it changes the records that are compared; make a sweep for each value"),
-}
-#: Settings that a trial cannot have, and why.
-NOT_IN_A_SWEEP = {
-    "resume_from_checkpoint": "each trial starts from the base",
-    "continue_training": "each trial starts from the base",
-    "checkpoint": "each trial starts from the base",
-    "max_minutes": "it would stop each trial before its end; --max_steps makes them shorter",
+    **dict.fromkeys(
+        types_of((DataSettings,)).keys() - set(SAME_RECORDS),
+        "it changes the records that are compared; make a sweep for each value",
+    ),
 }
 RANGE = ":"
 
@@ -50,7 +53,7 @@ def as_words(value: Any) -> list[str]:
 def values_tried(
     choices: SweepChoices, known: Callable[[str], str | None], problems: list[str]
 ) -> dict[str, tuple[str, ...]]:
-    """setting → the values to try, in the order written; problems are added to `problems`.
+    """setting → the values to try, in the order written, of settings that can be tried; problems go to `problems`.
 
     known  a name as written → its setting; None, after adding a problem, if it is unknown
     """
@@ -70,13 +73,14 @@ def values_tried(
             tried[name] = values if known_already else (*values, new)
     for name, values in tried.items():
         problems += _misfits(name, values, trials=choices.trials)
-    return tried
+    return {name: values for name, values in tried.items() if name not in NOT_TRIED}
 
 
 def _misfits(name: str, values: tuple[str, ...], *, trials: int) -> Iterator[str]:
-    reason = NOT_IN_A_SWEEP.get(name) or (NOT_TRIED.get(name) if name not in SAME_RECORDS else None)
-    if reason:
+    if reason := NOT_TRIED.get(name):
+        name = name.rstrip("_")  # try_
         yield f"--try {name}: {reason}."
+        return
     ranges = [value for value in values if is_range(value)]
     if "" in values:
         yield f"--try {name}: a value is missing."
@@ -126,10 +130,16 @@ def _ends_as_words(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
+def _is_on(value: Any) -> bool:
+    """Whether a setting, as it was written, does anything: it is not missing, false or 0."""
+    word = str(value).lower()
+    return word not in ("none", "false", "no", "off", "n", "f") and number_or_word(word) != 0
+
+
 def not_comparable(shared: Mapping[str, Any], tried: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
     """Problems of shared settings that would make trials incomparable."""
     for name, reason in NOT_IN_A_SWEEP.items():
-        if shared.get(name) not in (None, "false", "0"):
+        if _is_on(shared.get(name)):
             yield f"--{name} in a sweep: {reason}. Leave it out."
     for name in filter(is_secret, shared):
         yield f"--{name} in a sweep: the file of every trial would hold it. Leave it out, and set HF_TOKEN."

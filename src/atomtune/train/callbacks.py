@@ -19,6 +19,7 @@ from transformers.trainer_callback import ExportableState
 from atomtune.errors import listing
 from atomtune.process import STOP_SIGNALS
 from atomtune.train.ranks import local, on_any_rank
+from atomtune.train.run_report import logged
 
 #: The same signal again within this many seconds is the same request: a cluster signals every process of a job, and
 #: torchrun, which is one of them, passes the signal on to its own.
@@ -199,7 +200,7 @@ class EarlyStopping(TrainerCallback):
 
     def is_due(self, history: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the Trainer's log has at least `patience` evaluations after the best one."""
-        losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] > 0]
+        losses = [loss for step, loss in logged(history, "eval_loss").items() if step > 0]
         return bool(self.patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

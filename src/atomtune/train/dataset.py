@@ -91,7 +91,7 @@ def read_data(run: RunContext, template: Template) -> Data:
         evaluate_from = ((str(run.settings.data.eval_path), len(evaluate)),)
     if run.settings.data.streaming:
         stream, data_hash = _stream(run, template)
-        return Data(stream, evaluate, data_hash, eval_hash, evaluate_from=evaluate_from)
+        return Data(stream, evaluate, data_hash=data_hash, eval_hash=eval_hash, evaluate_from=evaluate_from)
     parts = [_read(source, run, template) for source in run.settings.data.dataset_paths]
     data = concatenate(parts)
     _check_read(run, template, data)
@@ -108,9 +108,15 @@ def read_data(run: RunContext, template: Template) -> Data:
         rows = epoch_of_mix(rows, parts, mix, seed=shuffling_seed(run.args))
         weights = mix_text(mix)
         run.console.say(f"--mix {weights}: an epoch has {len(rows):,} records.")
-    chosen = eval_size if evaluate is not None else 0
-    train = _selected(data.examples, rows)
-    return Data(train, evaluate, data.data_hash, eval_hash, data.ledger, chosen, evaluate_from)
+    return Data(
+        _selected(data.examples, rows),
+        evaluate,
+        data_hash=data.data_hash,
+        eval_hash=eval_hash,
+        stored_ledger=data.ledger,
+        eval_size=eval_size if evaluate is not None else 0,
+        evaluate_from=evaluate_from,
+    )
 
 
 def _check_read(run: RunContext, template: Template, data: EncodedData) -> None:

@@ -2,7 +2,7 @@
 
 Defaults that are the same for every run are in settings/run_settings.py. The measurements behind the numbers here are
 in docs/defaults.md; benchmarks/defaults.py made them. A resumed run keeps the values of the original run, which are in
-the manifests of its checkpoints, except for when it evaluates and saves.
+the manifests of its checkpoints, except for when it logs, evaluates and saves.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from atomtune.errors import BadSettings
+from atomtune.language import message
 from atomtune.model.base_shape import BaseShape, base_shape
 from atomtune.settings.run_settings import LoraSettings
 from atomtune.settings.train_settings import TrainSettings
@@ -53,12 +54,9 @@ SHORT_RUN_STEPS, SHORT_RUN_TIMES = 500, 1.5
 #: A rate this many times the automatic one never helped: four times is too high for each kind of records.
 FAR_TOO_HIGH = 10
 
-#: Settings that a resumed run chooses again, since its length or one of them may have been changed: only together do
-#: they fit each other.
-_INTERVALS = (
-    *("eval_on_start", "eval_strategy", "eval_steps"),
-    *("save_strategy", "save_steps", "load_best_model_at_end"),
-)
+#: Settings that a resumed run keeps as the original run chose them. When it logs, evaluates and saves is chosen again:
+#: the user may have changed the run's length or one of these intervals, and only together do they fit each other.
+_KEPT = ("max_seq_length", "per_device_train_batch_size", "num_train_epochs", "learning_rate")
 
 #: Key in a checkpoint's manifest: the length limit when records were encoded with max_seq_length on auto.
 _LONGEST = "longest_record"
@@ -117,10 +115,10 @@ def records_to_hold_out(settings: TrainSettings, records: int, *, derived_before
     Raises BadSettings if it would hold out none or all of the records.
     """
     size = settings.data.eval_size
-    if size is None and "eval_size" in derived_before:
+    if size is None and "eval_size" in derived_before and not settings.data.eval_path:
         size = float(derived_before["eval_size"])
     if size is not None:
-        wanted = round(size * records) if size < 1 else int(size)
+        wanted = held_out_count(size, records)
         if size and not 0 < wanted < records:
             raise BadSettings([f"--eval_size {size:g} holds out {wanted} of {records} records."])
         return size
@@ -129,15 +127,23 @@ def records_to_hold_out(settings: TrainSettings, records: int, *, derived_before
     return min(round(HELD_OUT_SHARE * records), MOST_HELD_OUT)
 
 
+def held_out_count(eval_size: float, records: int) -> int:
+    """--eval_size, a share if it is below 1, as a number of records."""
+    return round(eval_size * records) if eval_size < 1 else int(eval_size)
+
+
 def with_defaults(run: RunContext, size: DataSize, shape: BaseShape) -> RunContext:
     """The run with a value for every setting on auto; the values are in force, printed and recorded."""
-    derived = derive(run.settings, run.args, size, shape)
-    for name in (derived.values.keys() & run.derived_before.keys()).difference(_INTERVALS):
-        derived.values[name] = run.derived_before[name]
-    if run.derived_before.get("eval_size") == 0 and not run.settings.data.eval_path:
-        derived.reasons["eval_size"] = "the run that is resumed held none out"
+    before = run.derived_before
+    kept = {name: before[name] for name in _KEPT if name in before and _is_auto(run.settings, name)}
+    reasons = dict.fromkeys(kept, message("as in the run that is resumed"))
     # If a folder was chosen for the run, it stays the run's folder.
-    settings = run.settings.with_derived({**derived.values, "output_dir": run.args.output_dir}, derived.reasons)
+    settings = run.settings.with_derived({**kept, "output_dir": run.args.output_dir}, reasons)
+    derived = derive(settings, trainer_arguments(settings) if kept else run.args, size, shape)
+    derived.values, derived.reasons = {**kept, **derived.values}, {**reasons, **derived.reasons}
+    if before.get("eval_size") == 0 and "eval_size" in derived.values and not run.settings.data.eval_path:
+        derived.reasons["eval_size"] = "the run that is resumed held none out"
+    settings = settings.with_derived(derived.values, derived.reasons)
     of_manifest = {**derived.values, _LONGEST: shape.longest}
     run = replace(run, settings=settings, args=trainer_arguments(settings), derived=of_manifest)
     _say(run, derived, size)
@@ -355,9 +361,3 @@ def _warn_of_rate(run: RunContext, own: float) -> None:
 
 def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def derived_in(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The values chosen by the run that wrote a checkpoint, from its manifest; empty if another tool wrote it."""
-    values = manifest.get("derived", {})
-    return dict(values) if isinstance(values, dict) else {}

@@ -21,7 +21,7 @@ from atomtune.train.outcome import Outcome, outcome
 from atomtune.train.progress import LossPicture
 from atomtune.train.report_page import write_page
 from atomtune.train.run_context import RunContext
-from atomtune.train.run_report import PICTURE, histories
+from atomtune.train.run_report import histories, logged
 from atomtune.train.samples import Sample, Samples, all_as_before, table_of, to_run_json
 from atomtune.train.split import like_trained_ones
 from atomtune.train.trainer import LoraTrainer
@@ -95,7 +95,7 @@ def _report(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Lo
         broken=sum(sample.is_broken for sample in answered),
     )
     history = trainer.state.log_history
-    held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    held_out = logged(history, "eval_loss")
     run.record.update(
         **({"eval_loss": held_out.get(result.kept_step, result.last)} if result.last is not None else {}),
         **histories(history),
@@ -106,12 +106,10 @@ def _report(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Lo
     commands = next_commands(run)
     if run.args.process_index == 0:
         picture.draw(trainer.state)
-        folder = Path(run.args.output_dir)
-        write_page(run.record.values, folder, title=title_of(run), picture=folder / PICTURE, commands=commands)
+        write_page(run.record.values, Path(run.args.output_dir), title=title_of(run), commands=commands)
     if answered:
-        title = "Prompts that are not in the training data"
         run.console.print()
-        run.console.print(table_of(answered, title=title))
+        run.console.print(table_of(answered))
     _say(run, trainer, result)
     run.console.next_steps(commands)
     if ledger.shared_instruction is not None:

@@ -19,6 +19,7 @@ from atomtune.model.memory import free_memory
 from atomtune.model.mixer_kernels import kernels_of
 from atomtune.train.dataset import Data
 from atomtune.train.model import activation_memory, device_of, dtype_of, liger_circumstances
+from atomtune.train.ranks import is_sharded
 from atomtune.train.run_context import RunContext
 from atomtune.verify import Check, say_comparison
 
@@ -36,8 +37,8 @@ def check_equal(run: RunContext, data: Data, *, pad_id: int) -> None:
         model=settings.model,
         lora=settings.lora,
         wanted="padded" if why_padded_by_settings(args) else settings.data.layout,
-        kernels=liger_circumstances(run.settings.trainer, args),
-        device=device_of(run),
+        kernels=liger_circumstances(settings.trainer, args),
+        device=device_of(args),
         pad_id=pad_id,
         per_batch=args.per_device_train_batch_size,
         console=run.console,
@@ -85,9 +86,8 @@ def choose_layout(run: RunContext, model: CausalLM, tokenizer: Any, data: Data, 
     batches = _sampled_batches(data, per_batch=per_batch, seed=run.args.seed)
     tokens = LayoutTokens.of(batches)
     choice = run.settings.data.layout
-    sharded = bool(run.args.fsdp or run.args.deepspeed)
     reason = "--layout padded" if choice == "padded" else why_padded_by_settings(run.args)
-    reason = reason or why_padded(model, sharded=sharded)
+    reason = reason or why_padded(model, sharded=is_sharded(run.args))
     if problems := layout_problems(choice, reason):
         raise BadSettings(problems)
     layout: Layout
@@ -101,7 +101,7 @@ def choose_layout(run: RunContext, model: CausalLM, tokenizer: Any, data: Data, 
     if reason is None and choice in ("auto", "tree"):
         _name_larger_batch(run, model, batches, layout, longest_tokens=longest_tokens)
     if kernels := kernels_of(model):
-        run.console.say(kernels.described(device_of(run)))
+        run.console.say(kernels.described(device_of(run.args)))
     run.record.update(layout=layout)
     collator = collator_for(model, layout, pad_id=pad_id_of(tokenizer), as_examples=as_examples)
     heaviest = heaviest_of_the_run(tokens, layout, per_batch=per_batch, longest_tokens=longest_tokens)

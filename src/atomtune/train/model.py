@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import torch
+from transformers import TrainingArguments
 
 from atomtune.choices import Layout
 from atomtune.errors import BadSettings
@@ -38,15 +39,16 @@ from atomtune.model.recompute import recomputable_layers
 from atomtune.model.step_graphs import GpuRecorder, StepGraphs
 from atomtune.train.arguments import CHECKPOINTING
 from atomtune.train.checkpoint.start import Fresh, FromWeights, Resumed
+from atomtune.train.ranks import is_sharded
 from atomtune.train.run_context import RunContext
 
 #: Frozen layers are listed with their share of the weights if it is at least this large.
 _WORTH_SAYING = 0.01
 
 
-def device_of(run: RunContext) -> torch.device:
-    """The device on which this run computes."""
-    return torch.device("cpu") if run.args.use_cpu else device_in_use()
+def device_of(args: TrainingArguments) -> torch.device:
+    """The device on which a run computes."""
+    return torch.device("cpu") if args.use_cpu else device_in_use()
 
 
 def dtype_of(run: RunContext, *, notice: Callable[[str], None] = lambda text: None) -> torch.dtype:
@@ -54,7 +56,7 @@ def dtype_of(run: RunContext, *, notice: Callable[[str], None] = lambda text: No
     trainer = run.settings.trainer
     return resolve_dtype(
         run.settings.model.dtype,
-        device_of(run),
+        device_of(run.args),
         fp16=bool(trainer.get("fp16")),
         bf16=bool(trainer.get("bf16")),
         notice=notice,
@@ -67,7 +69,7 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
     longest_tokens  of the longest example; the base must have that many positions
     Raises BadModel or BadSettings if the base, the adapter and the settings do not fit together.
     """
-    device, dtype = device_of(run), dtype_of(run, notice=run.console.notice)
+    device, dtype = device_of(run.args), dtype_of(run, notice=run.console.notice)
     _say_what_is_not_used(run, device, dtype)
     run.console.say(translated(f"loading {run.settings.model.model_path} …"))
     base = load_base(BaseSpec(**run.settings.model.base(), dtype=dtype, device=device))
@@ -80,8 +82,8 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
         trust_remote_code=run.settings.model.trust_remote_code,
     )
     _say_size(run, model, device, dtype)
-    is_sharded = bool(run.args.fsdp or run.args.deepspeed)  # they move weights out of the layers between calls
-    if not is_sharded and (left_out := left_out_by_peft(model)):
+    has_weights = not is_sharded(run.args)  # otherwise they are moved out of the layers between calls
+    if has_weights and (left_out := left_out_by_peft(model)):
         run.console.notice(
             f"PEFT {peft.__version__} itself leaves out {len(left_out):,} adapted layers of this model when it loads "
             f"the adapter, first {left_out[0]}. atomtune's own commands have them; for other programs, merge the "
@@ -92,7 +94,7 @@ def load_model(run: RunContext, *, longest_tokens: int) -> Any:
             f"this adapter cannot be merged:\n{why}\nchat, serve and evaluate load it together with its base; "
             "--lora_targets names other layers."
         )
-    if not is_sharded:
+    if has_weights:
         list_modules(model)
     return model
 
@@ -210,13 +212,13 @@ def fuse(run: RunContext, model: Any) -> None:
     run.record.update(liger_kernels=used or bool(args.use_liger_kernel))
 
 
-def liger_circumstances(trainer: Mapping[str, Any], args: Any) -> liger.Circumstances:
+def liger_circumstances(trainer: Mapping[str, Any], args: TrainingArguments) -> liger.Circumstances:
     """The circumstances of a run; `trainer` has the settings as the user gave them, `args` as the Trainer has them."""
     return liger.Circumstances(
         wanted=trainer.get("use_liger_kernel"),
-        device="cpu" if args.use_cpu else device_in_use().type,
+        device=device_of(args).type,
         is_installed=liger.is_installed(),
-        is_sharded=bool(args.fsdp or args.deepspeed),
+        is_sharded=is_sharded(args),
         config=args.liger_kernel_config,
     )
 
@@ -238,7 +240,7 @@ def keep_or_recompute(run: RunContext, model: Any, *, layout: Layout, heaviest_t
                 f"activations of {memory.layers_to_recompute} of {memory.layers} layers are recomputed: {memory} "
                 "(--gradient_checkpointing false keeps them all)."
             )
-        elif device_of(run).type == "cuda":
+        elif device_of(args).type == "cuda":
             run.console.say(f"activations are kept: {memory}.")
     setattr(args, CHECKPOINTING, share > 0)
     run.record.update(activations_recomputed=share > 0, share_of_layers_recomputed=round(share, 3))
@@ -252,7 +254,7 @@ def keep_or_recompute(run: RunContext, model: Any, *, layout: Layout, heaviest_t
 def _share_to_recompute(run: RunContext, model: Any, memory: ActivationMemory) -> float:
     """The share of layers to recompute; 0 or 1 if they cannot be told apart, or are wrapped for several GPUs."""
     number = memory.layers_to_recompute
-    if run.args.fsdp or run.args.deepspeed or len(recomputable_layers(model)) != memory.layers:
+    if is_sharded(run.args) or len(recomputable_layers(model)) != memory.layers:
         return float(number > 0)
     return number / max(memory.layers, 1)
 
@@ -266,17 +268,17 @@ def activation_memory(run: RunContext, model: Any, *, layout: Layout, tokens: in
         dropout=run.settings.lora.lora_dropout > 0,
         dora=run.settings.lora.use_dora,
         in_rows=layout != "padded",
-        device=device_of(run),
+        device=device_of(run.args),
     )
 
 
 def step_graphs(run: RunContext, model: Any) -> StepGraphs | None:
     """The object that replays small steps as CUDA graphs; None if graphs would not help or cannot be recorded."""
-    args, device = run.args, device_of(run)
+    args, device = run.args, device_of(run.args)
     recomputes = getattr(args, CHECKPOINTING)  # it reads the random generator's state, which cannot be recorded
     if not run.settings.run.cuda_graphs or device.type != "cuda" or args.world_size > 1 or recomputes:
         return None
-    if args.fsdp or args.deepspeed or run.settings.model.device_map:
+    if is_sharded(args) or run.settings.model.device_map:
         return None
     if args.mixed_precision == "fp16":  # its loss scale has to be in a backward pass, and a recording's is over
         return None

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from atomtune.choices import NOISE
+from atomtune.train.run_report import logged
 
 #: If the held-out loss fell by a smaller share, the model did not learn what the records have in common.
 LITTLE = 0.05
@@ -71,7 +72,7 @@ class Outcome:
                 return [f"Training loss {self.train_first:.3f}."]
             return [f"Training loss {self.train_first:.3f} → {self.train_last:.3f}."]
         begins = f"{self.before:.3f} before training → " if self.before is not None else ""
-        at_end = "" if self.best_step == self.steps else f"; {self.last:.3f} at the end"
+        at_end = "" if self.last == self.best else f"; {self.last:.3f} at the end"
         if self.kept_step == self.best_step:
             return [
                 f"Held-out loss {begins}{self.best:.3f} at step {self.best_step:,}, the best, which is kept{at_end}."
@@ -184,9 +185,8 @@ def outcome(
     has_held_out  whether there are records to evaluate on
     are_trained   whether most of these are nearly the same as training records
     """
-    training = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    training, held_out = logged(history, "loss"), logged(history, "eval_loss")
     losses = list(training.values())
-    held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     before = held_out.pop(0, None)
     best_step = min(held_out, key=held_out.__getitem__, default=None)
     tenth = max(len(losses) // 10, 1)

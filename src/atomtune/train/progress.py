@@ -15,7 +15,7 @@ from atomtune.console import NARROW, WIDE, Console, progress_bar
 from atomtune.language import translated
 from atomtune.train.callbacks import WorkCounter
 from atomtune.train.pace import Pace, evaluations_left
-from atomtune.train.run_report import PICTURE, RunRecord, draw_loss, histories
+from atomtune.train.run_report import PICTURE, RunRecord, draw_loss, histories, logged
 
 SPOKEN_EVERY = 5.0  # seconds between lines if there is no terminal for a bar
 # Seconds between two updates of the step in run.json; evaluations and checkpoints are written at once
@@ -88,7 +88,7 @@ class TrainingBar(TrainerCallback):
         logs = logs or {}
         if "eval_loss" in logs:
             self.pace.evaluated(logs.get("eval_runtime", 0))
-            losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+            losses = list(logged(state.log_history, "eval_loss").values())
             self.held_out = translated(f"held-out {losses[-1]:.3f}")
             self._say_evaluation(state, losses)
         if "loss" not in logs:

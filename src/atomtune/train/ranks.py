@@ -90,6 +90,11 @@ def of_all_ranks(origins: list[str], args: TrainingArguments) -> list[str]:
     return [origin for of_one_rank in every for origin in of_one_rank]
 
 
+def is_sharded(args: TrainingArguments) -> bool:
+    """Whether FSDP or DeepSpeed holds the weights, so that no rank has all of them or can compute alone."""
+    return bool(args.fsdp or args.deepspeed)
+
+
 def local(gradient: torch.Tensor) -> torch.Tensor:
     """This rank's part of a gradient, if it is sharded."""
     return gradient.to_local() if hasattr(gradient, "to_local") else gradient

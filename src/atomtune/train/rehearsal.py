@@ -41,44 +41,19 @@ def rehearse(settings: TrainSettings, args: TrainingArguments) -> None:
 
     Raises BadSettings with all of these settings, BadModel if the path is not a base, BadData if there are no records.
     """
-    kernels = liger.problems(liger_circumstances(settings.trainer, args))
-    problems = [*_folder_problems(settings, Path(args.output_dir)), *_optimizer_problems(args), *_hub_problems(args)]
-    problems += kernels
-    problems += _problems_of_many_processes(args)
-    problems += layout_problems(settings.data.layout, why_padded_by_settings(args))
-    most_workers = _WORKERS_A_CORE * (os.cpu_count() or 1)
-    if args.dataloader_num_workers > most_workers:
-        problems.append(
-            f"--dataloader_num_workers {args.dataloader_num_workers:,}: at most {most_workers} on a machine of "
-            f"{os.cpu_count()} cores. 1 or 2 keep a GPU busy."
-        )
-    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
-        # The second one is missing in older transformers.
-        if getattr(args, name, None) and not args.dataloader_num_workers:
-            problems.append(f"--{name} needs --dataloader_num_workers of 1 or more.")
-    if args.fsdp and args.world_size <= 1:
-        problems.append("--fsdp is not used here: it needs several processes on GPUs. Leave it out.")
-    if args.deepspeed and settings.run.skip_nonfinite:
-        # its engine makes the update within the backward pass, before a loss can be looked at
-        problems.append(
-            "--skip_nonfinite: DeepSpeed has changed the weights before a step can be skipped. Leave it out."
-        )
-    if args.auto_find_batch_size:
-        # the library would start again at step 0 with the weights and the optimizer of the steps already made
-        problems.append(
-            "--auto_find_batch_size: it would repeat steps on weights that these steps have already changed. Leave it "
-            "out, and pass a smaller --per_device_train_batch_size; `atomtune plan` computes which one fits."
-        )
-    if args.torch_compile:
-        # torch.compile does not support the attention over rows, and every batch has another length.
-        problems.append(
-            "--torch_compile: rows of many records cannot be compiled, and padded ones would be compiled again for "
-            "each new length. Leave it out."
-        )
-    if problems:
+    if problems := [
+        *_folder_problems(settings, Path(args.output_dir)),
+        *_optimizer_problems(args),
+        *_hub_problems(args),
+        *liger.problems(liger_circumstances(settings.trainer, args)),
+        *_problems_of_many_processes(args),
+        *layout_problems(settings.data.layout, why_padded_by_settings(args)),
+        *_worker_problems(args),
+        *_problems_of_steps(settings, args),
+    ]:
         raise BadSettings(problems)
     if not Path(args.output_dir).exists():  # a run that already finished needs no records for its message
-        refuse_missing_sources(_sources(settings))
+        refuse_missing_sources(settings.data.sources)
     if settings.lora.lora_targets == [ALL_LINEAR] and not settings.lora.lora_experts:
         read_config(str(settings.model.model_path), trust_remote_code=settings.model.trust_remote_code)
     else:
@@ -110,28 +85,58 @@ def _folder_problems(settings: TrainSettings, folder: Path) -> Iterator[str]:
         )
     elif own := foreign_files(folder):
         yield f"--output_dir {folder} holds {', '.join(own)}, which the run would replace. Pass another folder."
-    yield from among_records(_sources(settings), folder)
+    yield from among_records(settings.data.sources, folder)
 
 
-def _sources(settings: TrainSettings) -> list[str]:
-    """Paths of the records to train on and to evaluate on."""
-    data = settings.data
-    return [*data.dataset_paths, *([data.eval_path] if data.eval_path else [])]
+def _worker_problems(args: TrainingArguments) -> Iterator[str]:
+    """Problems with the processes that prepare batches."""
+    most_workers = _WORKERS_A_CORE * (os.cpu_count() or 1)
+    if args.dataloader_num_workers > most_workers:
+        yield (
+            f"--dataloader_num_workers {args.dataloader_num_workers:,}: at most {most_workers} on a machine of "
+            f"{os.cpu_count()} cores. 1 or 2 keep a GPU busy."
+        )
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        # The second one is missing in older transformers.
+        if getattr(args, name, None) and not args.dataloader_num_workers:
+            yield f"--{name} needs --dataloader_num_workers of 1 or more."
+
+
+def _problems_of_steps(settings: TrainSettings, args: TrainingArguments) -> Iterator[str]:
+    """Ways to make a step that cannot be used here."""
+    if args.fsdp and args.world_size <= 1:
+        yield "--fsdp is not used here: it needs several processes on GPUs. Leave it out."
+    if args.deepspeed and settings.run.skip_nonfinite:
+        # its engine makes the update within the backward pass, before a loss can be looked at
+        yield "--skip_nonfinite: DeepSpeed has changed the weights before a step can be skipped. Leave it out."
+    if args.auto_find_batch_size:
+        # the library would start again at step 0 with the weights and the optimizer of the steps already made
+        yield (
+            "--auto_find_batch_size: it would repeat steps on weights that these steps have already changed. Leave it "
+            "out, and pass a smaller --per_device_train_batch_size; `atomtune plan` computes which one fits."
+        )
+    if args.torch_compile:
+        # torch.compile does not support the attention over rows, and every batch has another length.
+        yield (
+            "--torch_compile: rows of many records cannot be compiled, and padded ones would be compiled again for "
+            "each new length. Leave it out."
+        )
 
 
 def _optimizer_problems(args: TrainingArguments) -> Iterator[str]:
     """Problems of the optimizer, tried on one weight, and of its schedule, tried to the last step."""
     model = nn.Linear(1, 1)
+    optim, lr_scheduler_type = args.optim.value, args.lr_scheduler_type.value
     try:
         optimizer_class, arguments = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if args.optim_args and not _is_changed_by(args, arguments, model):
-            yield f"--optim_args {args.optim_args!r}: --optim {_value(args.optim)} takes none of these. Leave it out."
+            yield f"--optim_args {args.optim_args!r}: --optim {optim} takes none of these. Leave it out."
         # Some optimizers have their own list of weights, chosen from the model.
         weights = {} if {"params", "model", "optimizer_dict"} & arguments.keys() else {"params": model.parameters()}
         optimizer = optimizer_class(**weights, **arguments)
     except _REFUSALS as error:
         optim_args = f" --optim_args {args.optim_args!r}" if args.optim_args else ""
-        yield f"--optim {_value(args.optim)}{optim_args}: {error}"
+        yield f"--optim {optim}{optim_args}: {error}"
         return
     if not isinstance(optimizer, torch.optim.Optimizer):
         return
@@ -153,7 +158,7 @@ def _optimizer_problems(args: TrainingArguments) -> Iterator[str]:
                 schedule.step()
     except _REFUSALS as error:
         kwargs = f" --lr_scheduler_kwargs '{args.lr_scheduler_kwargs}'" if args.lr_scheduler_kwargs else ""
-        yield f"--lr_scheduler_type {_value(args.lr_scheduler_type)}{kwargs}: {error}"
+        yield f"--lr_scheduler_type {lr_scheduler_type}{kwargs}: {error}"
 
 
 def _is_changed_by(args: TrainingArguments, arguments: dict[str, Any], model: nn.Module) -> bool:
@@ -165,11 +170,6 @@ def _is_changed_by(args: TrainingArguments, arguments: dict[str, Any], model: nn
     except _REFUSALS:
         return True  # the optimizer cannot be made without them
     return repr({**arguments, "params": None}) != repr({**others, "params": None})  # the weights differ in every call
-
-
-def _value(choice: object) -> str:
-    """`linear` for SchedulerType.LINEAR."""
-    return str(getattr(choice, "value", choice))
 
 
 def _hub_problems(args: TrainingArguments) -> Iterator[str]:

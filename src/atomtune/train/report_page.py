@@ -15,15 +15,16 @@ from atomtune.durations import duration
 from atomtune.language import message
 from atomtune.pages import rendered
 from atomtune.settings.entry import DEFAULT
+from atomtune.train.run_report import PICTURE
 
 PAGE = "report.html"
 #: (setting, value, where the value came from).
 Row = tuple[str, str, str]
 
 
-def write_page(record: Mapping[str, Any], folder: Path, *, title: str, picture: Path, commands: Sequence[str]) -> None:
-    """Write report.html to the run's folder; record is the content of run.json, picture the PNG of the loss."""
-    image = base64.b64encode(picture.read_bytes()).decode()
+def write_page(record: Mapping[str, Any], folder: Path, *, title: str, commands: Sequence[str]) -> None:
+    """Write report.html to the run's folder, where the picture of the loss is; record is the content of run.json."""
+    image = base64.b64encode((folder / PICTURE).read_bytes()).decode()
     write_text(folder / PAGE, page(record, title=title, image=image, commands=commands))
 
 

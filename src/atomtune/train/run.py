@@ -39,11 +39,11 @@ from atomtune.settings.environment import is_first_process
 from atomtune.settings.train_settings import TrainSettings
 from atomtune.train.arguments import lengths, lengths_set, trainer_arguments
 from atomtune.train.callbacks import BeforeFirstStep, Stop
-from atomtune.train.checkpoint.atomic import clear_staging, read_manifest
+from atomtune.train.checkpoint.atomic import clear_staging, facts_in
 from atomtune.train.checkpoint.best import best_to_keep
 from atomtune.train.checkpoint.start import Finished, Resumed, Start, beginning, find_start
 from atomtune.train.dataset import Data, read_data
-from atomtune.train.defaults import derived_in, with_defaults, with_sequence_limit
+from atomtune.train.defaults import with_defaults, with_sequence_limit
 from atomtune.train.disk_space import check_space
 from atomtune.train.ending import figures, finish, title_of
 from atomtune.train.layout import check_equal, choose_layout
@@ -92,7 +92,7 @@ def train_into_folder(settings: TrainSettings, *, speaks: bool = True) -> Path:
             return folder
         # If a resumed run fails before training, the run.json of the earlier run stays.
         record = RunRecord(folder, writes=is_first, waits=isinstance(start, Resumed))
-        before = _derived_before(start)
+        before = facts_in(start.checkpoint, "derived") if isinstance(start, Resumed) else {}
         run = RunContext(settings, args, start, read_record(folder), console, record, derived_before=before)
         try:
             record.update(settings=settings.resolved(), start=beginning(start, folder))
@@ -117,16 +117,6 @@ def _find_start(settings: TrainSettings, args: Any, console: Console) -> Start |
         lengths=lengths_set(settings),
         notice=console.notice,
     )
-
-
-def _derived_before(start: Start) -> dict[str, Any]:
-    """The values that the run to be resumed chose for its settings on auto."""
-    if not isinstance(start, Resumed):
-        return {}
-    try:
-        return derived_in(read_manifest(start.checkpoint))
-    except (OSError, ValueError):  # a checkpoint of another tool
-        return {}
 
 
 def _decided_by_first_rank(args: Any, decide: Callable[[], Start | Finished]) -> Start | Finished:
@@ -189,7 +179,7 @@ def _run(run: RunContext, began: float) -> None:
     run, data = prepared.run, prepared.data
     trainer = _load_trainer(prepared, began)
     _refuse_unused_settings(run, trainer)
-    say_length(run, None if isinstance(data.train, Stream) else len(data.train))
+    say_length(run, data.size.records)
     say_contradictions(run)
     if run.args.should_save:
         check_space(run, trainer.model, prepared.tokenizer)

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from atomtune.disk import disk_failed, disk_reason
 from atomtune.errors import AtomtuneError, RunFailed, Stopped
 from atomtune.model.failures import of_the_model
-from atomtune.train.checkpoint.atomic import checkpoints, damage
+from atomtune.train.checkpoint.atomic import newest_undamaged
 from atomtune.train.dataloader import lost_worker
 from atomtune.train.ranks import lost_processes
 
@@ -24,7 +24,7 @@ def told_to_user(error: BaseException, args: TrainingArguments, *, again: str) -
     if isinstance(error, AtomtuneError):
         return error
     folder = Path(args.output_dir)
-    newest_whole = next((path for path in checkpoints(folder) if not damage(path)), None)
+    newest_whole = newest_undamaged(folder)
     if lost := lost_processes(error, args) or lost_worker(error, workers=args.dataloader_num_workers):
         if newest_whole is None:
             return RunFailed(

@@ -5,7 +5,6 @@ and how often the run saves, logs and evaluates, how work is divided within a pr
 notice).
 """
 
-import contextlib
 import hashlib
 import json
 import zlib
@@ -23,7 +22,7 @@ from atomtune.disk import read_json_object
 from atomtune.errors import BadSettings
 from atomtune.model.adapter_folder import adapter_file
 from atomtune.model.fingerprint import folder_of, weight_files
-from atomtune.train.checkpoint.atomic import read_manifest
+from atomtune.train.checkpoint.atomic import facts_in, read_manifest
 from atomtune.train.dataset import Data
 from atomtune.train.run_context import RunContext
 from atomtune.train.run_report import read_record
@@ -82,8 +81,8 @@ _FILES = {
 def day_of(checkpoint: Path) -> date | None:
     """The date in the template of the run that wrote a checkpoint; None if the template prints none."""
     try:
-        return date.fromisoformat(read_manifest(checkpoint)["identity"][_DAY])
-    except (OSError, ValueError, KeyError, TypeError):
+        return date.fromisoformat(facts_in(checkpoint, "identity")[_DAY])
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -177,9 +176,8 @@ def with_downloaded_weights(run: RunContext, now: dict[str, Any]) -> dict[str, A
         return now
     weights = _weights_of_base(str(run.settings.model.model_path))
     if run.resumed is not None:
-        with contextlib.suppress(OSError, ValueError):  # no manifest, which has been said
-            before = read_manifest(run.resumed.checkpoint).get("identity", {})
-            _refuse_changes(run, run.resumed.checkpoint, before, weights)
+        before = facts_in(run.resumed.checkpoint, "identity")  # empty without a manifest, which has been said
+        _refuse_changes(run, run.resumed.checkpoint, before, weights)
     return now | weights
 
 

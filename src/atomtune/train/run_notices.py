@@ -1,7 +1,5 @@
 """Run notices: how long a run is, and settings that the Trainer accepts but that hardly do what was meant."""
 
-from typing import Any
-
 from atomtune.settings.contradictions import FOLLOWS_THE_LOSS
 from atomtune.train.arguments import lengths
 from atomtune.train.run_context import RunContext
@@ -72,15 +70,10 @@ def say_contradictions(run: RunContext) -> None:
         run.console.notice(
             "--greater_is_better true keeps the worst checkpoint: for a loss and a perplexity, lower is better."
         )
-    optimizer, schedule = _value(run.args.optim), _value(run.args.lr_scheduler_type)
+    optimizer, schedule = run.args.optim.value, run.args.lr_scheduler_type.value
     if optimizer.startswith("schedule_free") and not schedule.startswith("constant"):
         run.console.notice(
             f"--optim {optimizer} averages the weights instead of lowering the learning rate, and "
             f"--lr_scheduler_type {schedule} lowers it too, so that late steps count for little. Pass "
             "--lr_scheduler_type constant."
         )
-
-
-def _value(choice: Any) -> str:
-    """The text of a choice, which may be a member of an enumeration."""
-    return str(getattr(choice, "value", choice))

@@ -59,19 +59,24 @@ class RunRecord:
         self.update()
 
 
+def logged(log_history: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
+    """step → a value of this name (`loss`, `eval_loss`), for the entries of the Trainer's log that have it."""
+    return {entry["step"]: entry[name] for entry in log_history if name in entry}
+
+
 def histories(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The training and held-out losses in the Trainer's log, as run.json stores them."""
     return {
-        name: [{"step": entry["step"], "loss": entry[logged]} for entry in log_history if logged in entry]
-        for name, logged in (("loss_history", "loss"), ("eval_history", "eval_loss"))
+        key: [{"step": step, "loss": loss} for step, loss in logged(log_history, name).items()]
+        for key, name in (("loss_history", "loss"), ("eval_history", "eval_loss"))
     }
 
 
 def draw_loss(history: list[dict[str, Any]], path: Path, *, title: str = "") -> None:
     """Draw the training loss (each logged value, and smoothed) and the held-out loss with its best value."""
     with picture(path, loss=message("loss per token (nats)"), title=title) as axes:
-        draw_training(axes, [(entry["step"], entry["loss"]) for entry in history if "loss" in entry])
-        draw_held_out(axes, [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry])
+        draw_training(axes, list(logged(history, "loss").items()))
+        draw_held_out(axes, list(logged(history, "eval_loss").items()))
 
 
 def draw_training(axes: "Axes", points: list[tuple[int, float]]) -> None:

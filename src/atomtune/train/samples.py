@@ -26,6 +26,7 @@ from atomtune.model.load import pad_id_of
 from atomtune.settings.read import DEMO_FOLDER
 from atomtune.train.dataset import Data, evaluation_records
 from atomtune.train.random_state import random_state_kept
+from atomtune.train.ranks import is_sharded
 from atomtune.train.run_context import RunContext
 from atomtune.train.split import like_trained_ones
 
@@ -76,8 +77,7 @@ class Samples:
     def of_run(cls, run: RunContext, model: Any, template: Template, data: Data) -> "Samples":
         """Choose the prompts and let the base answer them. The adapter is disabled: a resumed run's is trained."""
         samples = cls(run, model, template)
-        sharded = run.args.fsdp or run.args.deepspeed  # with these, no rank can generate alone
-        if run.args.process_index or sharded:
+        if run.args.process_index or is_sharded(run.args):
             return samples
         if run.settings.demo:
             samples._take_demo()
@@ -193,11 +193,10 @@ def all_as_before(samples: Sequence[Sample]) -> bool:
     return bool(samples) and all(sample.after == sample.before != sample.reference for sample in samples)
 
 
-def table_of(samples: Sequence[Sample], *, title: str) -> Table:
+def table_of(samples: Sequence[Sample]) -> Table:
     """Prompts, references if known, and both answers, one below another so that they are readable at any width."""
-    table = Table(
-        title=translated(title), title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
-    )
+    title = translated("Prompts that are not in the training data")
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for number, sample in enumerate(samples):

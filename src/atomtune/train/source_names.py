@@ -6,6 +6,5 @@ from atomtune.settings.train_settings import TrainSettings
 
 def source_names(settings: TrainSettings) -> dict[str, str]:
     """Each source → its name in origins: enough of its path to tell files with the same name apart."""
-    data = settings.data
-    sources = [*data.dataset_paths, *([data.eval_path] if data.eval_path else [])]
+    sources = settings.data.sources
     return dict(zip(sources, distinct_names(sources), strict=True))

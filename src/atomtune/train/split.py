@@ -19,7 +19,7 @@ from atomtune.data.reading.sources import size_of
 from atomtune.data.records import Record
 from atomtune.errors import BadSettings
 from atomtune.train.arguments import shuffling_seed
-from atomtune.train.defaults import FEWEST_HELD_OUT
+from atomtune.train.defaults import FEWEST_HELD_OUT, held_out_count
 from atomtune.train.run_context import RunContext
 from atomtune.train.source_names import source_names
 
@@ -30,7 +30,7 @@ _LIKE_TRAINED_ONES = "eval_records_like_trained_ones"
 def hold_out(run: RunContext, parts: list[EncodedData], *, size: float) -> tuple[list[int], list[int]]:
     """(rows to train on, rows to hold out); near-duplicates stay on one side."""
     records = sum(len(part.examples) for part in parts)
-    wanted = round(size * round(sum(weighted(parts, run.settings.data.mix)))) if size < 1 else int(size)
+    wanted = held_out_count(size, round(sum(weighted(parts, run.settings.data.mix))))
     groups = alike(_texts(run, run.settings.data.dataset_paths, [part.examples for part in parts]))
     seed = shuffling_seed(run.args)
     by_itself = run.settings.data.eval_size is None
@@ -86,9 +86,7 @@ def _say_fewer(run: RunContext, split: Split, *, wanted: int, by_itself: bool) -
 
 def say_overlap(run: RunContext, learned: list[datasets.Dataset], evaluate: datasets.Dataset) -> None:
     """Give a notice naming the evaluation records that are near-duplicates of training records."""
-    settings = run.settings.data
-    sources = [*settings.dataset_paths, str(settings.eval_path)]
-    groups = alike(_texts(run, sources, [*learned, evaluate]))
+    groups = alike(_texts(run, run.settings.data.sources, [*learned, evaluate]))
     rows = overlapping(groups, sum(map(len, learned)))
     origins = evaluate.select(rows)["origin"][:]
     run.record.update(**{_LIKE_TRAINED_ONES: origins})

@@ -55,7 +55,7 @@ class LoraTrainer(SavingTrainer):
         self.first_step = 0  # the step at which this process began; an earlier process made those before
         self.non_finite = SkipNonFinite(self.work, budget=skip_nonfinite, notice=self.notice)
         # With sharded weights, this rank's part of a gradient may be zero without a fault
-        if self._ranks_evaluate_alone:
+        if not self.is_sharded:
             # Before `non_finite`, which may clear the gradients of a skipped step
             self.add_callback(GradientCheck(self.notice))
         self.add_callback(self.work)
@@ -127,7 +127,7 @@ class LoraTrainer(SavingTrainer):
 
     # Private: the only way to clip without a walk through all modules at every step (3 ms of 32 layers with adapters).
     def _clip_grad_norm(self, model: Any) -> Any:
-        if not self._ranks_evaluate_alone:  # FSDP and DeepSpeed recognise their own parameters
+        if self.is_sharded:  # FSDP and DeepSpeed recognise their own parameters
             return super()._clip_grad_norm(model)
         return self.accelerator.clip_grad_norm_(learned_weights(self.model), self.args.max_grad_norm)
 
@@ -190,11 +190,6 @@ class LoraTrainer(SavingTrainer):
                 last = entry["step"]
         return total / max(last, 1)
 
-    @property
-    def _ranks_evaluate_alone(self) -> bool:
-        """Whether a rank's forward needs no other rank, so that ranks may have different numbers of batches."""
-        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
     def get_train_dataloader(self) -> Any:
         """The Trainer's loader, with workers that ignore signals to the job."""
         return with_signal_masked_workers(super().get_train_dataloader())
@@ -207,7 +202,8 @@ class LoraTrainer(SavingTrainer):
         # Both have one setting for all loaders, so it is changed only while this one is created.
         loader_config = self.accelerator.dataloader_config
         for_training = loader_config.even_batches, self.args.dataloader_drop_last
-        loader_config.even_batches = loader_config.even_batches and not self._ranks_evaluate_alone
+        # Ranks that can compute alone may have different numbers of batches.
+        loader_config.even_batches = loader_config.even_batches and self.is_sharded
         self.args.dataloader_drop_last = False
         try:
             return with_signal_masked_workers(super().get_eval_dataloader(eval_dataset))
@@ -244,14 +240,16 @@ class LoraTrainer(SavingTrainer):
 
     def _evaluation_sums(self, eval_dataset: Any) -> tuple[float, int] | None:
         """(nats, targets) of all evaluation records on all ranks; None if a stop interrupted it."""
-        model = self.model if self._ranks_evaluate_alone else self.model_wrapped
+        model = self.model_wrapped if self.is_sharded else self.model
         model.eval()
         self.take_averaged_weights()
         sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # nats, targets, number of ranks that gave up
         not_finite: list[str] = []
         for batch in self.get_eval_dataloader(eval_dataset):
             give_up = self._may_give_up and self.stop.requested
-            if give_up if self._ranks_evaluate_alone else on_any_rank(give_up, self.args):
+            if self.is_sharded:  # all ranks give up together: each needs the others
+                give_up = on_any_rank(give_up, self.args)
+            if give_up:
                 sums[2] = 1
                 break
             with torch.no_grad(), self.compute_loss_context_manager():

@@ -8,16 +8,20 @@ shows what was changed later.
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from atomtune.disk import only_finite, read_json_object, remove_tree, remove_unfinished, sha256_of, sync, write_json
+from atomtune.errors import listing
 from atomtune.folders import numbered, open_to_umask, sync_tree
 from atomtune.process import signals_wait
 from atomtune.train.checkpoint.state import state_files
 
 MANIFEST = "manifest.json"
+#: A checkpoint's name as atomtune writes it.
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 #: Prefixes of the names of folders that are being written, of those that a new one is about to replace, and of those
 #: that are being removed.
 STAGING, REPLACED, LEAVING = ".saving-", ".replaced-", ".removing-"
@@ -123,17 +127,34 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / MANIFEST)
 
 
+def facts_in(folder: Path, key: str) -> dict[str, Any]:
+    """An object among the facts in a manifest; empty if another tool wrote the folder."""
+    try:
+        values = read_manifest(folder).get(key)
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """checkpoint-N folders, newest first."""
-    folders = [path for path in folder.glob("checkpoint-*") if path.is_dir() and step_in(path) is not None]
-    return sorted(folders, key=lambda path: int(path.name[11:]), reverse=True)
+    folders = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _CHECKPOINT.fullmatch(path.name)]
+    return sorted(folders, key=step_in, reverse=True)
 
 
-def step_in(path: Path) -> int | None:
-    """N of checkpoint-N, written as atomtune writes it; None for any other name."""
-    number = path.name.removeprefix("checkpoint-")
-    plain = number.isascii() and number.isdigit() and str(int(number)) == number
-    return int(number) if plain and path.name.startswith("checkpoint-") else None
+def step_in(path: Path) -> int:
+    """N of a folder checkpoint-N."""
+    return int(path.name.rpartition("-")[2])
+
+
+def newest_undamaged(folder: Path, *, notice: Callable[[str], None] = lambda text: None) -> Path | None:
+    """The newest undamaged checkpoint, or None; each damaged one that is skipped gets a notice."""
+    for path in checkpoints(folder):
+        problems = damage(path)
+        if not problems:
+            return path
+        notice(f"{path.name} is skipped: {listing(problems, 3)}.")
+    return None
 
 
 def rotate(folder: Path, *, keep: int | None, protected: Collection[str | Path], notice: Callable[[str], None]) -> None:

@@ -18,7 +18,7 @@ from atomtune.errors import BadModel, RunFailed, listing
 from atomtune.folders import identity_of, new_folder
 from atomtune.model.adapter import fill_again, refuse_not_finite, refuse_unlike
 from atomtune.model.adapter_folder import AdapterMetadata
-from atomtune.train.checkpoint.atomic import checkpoints, damage, read_manifest, rotate, seal, staged
+from atomtune.train.checkpoint.atomic import facts_in, newest_undamaged, rotate, seal, staged
 from atomtune.train.checkpoint.best import why_unusable
 from atomtune.train.checkpoint.start import STATE, step_of
 from atomtune.train.checkpoint.state import WEIGHTS_ONLY, has_optimizer
@@ -97,7 +97,7 @@ class SavingTrainer(Trainer):
         if not self.args.should_save:
             return
         (folder / _TRAINING_ARGUMENTS).unlink(missing_ok=True)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # with these, no rank holds all weights
+        if not self.is_sharded:
             refuse_unlike(folder, model)
         self.tokenizer_to_save.save_pretrained(folder)
         self.metadata.save(folder)
@@ -173,8 +173,9 @@ class SavingTrainer(Trainer):
         """
         self.failed_saves += 1
         self._set_best(self._best_saved)
-        newest_whole = next((path for path in checkpoints(Path(self.args.output_dir)) if not damage(path)), None)
-        reason = disk_reason(error, Path(self.args.output_dir)) if error else "another rank failed"
+        folder = Path(self.args.output_dir)
+        reason = disk_reason(error, folder) if error else "another rank failed"
+        newest_whole = newest_undamaged(folder)
         what = (
             f"checkpoint-{self.state.global_step} could not be written: {reason}.\nLast complete checkpoint: "
             f"{newest_whole or 'none'}."
@@ -214,6 +215,11 @@ class SavingTrainer(Trainer):
             self._load_best_model()
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed holds the weights, so that no rank has all of them or can compute alone."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
     def kept_step(self) -> int:
         """The step whose weights the model has at the end: the best one if it was loaded, else the last."""
         return self.state.global_step if self._best_loaded is None else self._best_loaded
@@ -229,7 +235,7 @@ class SavingTrainer(Trainer):
                 "With --resume --load_best_model_at_end false the run ends with the last step's adapter."
             )
         super()._load_best_model()
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if not self.is_sharded:
             fill_again(self.accelerator.unwrap_model(self.model), best)  # PEFT may leave out some tensors
         self._best_loaded = self.state.best_global_step
 
@@ -257,7 +263,7 @@ class SavingTrainer(Trainer):
             return
         groups = self.optimizer.param_groups
         settings_now = [{name: group[name] for name in GROUP_SETTINGS if name in group} for group in groups]
-        before = _identity_in(Path(checkpoint))
+        before = facts_in(Path(checkpoint), "identity")
         if has_optimizer(Path(checkpoint)) and self._has_the_optimizer(before):
             with _fitting(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
@@ -307,14 +313,6 @@ def _follow(schedule: LambdaLR, groups: list[dict[str, Any]]) -> None:
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
     schedule.load_state_dict({**schedule.state_dict(), "base_lrs": base_rates, "_last_lr": rates})
-
-
-def _identity_in(checkpoint: Path) -> Mapping[str, Any]:
-    """The settings of the run that wrote a checkpoint; empty if another tool wrote it."""
-    try:
-        return dict(read_manifest(checkpoint).get("identity", {}))
-    except (OSError, ValueError):
-        return {}
 
 
 @contextlib.contextmanager

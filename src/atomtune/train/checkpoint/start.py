@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from atomtune.choices import RUN_RECORD
 from atomtune.disk import expanded
@@ -11,7 +11,7 @@ from atomtune.errors import BadModel, BadSettings, listing
 from atomtune.model.adapter_folder import WEIGHTS, adapter_file
 from atomtune.model.file_schemas import TrainerState
 from atomtune.model.json_files import checked
-from atomtune.train.checkpoint.atomic import MANIFEST, checkpoints, damage, step_in
+from atomtune.train.checkpoint.atomic import MANIFEST, checkpoints, damage, newest_undamaged, step_in
 from atomtune.train.checkpoint.state import has_optimizer, refuse_programs
 from atomtune.train.run_report import read_record
 
@@ -87,16 +87,6 @@ def beginning(start: Start, output_dir: Path) -> str:
     return start.name
 
 
-def newest_whole(folder: Path, notice: Callable[[str], None]) -> Path | None:
-    """The newest undamaged checkpoint, or None; each damaged one that is skipped gets a notice."""
-    for path in checkpoints(folder):
-        problems = damage(path)
-        if not problems:
-            return path
-        notice(f"{path.name} is skipped: {listing(problems, 3)}.")
-    return None
-
-
 def holds_a_run(folder: Path) -> bool:
     """Whether a folder holds the output of a run. A run that ended before its first checkpoint does not count."""
     unfinished = read_record(folder).get("status") in (None, "failed", "preempted")
@@ -121,7 +111,7 @@ def find_start(
     Raises BadModel for a damaged checkpoint.
     """
     if resume_from_checkpoint and resume_from_checkpoint.lower() == "true":
-        newest = newest_whole(output_dir, notice)
+        newest = newest_undamaged(output_dir, notice=notice)
         if newest is None:
             raise BadSettings([f"--resume_from_checkpoint: no complete checkpoint in {output_dir}."])
         return _resumed(newest)
@@ -143,7 +133,7 @@ def _last_run_in(output_dir: Path, lengths: dict[str, Any], notice: Callable[[st
     finished = record.get("status") == "finished" and (output_dir / WEIGHTS).is_file()
     if finished and not _asks_for_more(record, lengths):
         return Finished(output_dir)
-    newest = newest_whole(output_dir, notice)
+    newest = newest_undamaged(output_dir, notice=notice)
     if newest is not None:
         return _resumed(newest)
     if record.get("start") == Resumed.name:
@@ -182,7 +172,9 @@ def step_of(checkpoint: Path) -> int:
 
 def _named(path: Path, output_dir: Path) -> Resumed | FromWeights:
     if not path.exists():
-        _no_such_checkpoint(path, checkpoints(path.parent) or checkpoints(output_dir))
+        others = checkpoints(path.parent) or checkpoints(output_dir)
+        there = f" There are: {', '.join(map(str, others))}." if others else ""
+        raise BadSettings([f"{path}: no such checkpoint.{there}"])
     if path.is_dir() and (path / STATE).is_file():
         problems = damage(path) if (path / MANIFEST).is_file() else []
         if problems:
@@ -196,18 +188,13 @@ def _named(path: Path, output_dir: Path) -> Resumed | FromWeights:
     return FromWeights(file)
 
 
-def _no_such_checkpoint(path: Path, others: list[Path]) -> NoReturn:
-    there = f" There are: {', '.join(map(str, others))}." if others else ""
-    raise BadSettings([f"{path}: no such checkpoint.{there}"])
-
-
 def _refuse_to_mix(start: Resumed | FromWeights, output_dir: Path) -> None:
     """Raise BadSettings if this run would overwrite a finished adapter, or leave two runs' checkpoints in one folder.
 
     In the second case a later --resume could not tell this run's checkpoints from those of the earlier run.
     """
     step = start.step if isinstance(start, Resumed) else -1
-    beyond = [path for path in checkpoints(output_dir) if (path / MANIFEST).is_file() and (step_in(path) or 0) > step]
+    beyond = [path for path in checkpoints(output_dir) if (path / MANIFEST).is_file() and step_in(path) > step]
     if beyond:
         raise BadSettings(
             [
