@@ -572,6 +572,8 @@ def test_a_contradiction_names_both_sides(flags, names):
     ("flags", "message"),
     [
         (("--max_steps", "0"), "--max_steps 0 trains nothing."),
+        (("--eval_size", "1.5"), "--eval_size 1.5: expected a share below 1, or a whole number of records."),
+        (("--resume", "run.yaml"), "A file of settings stands before the flags: run.yaml --resume."),
         (("--streaming",), "--streaming needs --max_steps:"),
         (("--streaming", "--max_steps", "9", "--dataloader_num_workers", "2"), "every worker would read all the files"),
         # Beside an invalid setting, max_steps was taken for missing.

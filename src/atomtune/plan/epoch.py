@@ -12,6 +12,7 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import refuse_broken, refuse_unusable
 from atomtune.data.reading.sources import size_of
 from atomtune.settings.train_settings import TrainSettings
+from atomtune.train.defaults import held_out_count
 from atomtune.train.source_names import source_names
 from atomtune.train.split import epoch_of_mix, weighted
 
@@ -34,8 +35,7 @@ class Epoch:
 
     def held_out(self, eval_size: float) -> int:
         """The number of records that are held out; the run's may differ, as it keeps near-duplicates together."""
-        wanted = round(eval_size * self.records) if eval_size < 1 else int(eval_size)
-        return min(wanted, self.records - 1)
+        return min(held_out_count(eval_size, self.records), self.records - 1)
 
     def learned(self, eval_size: float) -> int:
         """The number of rows that are trained on in an epoch."""

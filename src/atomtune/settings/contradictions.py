@@ -66,6 +66,9 @@ def _of_data(values: Mapping[str, Any], written: Collection[str]) -> Iterator[st
         yield f"--skip_overlength and --overlength {overlength} contradict each other. Pass one of them."
     if on("eval_path") and on("eval_size"):
         yield "--eval_path and --eval_size each choose the records to evaluate on. Pass one of them."
+    size = values.get("eval_size") or 0
+    if size > 1 and not float(size).is_integer():
+        yield f"--eval_size {size:g}: expected a share below 1, or a whole number of records."
     if not on("streaming"):
         return
     if values.get("max_steps", 1) <= 0:  # missing beside an invalid setting, which is reported

@@ -36,7 +36,7 @@ from atomtune.settings.contradictions import contradictions
 from atomtune.settings.earlier_run import entries_of_earlier_run
 from atomtune.settings.entry import OF_THE_DEMO, OWN_DEFAULT, Entry
 from atomtune.settings.environment import cache_notices, environment_problems, waiting_notice
-from atomtune.settings.expect import choices_in, expected, field_infos
+from atomtune.settings.expect import choices_in, expected, field_infos, members_of
 from atomtune.settings.flags import EntryReader, types_of
 from atomtune.settings.library import choices_of, library_settings, library_types
 from atomtune.settings.names import value_advice
@@ -307,6 +307,8 @@ def _misfit(name: str, entry: Entry | None, kind: Any, info: FieldInfo) -> str:
         told = " Its format is detected from its records." if paths else ""
         return f"{entry.origin}: {name}: expected words, for example `{name}: {example}`.{told}"
     advised = value_advice(name, entry.value, in_yaml=not entry.origin.startswith("--"), choices=choices_in(kind))
+    if bool in members_of(kind) and Path(str(entry.value)).suffix in (".yaml", ".yml"):
+        advised = f" A file of settings stands before the flags: {entry.value} --{name}."
     return f"{entry.place(name)}: expected {expected(kind, info)}.{advised}"
 
 
