@@ -6,12 +6,12 @@ import pytest
 
 from atomtune.data.encoding.chat_template import CannotExpress, Template
 from atomtune.data.encoding.choose_template import load_template
-from atomtune.data.encoding.encode import encode
 from atomtune.data.example_table import as_examples, as_table
 from atomtune.data.formats.detect import Schema
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import Record, Turn
+from tests.reading import encode
 from tests.tiny import CHATML, pieces, tokenizer_of
 
 #: Like DeepSeek-R1: the prompt opens the thoughts, and earlier answers are shown without them.
@@ -44,7 +44,7 @@ def texts(template: Template, record: Record, at: int = -1) -> tuple[str, str]:
 def encoded(template: Template, *values: dict, format: str = "messages", max_tokens: int = 10_000, **more):
     ledger = Ledger()
     found = [RawRecord(value, f"train.jsonl:{n}") for n, value in enumerate(values, 1)]
-    return list(encode(found, template, ledger, schema=Schema(format), max_tokens=max_tokens, **more)), ledger
+    return encode(found, template, ledger, schema=Schema(format), max_tokens=max_tokens, **more), ledger
 
 
 def chat(*texts: str, **more) -> dict:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ import pyarrow
 
 from atomtune.choices import FormatChoice, Learn, Overlength
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.encoding.encode import Encoder, entered_in_ledger
+from atomtune.data.encoding.encode import Encoder
 from atomtune.data.encoding.template_probes import runs_programs
 from atomtune.data.example_table import as_table
 from atomtune.data.formats.detect import Schema, detect_schema, to_record
@@ -33,6 +33,10 @@ _WORTH_A_POOL = 4 * 2**20
 #: three times as many.
 _RECORD_SECONDS = 10
 _CHARACTERS_A_SECOND = 50_000
+#: A data set has a shared instruction if at least this share of its records has it.
+_SHARED_SHARE = 0.9
+#: Bounds the memory for counting instructions; beyond it, rare ones are forgotten.
+_INSTRUCTIONS_KEPT = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +104,20 @@ def encoded(
         workers = min(workers, int(runs_programs(template)))
     chunks = chunks_with_schema(source, rules, name=name, advance=advance)
     yield from entered_in_ledger(in_order(encode, chunks, workers=workers, examine=examine), ledger)
+
+
+def entered_in_ledger(parts: Iterable[EncodedPart], ledger: Ledger) -> Iterator[EncodedPart]:
+    """Pass the parts on and add their counts to `ledger`; at the end, set its `shared_instruction` if there is one."""
+    instructions: Counter[str] = Counter()  # in a large file, some rare ones are forgotten
+    for part in parts:
+        ledger.add(part.ledger)
+        instructions.update(part.instructions)
+        if len(instructions) > _INSTRUCTIONS_KEPT:
+            instructions = Counter(dict(instructions.most_common(_INSTRUCTIONS_KEPT // 10)))
+        yield part
+    for text, count in instructions.most_common(1):
+        if count >= max(2, _SHARED_SHARE * ledger.records_read):
+            ledger.shared_instruction = text
 
 
 def chunks_with_schema(
