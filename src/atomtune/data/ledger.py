@@ -11,6 +11,8 @@ from atomtune.errors import SHOWN, BadData, listing
 
 #: If more records are refused than a message can list, this many are named for each reason.
 _OF_A_REASON = 3
+#: Records that a notice names.
+_FEW = 5
 _NUMBER = re.compile(r"\d+")
 
 
@@ -116,10 +118,7 @@ class Ledger:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Ledger":
-        """The inverse of `to_json`. Raises ValueError if another version wrote the values."""
-        known = {f.name for f in fields(cls)}
-        if set(values) != known:
-            raise ValueError("the ledger was written by another version")
+        """The inverse of `to_json`."""
         refused = []
         for refusal in values["records_refused"]:
             kind = RefusalKind(refusal["kind"])
@@ -173,13 +172,13 @@ def listed_refusals(refused: Sequence[Refusal], *, all_in: str = "") -> str:
     return "\n".join(listed)
 
 
-def first_few(origins: Sequence[str], *, all_in: str, shown: int = 5) -> str:
+def first_few(origins: Sequence[str], *, all_in: str) -> str:
     """The first of these records, and how many more there are.
 
     all_in  a file that lists them all
     """
-    rest = len(origins) - shown
-    return ", ".join(origins[:shown]) + (f" and {rest:,} more ({all_in} lists them all)" if rest > 0 else "")
+    rest = len(origins) - _FEW
+    return ", ".join(origins[:_FEW]) + (f" and {rest:,} more ({all_in} lists them all)" if rest > 0 else "")
 
 
 def one_of_each_reason_first(refused: Sequence[Refusal]) -> list[Refusal]:

@@ -71,14 +71,11 @@ def to_record(raw: RawRecord, schema: Schema = _ALPACA) -> ParsedRecord:
     if not isinstance(value, dict):
         reason = f"{kind(value)}; expected an object with {_EXPECTED[schema.name]}"
         return ParsedRecord(Refusal(origin, reason, RefusalKind.NO_RECORD))
-    record, notes = exports.as_messages(value)
-    renamed = schema.rename_keys(record)
-    problems: tuple[str, ...] = ()
-    notes = notes if renamed is record else (*notes, *_notes_on_renaming(record, renamed, schema))
-    record = renamed
-    if not preference.KEYS.isdisjoint(record):
-        record, problems, more_notes = preference.read_preference(record, schema)
-        notes = (*notes, *more_notes)
+    exported, notes = exports.as_messages(value)
+    renamed = schema.rename_keys(exported)
+    if renamed is not exported:
+        notes = (*notes, *_notes_on_renaming(exported, renamed, schema))
+    record, problems, notes_on_pairs = preference.read_preference(renamed, schema)
     missing = [key for key in SIGNS[schema.name] if key not in record]
     if missing and "chosen" in value and "rejected" in value:
         return ParsedRecord(Refusal(origin, _PAIR_ALONE, RefusalKind.NO_RECORD))
@@ -89,7 +86,8 @@ def to_record(raw: RawRecord, schema: Schema = _ALPACA) -> ParsedRecord:
         *conversation.problems,
         *media.problems_of_media(record, conversation.value.turns),
     )
-    return as_parsed(Field(conversation.value, problems, notes + conversation.notes), origin)
+    notes = (*notes, *notes_on_pairs, *conversation.notes)
+    return as_parsed(Field(conversation.value, problems, notes), origin)
 
 
 def _notes_on_renaming(value: Json, record: Json, schema: Schema) -> tuple[str, ...]:
@@ -168,12 +166,7 @@ def _fitting(records: Sequence[Json], *, filled: bool) -> list[FormatName]:
 
 
 def _has_signs(record: Json, signs: Iterable[str], *, filled: bool) -> bool:
-    for key in signs:
-        if key not in record:
-            return False
-        if filled and record[key] in (None, "", []):
-            return False
-    return True
+    return all(key in record and not (filled and is_empty(record[key])) for key in signs)
 
 
 def _text_renders_the_rest(records: Sequence[Json], others: Sequence[FormatName]) -> bool:

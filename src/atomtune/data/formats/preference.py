@@ -15,8 +15,6 @@ from atomtune.data.reading.raw import printable
 
 Json = dict[str, Any]
 _PAIRS = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"))
-#: Keys of preference data.
-KEYS = frozenset({*WANTED, *(key for pair in _PAIRS for key in pair)})
 _YES, _NO = ("true", "1", "yes", "desirable"), ("false", "0", "no", "undesirable")
 _NOTE = '"{}" of preference data is learned as the answer, "{}" is not used'
 

@@ -158,7 +158,7 @@ def note_on_splits(source: Path | str, name: str) -> str:
     name  of the source in origins
     Raises BadData like `read_files`.
     """
-    if isinstance(source, str) and hub.is_hub_name(source):
+    if _is_on_hub(source):
         unread = hub.unread_splits_on_hub(source)
     else:
         path = _existing(source)
