@@ -5,7 +5,8 @@ import json
 import pytest
 
 from atomtune.data.encoding.omissions import NOT_WRITTEN
-from atomtune.data.formats.detect import Schema, to_record
+from atomtune.data.formats.detect import to_record
+from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger, one_of_each_reason_first
 from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import Refusal, RefusalKind

@@ -7,7 +7,7 @@ import pytest
 from atomtune.data.encoding.chat_template import CannotExpress, Template
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.example_table import as_examples, as_table
-from atomtune.data.formats.detect import Schema
+from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import Record, Turn

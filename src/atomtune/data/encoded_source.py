@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.encode import Encoder
 from atomtune.data.encoding.template_probes import runs_programs
 from atomtune.data.example_table import as_table
-from atomtune.data.formats.detect import Schema, detect_schema, to_record
+from atomtune.data.formats.detect import detect_schema, to_record
+from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.jsonl import parse_chunk
 from atomtune.data.reading.raw import Chunk, RawRecord
@@ -74,36 +75,41 @@ def encoded(
     Raises BadData with the record's origin if encoding it takes too long or too much memory.
     """
 
+    def encoder(schema: Schema) -> Encoder:
+        return Encoder(template, schema, rules.max_tokens, rules.overlength, rules.learn)
+
     def encode(work: tuple[Schema, Chunk]) -> EncodedPart:
         schema, chunk = work
-        encoder = Encoder(template, schema, rules.max_tokens, rules.overlength, rules.learn)
-        batch = encoder(parse_chunk(chunk))
+        batch = encoder(schema)(parse_chunk(chunk))
         return EncodedPart(as_table(batch.records), batch.ledger, batch.instructions)
 
     def examine(work: tuple[Schema, Chunk]) -> None:
-        """Encode the records of a chunk one by one under limits. Raises BadData at the one that exceeds them."""
         schema, chunk = work
-
-        def each_record(say: Callable[[str], None]) -> None:
-            for raw in parse_chunk(chunk):
-                say(raw.origin)
-                # A conversation may have thousands of answers and as many prompts: the limit applies to each answer.
-                at_answer = partial(say, raw.origin)
-                Encoder(template, schema, rules.max_tokens, rules.overlength, rules.learn, at_answer=at_answer)([raw])
-
-        seconds = _RECORD_SECONDS + len(str(chunk)) // _CHARACTERS_A_SECOND
-        if tripped := try_in_child_process(each_record, seconds=seconds, each_place=True):
-            raise BadData(
-                f"{tripped.at}: encoding this record {tripped.words}.\nThe chat template, or a pattern in the model's "
-                "tokenizer.json, does not finish on its text. Remove the record, or use the template and the tokenizer "
-                "that were published with the model."
-            )
+        _refuse_endless(encoder(schema), chunk)
 
     workers = workers_here()
     if size_of(source) <= _WORTH_A_POOL:
         workers = min(workers, int(runs_programs(template)))
     chunks = chunks_with_schema(source, rules, name=name, advance=advance)
     yield from entered_in_ledger(in_order(encode, chunks, workers=workers, examine=examine), ledger)
+
+
+def _refuse_endless(encoder: Encoder, chunk: Chunk) -> None:
+    """Encode the records of a chunk one by one under limits. Raises BadData at the one that exceeds them."""
+
+    def each_record(say: Callable[[str], None]) -> None:
+        for raw in parse_chunk(chunk):
+            say(raw.origin)
+            # A conversation may have thousands of answers and as many prompts: the limit applies to each answer.
+            replace(encoder, at_answer=partial(say, raw.origin))([raw])
+
+    seconds = _RECORD_SECONDS + len(str(chunk)) // _CHARACTERS_A_SECOND
+    if tripped := try_in_child_process(each_record, seconds=seconds, each_place=True):
+        raise BadData(
+            f"{tripped.at}: encoding this record {tripped.words}.\nThe chat template, or a pattern in the model's "
+            "tokenizer.json, does not finish on its text. Remove the record, or use the template and the tokenizer "
+            "that were published with the model."
+        )
 
 
 def entered_in_ledger(parts: Iterable[EncodedPart], ledger: Ledger) -> Iterator[EncodedPart]:

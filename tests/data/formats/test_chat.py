@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atomtune.data.formats.detect import Schema, to_record
-from atomtune.data.formats.schema import RECORD_KEYS, ROLES, SIGNS, TURN_KEYS
+from atomtune.data.formats.detect import to_record
+from atomtune.data.formats.schema import RECORD_KEYS, ROLES, SIGNS, TURN_KEYS, Schema
 from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import ParsedRecord, Record, Refusal, Turn
 from tests.conftest import shell_words

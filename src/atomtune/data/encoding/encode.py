@@ -29,7 +29,8 @@ from atomtune.data.encoding.tokenized import (
     joined_examples,
     tokenized_exchanges,
 )
-from atomtune.data.formats.detect import Schema, to_record
+from atomtune.data.formats.detect import to_record
+from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import Example, Exchange, Piece, Record, Refusal, RefusalKind

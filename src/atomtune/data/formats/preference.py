@@ -16,6 +16,11 @@ from atomtune.data.reading.raw import printable
 Json = dict[str, Any]
 _PAIRS = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"))
 _YES, _NO = ("true", "1", "yes", "desirable"), ("false", "0", "no", "undesirable")
+#: The words for a pair without a prompt.
+PAIR_ALONE = (
+    "preference data (chosen, rejected) without a prompt. The chosen answers are learned if the record also has an "
+    "instruction, a prompt, messages or conversations, or if chosen is a list of messages"
+)
 _NOTE = '"{}" of preference data is learned as the answer, "{}" is not used'
 
 
