@@ -262,15 +262,8 @@ def test_an_empty_system_prompt_replaces_the_templates_default():
         "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a default.<|im_end|>\n{% endif %}" + CHATML
     )
     template = shaped(default)
-    (example,) = next(
-        encode(
-            [RawRecord(KINDS["empty system text"], "a:1")],
-            template,
-            Ledger(),
-            max_tokens=10_000,
-            schema=Schema("messages"),
-        )
-    )
+    raw = RawRecord(KINDS["empty system text"], "a:1")
+    ((example,),) = encode([raw], template, Ledger(), max_tokens=10_000, schema=Schema("messages"))
     assert template.tokenizer.decode(example.ids).startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
 
 

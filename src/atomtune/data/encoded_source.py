@@ -130,8 +130,8 @@ def chunks_with_schema(
     source: Path | str,
     rules: Rules,
     *,
-    name: str | None = None,
-    advance: Callable[[int], None] = lambda n_bytes: None,
+    name: str | None,
+    advance: Callable[[int], None],
 ) -> Iterator[tuple[Schema, Chunk]]:
     """Every chunk of the source with the schema of its file: each file of a folder may have its own format.
 

@@ -213,7 +213,6 @@ def _enter(encoded: EncodedRecord, notes: tuple[str, ...], batch: EncodedBatch) 
     if encoded.cut_tokens:
         ledger.cut(encoded.origin, encoded.cut_tokens)
     if len(encoded.examples) > 1:
-        ledger.records_split += 1
         ledger.split_origins.append(encoded.origin)
     if encoded.holds_control_strings:
         ledger.control_origins.append(encoded.origin)
