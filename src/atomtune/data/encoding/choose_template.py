@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from datetime import date
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from atomtune.choices import RENAMED_TEMPLATES, SPLIT_TEMPLATES, TEMPLATES
 from atomtune.data.encoding.chat_template import OWN, InstructionRole, Template
+from atomtune.data.encoding.jinja_render import built_in
 from atomtune.data.encoding.template_probes import probed
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import BadModel, BadSettings
@@ -79,8 +79,7 @@ def _source_of(name: str) -> tuple[str, InstructionRole]:
     if name not in TEMPLATES:
         known = ", ".join(["auto", *sorted(TEMPLATES)])
         raise BadSettings([f"--template {name}: no such template. Known: {known}, or the path of a .jinja file."])
-    file = resources.files("atomtune.data") / "templates" / f"{name}.jinja"
-    return file.read_text(encoding="utf-8").rstrip("\n"), "system" if name == "atom" else "user"
+    return built_in(name), "system" if name == "atom" else "user"
 
 
 def restore_template(
