@@ -87,6 +87,12 @@ PAIRS = {
         "chosen_messages": [asks(QUESTION), tells(GOOD)],
         "rejected_messages": [asks(QUESTION), tells(BAD)],
     },
+    "a message behind an instruction": {"instruction": QUESTION, "chosen": [tells(GOOD)], "rejected": [tells(BAD)]},
+    "messages that chosen repeats": {
+        "messages": [asks(QUESTION)],
+        "chosen": [asks(QUESTION), tells(GOOD)],
+        "rejected": [asks(QUESTION), tells(BAD)],
+    },
     "a text behind messages": {"messages": [asks(QUESTION)], "chosen": GOOD, "rejected": BAD},
 }
 
