@@ -104,7 +104,7 @@ def detect_schema(
     elif records:
         plain = [preference.read_preference(record, schema).value for record in renamed]
         format_name = _format_of(records, plain, name, first)
-    return Schema(format_name, schema.keys, schema.roles, preference.labels_are_classes(renamed))
+    return Schema(format_name, schema.keys, schema.roles, preference.labels_are_classes(renamed, format_name))
 
 
 def _format_of(records: Sequence[Json], plain: Sequence[Json], name: str, first: str) -> FormatName:
