@@ -69,6 +69,11 @@ def test_the_label_of_a_plain_text_is_a_class_and_refuses_no_text(labels):
         assert 'key "label" is not used by this format' in notes
 
 
+def test_the_label_of_a_plain_text_among_dialogues_is_a_mark():
+    (dialogue, _), (plain, _) = read({**ANSWERED["text"](GOOD), "label": 1}, {"text": BAD, "label": 0})
+    assert isinstance(dialogue, Record) and isinstance(plain, Refusal)
+
+
 def test_a_false_label_is_refused_even_beside_non_boolean_labels():
     # One "unsure" among true and false once made every unwanted answer of the file count as good.
     marks = (True, False, "unsure")
