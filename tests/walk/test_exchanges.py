@@ -179,12 +179,13 @@ def test_an_answer_of_weight_2_counts_twice_and_of_weight_0_not_at_all(chatml):
 def test_a_text_record_is_learned_whole_with_a_final_stop_token(chatml):
     for kind, own in (("sentencepiece", None), ("bytes", CHATML)):
         template = load_template("auto", tokenizer_of(kind, own))
-        ((example,),), _ = encoded(template, {"text": "从前有一座山。"}, format="text")
+        ((example,),), ledger = encoded(template, {"text": "从前有一座山。"}, format="text")
         tokenizer = template.tokenizer
         ids = tokenizer("从前有一座山。", add_special_tokens=False)["input_ids"]
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         assert list(example.ids) == [*bos, *ids, tokenizer.convert_tokens_to_ids(template.stop)]
         assert list(example.learn) == [0] + [1] * (len(example.ids) - 1)
+        assert (ledger.prompt_tokens, ledger.target_tokens) == (1, len(example.ids) - 1)
 
 
 # --- too long -------------------------------------------------------------------------------------------------------

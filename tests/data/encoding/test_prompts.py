@@ -77,11 +77,12 @@ def test_few_prompts_are_rendered_and_many_are_cut_from_one_rendering(monkeypatc
     assert rendered == [199, 1, 3, 7, 15, 31, 63, 127]
 
 
+@pytest.mark.parametrize(("questions", "calls"), [(9, 0), (1, 9)])
 @pytest.mark.parametrize("differs_at", ["messages | length < 4", "messages | length > 13"])
-def test_prompts_that_vary_with_conversation_length_are_each_rendered(differs_at):
-    source = f"<|im_start|>system\n{{{{ 'long' if {differs_at} else 'short' }}}}<|im_end|>\n{CHATML}"
+def test_prompts_that_vary_with_conversation_length_are_each_rendered(differs_at, questions, calls):
+    source = f"<|im_start|>system\n{{{{ 'long' if {differs_at} else 'short' }}}}<|im_end|>\n{PLAIN}"
     template = load_template("auto", tokenizer_of("bytes", source))
-    record = conversation(9, 0)
+    record = conversation(questions, calls)
     templated = TemplatedRecord(template, record)
     prompts = texts(template, record)
     assert prompts == [templated.prompt_text(at) for at in record.learned]
