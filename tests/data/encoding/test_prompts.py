@@ -33,6 +33,9 @@ TOOLS_BEFORE_LAST_QUESTION = LAST_QUESTION + PLAIN.removeprefix("{{ tools | tojs
     CONTENT, "{{ tools | tojson if tools and loop.index0 == last.question }}" + CONTENT
 )
 
+#: Like gpt-oss's: a call begins with a header of its own.
+TWO_HEADERS = PLAIN.replace(CONTENT, CONTENT + "{{ '<|im_end|>\n<|im_start|>assistant\n' if m.tool_calls }}")
+
 
 def conversation(questions: int, calls: int, *, thoughts: str = "") -> Record:
     turns = []
@@ -51,7 +54,7 @@ def texts(template: Template, record: Record) -> list[str]:
 
 @pytest.mark.parametrize("thoughts", ["", "hm"])
 @pytest.mark.parametrize("calls", [0, 2, 7])
-@pytest.mark.parametrize("source", [PLAIN, KEEPS_AFTER_QUESTION, TOOLS_BEFORE_LAST_QUESTION])
+@pytest.mark.parametrize("source", [PLAIN, KEEPS_AFTER_QUESTION, TOOLS_BEFORE_LAST_QUESTION, TWO_HEADERS])
 def test_every_prompt_equals_its_separate_rendering(source, calls, thoughts):
     template = load_template("auto", tokenizer_of("bytes", source))
     record = conversation(9, calls, thoughts=thoughts)
