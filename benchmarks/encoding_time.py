@@ -63,14 +63,14 @@ def seconds(call: Callable[[], Any]) -> float:
 def measure(folder: Path, exchanges: int, rounds: int) -> tuple[float, float]:
     """Seconds to tokenize, and to encode, a batch of conversations with this many exchanges."""
     from atomtune.data.encoding.choose_template import load_template
-    from atomtune.data.encoding.encode import encode
+    from atomtune.data.encoding.encode import Encoder
     from atomtune.data.formats.schema import Schema
-    from atomtune.data.ledger import Ledger
     from atomtune.data.reading.raw import RawRecord
     from atomtune.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder))
     template = load_template("auto", tokenizer)
+    encoder = Encoder(template, Schema("messages"), max_tokens=10**6)
     values = conversations(exchanges, random.Random(exchanges))
     records = [RawRecord(value, f"a:{number}") for number, value in enumerate(values, 1)]
     texts = [str(tokenizer.apply_chat_template(value["messages"], tokenize=False)) for value in values]
@@ -80,8 +80,7 @@ def measure(folder: Path, exchanges: int, rounds: int) -> tuple[float, float]:
             tokenizer(text, add_special_tokens=False)
 
     def encoded() -> None:
-        ledger = Ledger()
-        assert len(list(encode(records, template, ledger, max_tokens=10**6, schema=Schema("messages")))) == len(records)
+        assert len(encoder(records).records) == len(records)
 
     tokenized()
     encoded()

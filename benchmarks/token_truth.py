@@ -31,9 +31,8 @@ from typing import Any
 
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template
-from atomtune.data.encoding.encode import encode
+from atomtune.data.encoding.encode import Encoder
 from atomtune.data.formats.schema import Schema
-from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
 from atomtune.model.load import load_tokenizer
 
@@ -257,12 +256,11 @@ def mistral_template(name: str) -> Template | None:
 
 def verdict(template: Template, record: Message) -> Verdict:
     """Whether each answer is trained with the prompt that a server sends and with the answer's published tokens."""
-    ledger = Ledger()
-    raw = RawRecord(record, "truth.jsonl:1")
-    encoded = list(encode([raw], template, ledger, max_tokens=100_000, schema=Schema("messages")))
-    if not encoded:
-        return Verdict("refused", ledger.records_refused[0].reason)
-    examples = encoded[0]
+    encoder = Encoder(template, Schema("messages"), max_tokens=100_000)
+    batch = encoder([RawRecord(record, "truth.jsonl:1")])
+    if not batch.records:
+        return Verdict("refused", batch.ledger.records_refused[0].reason)
+    (examples,) = batch.records
     for at, message in enumerate(record["messages"]):
         if message["role"] != "assistant":
             continue
@@ -270,7 +268,7 @@ def verdict(template: Template, record: Message) -> Verdict:
         prompt, answer = server.prompt_ids(at), server.answer_ids(at)
         if not any(stands_in(example, prompt, answer) for example in examples):
             return Verdict("differs", f"answer in turn {at + 1}")
-    notes = sorted(ledger.notices)
+    notes = sorted(batch.ledger.notices)
     return Verdict("equal", "; ".join(note.rstrip(",") for note in notes))
 
 

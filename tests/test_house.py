@@ -154,8 +154,6 @@ def test_module_names_are_specific_and_modules_have_docstrings(path):
 #: Private names of libraries, which may change with a release. Before adding one, say beside its
 #: use why there is no public name.
 PRIVATE = {
-    "data/encoding/special_tokens.py": {"tokenizer._atomtune_controls"},
-    "data/encoding/token_ids.py": {"tokenizer._atomtune_short_way"},
     "model/agreement.py": {"inner.config._attn_implementation"},
     "model/attention_in_use.py": {"config._attn_implementation", "config._attn_implementation_internal"},
     "model/block_attention.py": {"torch._softmax_backward_data"},

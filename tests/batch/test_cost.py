@@ -1,8 +1,10 @@
-"""Cost: the estimate of a run's heaviest batch, which decides how many layers are recomputed."""
+"""Cost: sampled batches, the cheaper layout, and the estimate of a run's heaviest batch."""
+
+from dataclasses import replace
 
 import pytest
 
-from atomtune.batch.cost import LayoutTokens, heaviest_of_the_run
+from atomtune.batch.cost import LayoutTokens, batches_of, heaviest_of_the_run
 from atomtune.choices import Layout
 from atomtune.data.records import Example
 
@@ -33,3 +35,19 @@ def test_the_heaviest_batch_of_a_run_is_not_below_the_heaviest_sampled_one(layou
 def test_a_run_whose_sampled_batches_are_small_allows_for_full_ones():
     sampled = LayoutTokens.of([record(0, 1, 160)])
     assert heaviest_of_the_run(sampled, "padded", per_batch=1, longest_tokens=320) == 320
+
+
+def test_a_batch_has_all_examples_of_its_rows_and_the_last_one_those_that_are_left():
+    rows = [{"number": number, "examples": 1 + number % 2} for number in range(5)]
+    batches = batches_of(rows, 2, lambda row: record(row["number"], row["examples"], 4))
+    assert [[example.origin for example in batch] for batch in batches] == [
+        ["train.jsonl:0", "train.jsonl:1", "train.jsonl:1"],
+        ["train.jsonl:2", "train.jsonl:3", "train.jsonl:3"],
+        ["train.jsonl:4"],
+    ]
+
+
+@pytest.mark.parametrize(("tree", "cheapest"), [(500, "tree"), (970, "tree"), (990, "packed"), (1_000, "packed")])
+def test_trees_are_chosen_if_they_save_two_in_a_hundred_tokens(tree, cheapest):
+    tokens = replace(LayoutTokens.of([record(0, 1, 160)]), packed=1_000, tree=tree)
+    assert tokens.cheapest() == cheapest

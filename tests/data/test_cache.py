@@ -7,13 +7,12 @@ import pytest
 
 from atomtune.data.cache import examples_of, fingerprint_of
 from atomtune.data.encoded_source import Rules
-from atomtune.data.encoding.encode import encode
 from atomtune.data.example_table import as_examples
 from atomtune.data.ledger import Ledger
 from atomtune.errors import BadData
 from tests.conftest import DIALOGUES, write_jsonl
 from tests.data.conftest import asked, entries, template_of
-from tests.reading import read_values
+from tests.reading import encode, read_values
 from tests.tiny import CHATML
 
 
@@ -22,7 +21,7 @@ def test_cached_examples_and_ledger_equal_the_encoded_ones(data, tmp_path, sourc
     # The oracle is encode(): no example is lost, reordered or changed in Arrow, and the ledger is complete.
     template = template_of("sentencepiece" if source is None else "bytes", source)
     ledger = Ledger()
-    direct = list(encode(read_values(data), template, ledger, max_tokens=120))
+    direct = encode(read_values(data), template, ledger, max_tokens=120)
     for _ in ("encoded", "served"):
         examples, told, _ = asked(data, tmp_path / "cache", template=template)
         assert [as_examples(row) for row in examples] == direct

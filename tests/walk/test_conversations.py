@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from atomtune.choices import TEMPLATES
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.encoding.choose_template import built_in, load_template
-from atomtune.data.encoding.encode import encode
-from atomtune.data.formats.detect import Schema
+from atomtune.data.encoding.choose_template import load_template
+from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import Example
+from tests.reading import encode
 from tests.tiny import CHATML, GEMMA, tokenizer_of
 
 #: For each tokenizer and template; `make fuzz` uses more.
@@ -120,7 +121,7 @@ def stands_in(example: Example, prompt: list[int], answer: list[int], times: int
     return list(example.ids[:end]) == prompt + answer and set(example.learn[start:end]) == {times}
 
 
-@pytest.mark.parametrize("name", built_in())
+@pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_every_answer_follows_the_exact_prompt_a_server_would_send(kind, name):
     # Catches a mask shifted by one, an answer tokenized together with its prompt, an earlier answer rendered

@@ -6,12 +6,12 @@ import pytest
 
 from atomtune.data.encoding.chat_template import CannotExpress, Template
 from atomtune.data.encoding.choose_template import load_template
-from atomtune.data.encoding.encode import encode
 from atomtune.data.example_table import as_examples, as_table
-from atomtune.data.formats.detect import Schema
+from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import Record, Turn
+from tests.reading import encode
 from tests.tiny import CHATML, pieces, tokenizer_of
 
 #: Like DeepSeek-R1: the prompt opens the thoughts, and earlier answers are shown without them.
@@ -44,7 +44,7 @@ def texts(template: Template, record: Record, at: int = -1) -> tuple[str, str]:
 def encoded(template: Template, *values: dict, format: str = "messages", max_tokens: int = 10_000, **more):
     ledger = Ledger()
     found = [RawRecord(value, f"train.jsonl:{n}") for n, value in enumerate(values, 1)]
-    return list(encode(found, template, ledger, schema=Schema(format), max_tokens=max_tokens, **more)), ledger
+    return encode(found, template, ledger, schema=Schema(format), max_tokens=max_tokens, **more), ledger
 
 
 def chat(*texts: str, **more) -> dict:
@@ -179,12 +179,13 @@ def test_an_answer_of_weight_2_counts_twice_and_of_weight_0_not_at_all(chatml):
 def test_a_text_record_is_learned_whole_with_a_final_stop_token(chatml):
     for kind, own in (("sentencepiece", None), ("bytes", CHATML)):
         template = load_template("auto", tokenizer_of(kind, own))
-        ((example,),), _ = encoded(template, {"text": "从前有一座山。"}, format="text")
+        ((example,),), ledger = encoded(template, {"text": "从前有一座山。"}, format="text")
         tokenizer = template.tokenizer
         ids = tokenizer("从前有一座山。", add_special_tokens=False)["input_ids"]
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         assert list(example.ids) == [*bos, *ids, tokenizer.convert_tokens_to_ids(template.stop)]
         assert list(example.learn) == [0] + [1] * (len(example.ids) - 1)
+        assert (ledger.prompt_tokens, ledger.target_tokens) == (1, len(example.ids) - 1)
 
 
 # --- too long -------------------------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ import pytest
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.encoding.encode import encode
 from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
 from benchmarks.token_truth import KINDS, TOKENIZERS, stands_in, template_for, with_arguments_as_values
+from tests.reading import encode
 
 Message = dict[str, Any]
 

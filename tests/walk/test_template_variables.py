@@ -15,7 +15,6 @@ from atomtune.cli import main
 from atomtune.data.cache import examples_of
 from atomtune.data.encoded_source import Rules
 from atomtune.data.encoding.choose_template import load_template
-from atomtune.data.encoding.encode import encode
 from atomtune.data.encoding.omissions import NOT_WRITTEN
 from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
@@ -23,6 +22,7 @@ from atomtune.data.reading.raw import RawRecord
 from atomtune.model.adapter_folder import template_of
 from atomtune.model.generate import prompt_ids
 from tests.conftest import DIALOGUES, write_jsonl
+from tests.reading import encode
 from tests.tiny import CHATML, tokenizer_of
 
 TWO_MODES = CHATML.replace(
@@ -86,7 +86,7 @@ def test_documents_the_template_ignores_are_reported_and_other_variables_apply()
         ledger = Ledger()
         template = load_template("auto", tokenizer_of("bytes", source))
         raw = RawRecord({**TALK, **sets}, "train.jsonl:1")
-        assert list(encode([raw], template, ledger, max_tokens=1000, schema=Schema("messages")))
+        assert encode([raw], template, ledger, max_tokens=1000, schema=Schema("messages"))
         assert dict(ledger.notices) == notices
 
 
@@ -102,7 +102,7 @@ def test_template_variables_that_are_not_an_object_are_refused():
     ledger = Ledger()
     template = load_template("auto", tokenizer_of("bytes", TWO_MODES))
     raw = RawRecord({**TALK, "chat_template_kwargs": [1]}, "train.jsonl:1")
-    assert not list(encode([raw], template, ledger, max_tokens=1000, schema=Schema("messages")))
+    assert not encode([raw], template, ledger, max_tokens=1000, schema=Schema("messages"))
     assert "chat_template_kwargs is a list; expected an object" in ledger.records_refused[0].reason
 
 

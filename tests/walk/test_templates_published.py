@@ -17,8 +17,7 @@ import pytest
 
 from atomtune.choices import RENAMED_TEMPLATES, SPLIT_TEMPLATES, TEMPLATES
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.encoding.choose_template import built_in, load_template
-from atomtune.data.encoding.encode import encode
+from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.encoding.omissions import NOT_WRITTEN
 from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
@@ -26,6 +25,7 @@ from atomtune.data.reading.raw import RawRecord
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import BadSettings
 from atomtune.model.load import load_tokenizer
+from tests.reading import encode
 from tests.tiny import tokenizer_of
 
 Message = dict[str, Any]
@@ -183,7 +183,7 @@ def assert_ids_of_the_encoder(
     """
     record = {"messages": messages, **({"tools": talk.tools} if talk.tools else {})}
     ledger = Ledger()
-    records = list(encode([RawRecord(record, "a:1")], template, ledger, max_tokens=10**5, schema=Schema("messages")))
+    records = encode([RawRecord(record, "a:1")], template, ledger, max_tokens=10**5, schema=Schema("messages"))
     assert not ledger.records_refused
     for at, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -295,7 +295,7 @@ def test_a_record_with_call_ids_rejected_by_mistrals_template_is_refused(call_id
     called["tool_calls"][0]["id"] = answer["tool_call_id"] = call_id
     record = {"tools": [TOOL], "messages": [{"role": "user", "content": "1 + 2?"}, called, answer, talk.answer()]}
     ledger = Ledger()
-    assert not list(encode([RawRecord(record, "a:1")], template, ledger, max_tokens=10**5, schema=Schema("messages")))
+    assert not encode([RawRecord(record, "a:1")], template, ledger, max_tokens=10**5, schema=Schema("messages"))
     assert "Tool call IDs should be alphanumeric strings with length 9!" in ledger.records_refused[0].reason
 
 
@@ -303,7 +303,8 @@ def test_a_record_with_call_ids_rejected_by_mistrals_template_is_refused(call_id
 
 
 def test_template_names_in_help_match_the_existing_templates() -> None:
-    assert sorted(TEMPLATES) == built_in()
+    folder = resources.files("atomtune.data") / "templates"
+    assert sorted(f"{name}.jinja" for name in TEMPLATES) == sorted(file.name for file in folder.iterdir())
     assert not {*RENAMED_TEMPLATES, *SPLIT_TEMPLATES} & set(TEMPLATES)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
+from atomtune.choices import TEMPLATES
 from atomtune.data.encoding import cuts as cuts_module
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.encoding.choose_template import built_in, load_template
-from atomtune.data.encoding.encode import encode
+from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.encoding.exchanges import exchanges_of
 from atomtune.data.encoding.token_ids import PieceTokenizer
 from atomtune.data.formats.detect import to_record
@@ -34,6 +34,7 @@ from benchmarks.token_truth import (
     user,
     verdict,
 )
+from tests.reading import encode
 from tests.tiny import CHATML, tokenizer_of
 
 
@@ -167,7 +168,7 @@ def test_an_answer_that_mentions_think_tags_is_not_read_as_reasoning(text):
     made = shaped(OPENS.replace("SPACED", "<think>\n").replace(".split('</think>')[-1]", ""))
     ledger = Ledger()
     records = [RawRecord({"messages": [user("How?"), assistant(text)]}, "a:1")]
-    list(encode(records, made, ledger, max_tokens=10_000, schema=Schema("messages")))
+    encode(records, made, ledger, max_tokens=10_000, schema=Schema("messages"))
     assert ledger.records_used == 1 and not ledger.records_with_thoughts
 
 
@@ -222,7 +223,7 @@ def test_whitespace_and_text_dropped_by_the_template_are_reported():
     for kind, word in (("white space", "whitespace"), ("text beside a call", "next to a tool call")):
         ledger = Ledger()
         raw = RawRecord(KINDS[kind], "a:1")
-        assert list(encode([raw], template, ledger, max_tokens=10_000, schema=Schema("messages")))
+        assert encode([raw], template, ledger, max_tokens=10_000, schema=Schema("messages"))
         assert [times for notice, times in ledger.notices.items() if word in notice] == [1], "it counts records"
 
 
@@ -239,7 +240,7 @@ def test_a_record_whose_tool_call_the_template_drops_is_refused(names):
         (with_tools, []),
     ):
         ledger = Ledger()
-        list(encode([RawRecord(record, "a:1")], shaped(source), ledger, max_tokens=10_000, schema=Schema("messages")))
+        encode([RawRecord(record, "a:1")], shaped(source), ledger, max_tokens=10_000, schema=Schema("messages"))
         assert [refusal.reason for refusal in ledger.records_refused] == reasons
 
 
@@ -252,7 +253,7 @@ def test_a_record_whose_turn_the_template_drops_is_refused_naming_the_turn():
     template = shaped(source)
     ledger = Ledger()
     raw = RawRecord(KINDS["tool call"], "a:1")
-    assert not list(encode([raw], template, ledger, max_tokens=10_000, schema=Schema("messages")))
+    assert not encode([raw], template, ledger, max_tokens=10_000, schema=Schema("messages"))
     assert "leaves out what turn 3 (tool) says" in ledger.records_refused[0].reason
 
 
@@ -261,15 +262,8 @@ def test_an_empty_system_prompt_replaces_the_templates_default():
         "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a default.<|im_end|>\n{% endif %}" + CHATML
     )
     template = shaped(default)
-    (example,) = next(
-        encode(
-            [RawRecord(KINDS["empty system text"], "a:1")],
-            template,
-            Ledger(),
-            max_tokens=10_000,
-            schema=Schema("messages"),
-        )
-    )
+    raw = RawRecord(KINDS["empty system text"], "a:1")
+    ((example,),) = encode([raw], template, Ledger(), max_tokens=10_000, schema=Schema("messages"))
     assert template.tokenizer.decode(example.ids).startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
 
 
@@ -297,9 +291,9 @@ def test_a_long_conversation_is_the_same_however_it_is_rendered():
         CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m.tool_calls | tojson if m.tool_calls }}")
     )
     record = {"messages": messages}
-    together = list(encode([RawRecord(record, "a:1")], template, Ledger(), max_tokens=10**6, schema=Schema("messages")))
+    together = encode([RawRecord(record, "a:1")], template, Ledger(), max_tokens=10**6, schema=Schema("messages"))
     each = Template(**{**vars_of(template), "header": "", "asks": "", "cut": ""})
-    apart = list(encode([RawRecord(record, "a:1")], each, Ledger(), max_tokens=10**6, schema=Schema("messages")))
+    apart = encode([RawRecord(record, "a:1")], each, Ledger(), max_tokens=10**6, schema=Schema("messages"))
     assert together == apart
     assert template.header
 
@@ -318,7 +312,7 @@ def test_training_a_thinking_model_without_reasoning_is_reported():
         ledgers = [Ledger(), Ledger()]
         for records, ledger in zip(([plain], [plain, thinking]), ledgers, strict=True):
             raws = [RawRecord(record, "a:1") for record in records]
-            list(encode(raws, template, ledger, max_tokens=10_000, schema=Schema("messages")))
+            encode(raws, template, ledger, max_tokens=10_000, schema=Schema("messages"))
         told = [template.about_thoughts(ledger.records_used, ledger.records_with_thoughts) for ledger in ledgers]
         assert names in told[0]
         assert told[1] == "1 of 2 records have answers with thoughts"
@@ -355,11 +349,11 @@ def same_however_rendered(template: Template, monkeypatch: pytest.MonkeyPatch, *
     """Compare with rendering and tokenizing every prompt by itself; returns the number of encoded records."""
     records = [RawRecord(long_conversation(seed, tools=tools), f"a:{seed}") for seed in range(10)]
     ledgers = Ledger(), Ledger()
-    short = list(encode(records, template, ledgers[0], max_tokens=10**6, schema=Schema("messages")))
+    short = encode(records, template, ledgers[0], max_tokens=10**6, schema=Schema("messages"))
     with monkeypatch.context() as patch:
         patch.setattr(cuts_module, "RENDERED_EACH", 10**9)
         each = replace(template, cut="")
-        assert short == list(encode(records, each, ledgers[1], max_tokens=10**6, schema=Schema("messages")))
+        assert short == encode(records, each, ledgers[1], max_tokens=10**6, schema=Schema("messages"))
     refused = [[refusal.origin for refusal in ledger.records_refused] for ledger in ledgers]
     assert refused[0] == refused[1]  # if there are two reasons, either may be found first
     return len(short)
@@ -378,7 +372,7 @@ def test_published_tokenizers_give_long_conversations_the_ids_of_single_prompts(
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
-@pytest.mark.parametrize("name", built_in())
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_built_in_templates_give_long_conversations_the_ids_of_single_prompts(name, kind, monkeypatch):
     template = load_template(name, tokenizer_of(kind))
     assert same_however_rendered(template, monkeypatch, tools=False)
@@ -411,7 +405,7 @@ def test_a_thousand_calls_are_not_rendered_one_by_one(thoughts, monkeypatch):
     same_however_rendered(template, monkeypatch, tools=True)
 
 
-@pytest.mark.parametrize("name", built_in())
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_a_long_conversation_is_rendered_a_few_times_and_not_once_for_every_answer(name, monkeypatch):
     tokenizer = tokenizer_of("sentencepiece")
     marks = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]
@@ -426,7 +420,7 @@ def test_a_long_conversation_is_rendered_a_few_times_and_not_once_for_every_answ
 
     monkeypatch.setattr(Template, "render", counted)
     record = {"messages": [message for n in range(100) for message in (user(f"q{n}"), assistant(f"a{n}"))]}
-    assert list(encode([RawRecord(record, "a:1")], template, Ledger(), max_tokens=10**6, schema=Schema("messages")))
+    assert encode([RawRecord(record, "a:1")], template, Ledger(), max_tokens=10**6, schema=Schema("messages"))
     assert sum(rendered) < 6 * len(record["messages"])
 
 

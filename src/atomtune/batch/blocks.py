@@ -247,8 +247,11 @@ class _Slots:
         query slots of a chunk   its tokens, then padding: the last token again
         key slots of a chunk     the path above it, what all queries have in their window first; its tokens; padding: -1
         """
-        count, queries, keys = len(chunks), max(chunk.queries for chunk in chunks), max(chunk.keys for chunk in chunks)
-        first_query, first_key = sum(map(len, self._queries)), sum(map(len, self._keys))
+        count = len(chunks)
+        queries = max(chunk.queries for chunk in chunks)
+        keys = max(chunk.keys for chunk in chunks)
+        first_query = sum(map(len, self._queries))
+        first_key = sum(map(len, self._keys))
         starts = torch.tensor([[chunk.start] for chunk in chunks])  # [C, 1]
         lasts = torch.tensor([[chunk.end - 1] for chunk in chunks])  # [C, 1]
         query_tokens = torch.minimum(starts + torch.arange(queries), lasts)  # [C, n]

@@ -2,8 +2,8 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +12,11 @@ import pyarrow
 
 from atomtune.choices import FormatChoice, Learn, Overlength
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.encoding.encode import Encoder, entered_in_ledger
+from atomtune.data.encoding.encode import Encoder
 from atomtune.data.encoding.template_probes import runs_programs
 from atomtune.data.example_table import as_table
-from atomtune.data.formats.detect import Schema, detect_schema, to_record
+from atomtune.data.formats.detect import detect_schema, to_record
+from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.jsonl import parse_chunk
 from atomtune.data.reading.raw import Chunk, RawRecord
@@ -33,6 +34,10 @@ _WORTH_A_POOL = 4 * 2**20
 #: three times as many.
 _RECORD_SECONDS = 10
 _CHARACTERS_A_SECOND = 50_000
+#: A data set has a shared instruction if at least this share of its records has it.
+_SHARED_SHARE = 0.9
+#: Bounds the memory for counting instructions; beyond it, rare ones are forgotten.
+_INSTRUCTIONS_KEPT = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,30 +75,17 @@ def encoded(
     Raises BadData with the record's origin if encoding it takes too long or too much memory.
     """
 
+    def encoder(schema: Schema) -> Encoder:
+        return Encoder(template, schema, rules.max_tokens, rules.overlength, rules.learn)
+
     def encode(work: tuple[Schema, Chunk]) -> EncodedPart:
         schema, chunk = work
-        encoder = Encoder(template, schema, rules.max_tokens, rules.overlength, rules.learn)
-        batch = encoder(parse_chunk(chunk))
+        batch = encoder(schema)(parse_chunk(chunk))
         return EncodedPart(as_table(batch.records), batch.ledger, batch.instructions)
 
     def examine(work: tuple[Schema, Chunk]) -> None:
-        """Encode the records of a chunk one by one under limits. Raises BadData at the one that exceeds them."""
         schema, chunk = work
-
-        def each_record(say: Callable[[str], None]) -> None:
-            for raw in parse_chunk(chunk):
-                say(raw.origin)
-                # A conversation may have thousands of answers and as many prompts: the limit applies to each answer.
-                at_answer = partial(say, raw.origin)
-                Encoder(template, schema, rules.max_tokens, rules.overlength, rules.learn, at_answer=at_answer)([raw])
-
-        seconds = _RECORD_SECONDS + len(str(chunk)) // _CHARACTERS_A_SECOND
-        if tripped := try_in_child_process(each_record, seconds=seconds, each_place=True):
-            raise BadData(
-                f"{tripped.at}: encoding this record {tripped.words}.\nThe chat template, or a pattern in the model's "
-                "tokenizer.json, does not finish on its text. Remove the record, or use the template and the tokenizer "
-                "that were published with the model."
-            )
+        _refuse_endless(encoder(schema), chunk)
 
     workers = workers_here()
     if size_of(source) <= _WORTH_A_POOL:
@@ -102,12 +94,44 @@ def encoded(
     yield from entered_in_ledger(in_order(encode, chunks, workers=workers, examine=examine), ledger)
 
 
+def _refuse_endless(encoder: Encoder, chunk: Chunk) -> None:
+    """Encode the records of a chunk one by one under limits. Raises BadData at the one that exceeds them."""
+
+    def each_record(say: Callable[[str], None]) -> None:
+        for raw in parse_chunk(chunk):
+            say(raw.origin)
+            # A conversation may have thousands of answers and as many prompts: the limit applies to each answer.
+            replace(encoder, at_answer=partial(say, raw.origin))([raw])
+
+    seconds = _RECORD_SECONDS + len(str(chunk)) // _CHARACTERS_A_SECOND
+    if tripped := try_in_child_process(each_record, seconds=seconds, each_place=True):
+        raise BadData(
+            f"{tripped.at}: encoding this record {tripped.words}.\nThe chat template, or a pattern in the model's "
+            "tokenizer.json, does not finish on its text. Remove the record, or use the template and the tokenizer "
+            "that were published with the model."
+        )
+
+
+def entered_in_ledger(parts: Iterable[EncodedPart], ledger: Ledger) -> Iterator[EncodedPart]:
+    """Pass the parts on and add their counts to `ledger`; at the end, set its `shared_instruction` if there is one."""
+    instructions: Counter[str] = Counter()  # in a large file, some rare ones are forgotten
+    for part in parts:
+        ledger.add(part.ledger)
+        instructions.update(part.instructions)
+        if len(instructions) > _INSTRUCTIONS_KEPT:
+            instructions = Counter(dict(instructions.most_common(_INSTRUCTIONS_KEPT // 10)))
+        yield part
+    for text, count in instructions.most_common(1):
+        if count >= max(2, _SHARED_SHARE * ledger.records_read):
+            ledger.shared_instruction = text
+
+
 def chunks_with_schema(
     source: Path | str,
     rules: Rules,
     *,
-    name: str | None = None,
-    advance: Callable[[int], None] = lambda n_bytes: None,
+    name: str | None,
+    advance: Callable[[int], None],
 ) -> Iterator[tuple[Schema, Chunk]]:
     """Every chunk of the source with the schema of its file: each file of a folder may have its own format.
 

@@ -11,6 +11,8 @@ from atomtune.errors import SHOWN, BadData, listing
 
 #: If more records are refused than a message can list, this many are named for each reason.
 _OF_A_REASON = 3
+#: Records that a notice names.
+_FEW = 5
 _NUMBER = re.compile(r"\d+")
 
 
@@ -21,17 +23,15 @@ class Ledger:
     records_read: int = 0
     records_used: int = 0
     records_refused: list[Refusal] = field(default_factory=list)
-    records_cut: int = 0
-    records_split: int = 0  # used, as several Examples: not every prompt continues the one before token for token
     records_copied: int = 0  # used, and token for token equal to an earlier record
     prompt_tokens: int = 0
     target_tokens: int = 0
     examples: int = 0
     target_tokens_refused: int = 0  # in the answers of refused records that could be parsed
-    prompt_tokens_cut: int = 0
     format: str = ""  # the format of the file: alpaca, messages, …; several are joined with commas
-    cut_origins: list[str] = field(default_factory=list)
+    cut_origins: list[str] = field(default_factory=list)  # records whose prompts were shortened
     cut_tokens: list[int] = field(default_factory=list)  # of the prompts of each record in cut_origins
+    # Records used as several Examples: not every prompt continues the one before token for token.
     split_origins: list[str] = field(default_factory=list)
     control_origins: list[str] = field(default_factory=list)  # records whose own text contains a control string
     unknown_tokens: int = 0  # target tokens that are the tokenizer's unknown token
@@ -40,6 +40,18 @@ class Ledger:
     notices: Counter[str] = field(default_factory=Counter)  # note → number of records it applies to
     shared_instruction: str | None = None  # the instruction that nearly all records have in common
 
+    @property
+    def records_cut(self) -> int:
+        return len(self.cut_origins)
+
+    @property
+    def prompt_tokens_cut(self) -> int:
+        return sum(self.cut_tokens)
+
+    @property
+    def records_split(self) -> int:
+        return len(self.split_origins)
+
     def refuse(self, refusal: Refusal, target_tokens: int = 0) -> None:
         """Count a refused record; `target_tokens` are those of its answers, as far as they are known."""
         self.records_refused.append(refusal)
@@ -47,10 +59,8 @@ class Ledger:
 
     def cut(self, origin: str, tokens: int) -> None:
         """Count a record whose prompts were shortened by this number of tokens."""
-        self.records_cut += 1
         self.cut_origins.append(origin)
         self.cut_tokens.append(tokens)
-        self.prompt_tokens_cut += tokens
 
     def use(self, examples: Sequence[Example], *, prompt_tokens: int, target_tokens: int) -> None:
         """Count a record that is trained on.
@@ -116,10 +126,7 @@ class Ledger:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Ledger":
-        """The inverse of `to_json`. Raises ValueError if another version wrote the values."""
-        known = {f.name for f in fields(cls)}
-        if set(values) != known:
-            raise ValueError("the ledger was written by another version")
+        """The inverse of `to_json`."""
         refused = []
         for refusal in values["records_refused"]:
             kind = RefusalKind(refusal["kind"])
@@ -173,13 +180,13 @@ def listed_refusals(refused: Sequence[Refusal], *, all_in: str = "") -> str:
     return "\n".join(listed)
 
 
-def first_few(origins: Sequence[str], *, all_in: str, shown: int = 5) -> str:
+def first_few(origins: Sequence[str], *, all_in: str) -> str:
     """The first of these records, and how many more there are.
 
     all_in  a file that lists them all
     """
-    rest = len(origins) - shown
-    return ", ".join(origins[:shown]) + (f" and {rest:,} more ({all_in} lists them all)" if rest > 0 else "")
+    rest = len(origins) - _FEW
+    return ", ".join(origins[:_FEW]) + (f" and {rest:,} more ({all_in} lists them all)" if rest > 0 else "")
 
 
 def one_of_each_reason_first(refused: Sequence[Refusal]) -> list[Refusal]:

@@ -28,6 +28,8 @@ TRIMMED_LAST = EMPTY_THOUGHTS_LAST.replace(
 NUMBERED_LAST = WITH_CALLS.replace(
     CONTENT, "{{ messages | length if m.role == 'assistant' and loop.last and not add_generation_prompt }}" + CONTENT
 )
+#: An answer that ends a long conversation begins with a mark.
+MARKED_LAST = NUMBERED_LAST.replace("{{ messages | length if", "{{ '!' if messages | length > 9 and")
 #: Answers begin with empty thoughts, but only in a conversation with a question (Qwen3).
 THOUGHTS_AFTER_QUESTIONS = CHATML.replace(
     CONTENT,
@@ -71,7 +73,10 @@ def test_a_plain_answer_is_not_rendered(rendered):
     assert rendered == []
 
 
-@pytest.mark.parametrize(("source", "few"), [(WITH_CALLS, True), (EMPTY_THOUGHTS_LAST, True), (NUMBERED_LAST, False)])
+@pytest.mark.parametrize(
+    ("source", "few"),
+    [(WITH_CALLS, True), (EMPTY_THOUGHTS_LAST, True), (NUMBERED_LAST, False), (MARKED_LAST, False)],
+)
 def test_answers_cut_from_a_later_prompt_match_separate_renderings(source, few, rendered):
     template = load_template("auto", tokenizer_of("bytes", source))
     record = agent(30)

@@ -7,8 +7,9 @@ import itertools
 import pytest
 from jinja2 import TemplateError
 
+from atomtune.choices import TEMPLATES
 from atomtune.data.encoding.chat_template import CannotExpress
-from atomtune.data.encoding.choose_template import built_in, load_template
+from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.encoding.jinja_render import Renderer
 from tests.tiny import CHATML, GEMMA, tokenizer_of
 
@@ -78,7 +79,7 @@ def test_rendering_matches_the_tokenizers_apply_chat_template(name):
             assert rendered(template, chat, prompt) == by_the_tokenizer(template, chat, prompt), chat
 
 
-@pytest.mark.parametrize("name", built_in())
+@pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize(("kind", "own"), [("sentencepiece", GEMMA), ("bytes", CHATML), ("characters", None)])
 def test_built_in_templates_render_like_apply_chat_template(name, kind, own):
     template = load_template(name, tokenizer_of(kind, own))

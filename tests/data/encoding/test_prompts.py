@@ -33,6 +33,9 @@ TOOLS_BEFORE_LAST_QUESTION = LAST_QUESTION + PLAIN.removeprefix("{{ tools | tojs
     CONTENT, "{{ tools | tojson if tools and loop.index0 == last.question }}" + CONTENT
 )
 
+#: Like gpt-oss's: a call begins with a header of its own.
+TWO_HEADERS = PLAIN.replace(CONTENT, CONTENT + "{{ '<|im_end|>\n<|im_start|>assistant\n' if m.tool_calls }}")
+
 
 def conversation(questions: int, calls: int, *, thoughts: str = "") -> Record:
     turns = []
@@ -51,7 +54,7 @@ def texts(template: Template, record: Record) -> list[str]:
 
 @pytest.mark.parametrize("thoughts", ["", "hm"])
 @pytest.mark.parametrize("calls", [0, 2, 7])
-@pytest.mark.parametrize("source", [PLAIN, KEEPS_AFTER_QUESTION, TOOLS_BEFORE_LAST_QUESTION])
+@pytest.mark.parametrize("source", [PLAIN, KEEPS_AFTER_QUESTION, TOOLS_BEFORE_LAST_QUESTION, TWO_HEADERS])
 def test_every_prompt_equals_its_separate_rendering(source, calls, thoughts):
     template = load_template("auto", tokenizer_of("bytes", source))
     record = conversation(9, calls, thoughts=thoughts)
@@ -77,11 +80,12 @@ def test_few_prompts_are_rendered_and_many_are_cut_from_one_rendering(monkeypatc
     assert rendered == [199, 1, 3, 7, 15, 31, 63, 127]
 
 
+@pytest.mark.parametrize(("questions", "calls"), [(9, 0), (1, 9)])
 @pytest.mark.parametrize("differs_at", ["messages | length < 4", "messages | length > 13"])
-def test_prompts_that_vary_with_conversation_length_are_each_rendered(differs_at):
-    source = f"<|im_start|>system\n{{{{ 'long' if {differs_at} else 'short' }}}}<|im_end|>\n{CHATML}"
+def test_prompts_that_vary_with_conversation_length_are_each_rendered(differs_at, questions, calls):
+    source = f"<|im_start|>system\n{{{{ 'long' if {differs_at} else 'short' }}}}<|im_end|>\n{PLAIN}"
     template = load_template("auto", tokenizer_of("bytes", source))
-    record = conversation(9, 0)
+    record = conversation(questions, calls)
     templated = TemplatedRecord(template, record)
     prompts = texts(template, record)
     assert prompts == [templated.prompt_text(at) for at in record.learned]

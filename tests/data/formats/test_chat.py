@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atomtune.data.formats.detect import Schema, to_record
-from atomtune.data.formats.schema import RECORD_KEYS, ROLES, SIGNS, TURN_KEYS
+from atomtune.data.formats.detect import to_record
+from atomtune.data.formats.schema import RECORD_KEYS, ROLES, SIGNS, TURN_KEYS, Schema
 from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import ParsedRecord, Record, Refusal, Turn
 from tests.conftest import shell_words
@@ -282,6 +282,27 @@ def test_a_call_with_thoughts_of_its_own_keeps_them():
     call = {"role": "tool_call", "content": json.dumps(CALL), "reasoning_content": "It may rain."}
     record = chat(ASK, TELL, call)
     assert record.turns[1:] == (Turn("assistant", "A."), Turn("assistant", "", reasoning="It may rain.", calls=(CALL,)))
+
+
+def test_a_call_with_another_weight_than_the_answer_before_it_is_an_answer_of_its_own():
+    # As a part of that answer it would not be learned.
+    call = {"role": "tool_call", "content": json.dumps(CALL)}
+    record = chat(ASK, {**TELL, "weight": 0}, call)
+    assert record.turns[1:] == (Turn("assistant", "A.", learn=0), Turn("assistant", "", calls=(CALL,)))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "function", "function": CALL},
+        {"type": "tool_call", "function": CALL},
+        {"type": "tool_call", "tool_call": {**CALL, "arguments": json.dumps(CALL["arguments"])}},
+        {"type": "function_call", **CALL},
+        {"type": "tool_call", "value": json.dumps(CALL)},
+    ],
+)
+def test_a_call_as_a_part_of_an_answer_is_read_in_each_form(part):
+    assert chat(ASK, {"role": "assistant", "content": ["A.", part]}).turns[-1] == Turn("assistant", "A.", calls=(CALL,))
 
 
 def test_a_tool_result_inside_an_answer_is_refused_not_moved_before_it():

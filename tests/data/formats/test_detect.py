@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 
-from atomtune.data.formats.detect import Schema, detect_schema, to_record
+from atomtune.data.formats.detect import detect_schema, to_record
+from atomtune.data.formats.schema import Schema
 from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import ParsedRecord, Record, Refusal, Turn
 from atomtune.errors import BadData

@@ -60,6 +60,20 @@ def test_a_label_with_many_classes_refuses_no_answer(labels):
     assert all(isinstance(record, Record) for record in outcomes)
 
 
+@pytest.mark.parametrize("labels", [(0, 1), ("0", "1")])
+def test_the_label_of_a_plain_text_is_a_class_and_refuses_no_text(labels):
+    # Reviews with the class 0 (imdb) were refused as unwanted answers, which half of them are not.
+    reviews = read(*({"text": f"The film runs {label + label} hours.", "label": label} for label in labels))
+    for record, notes in reviews:
+        assert isinstance(record, Record) and record.turns[0].role == "text"
+        assert 'key "label" is not used by this format' in notes
+
+
+def test_the_label_of_a_plain_text_among_dialogues_is_a_mark():
+    (dialogue, _), (plain, _) = read({**ANSWERED["text"](GOOD), "label": 1}, {"text": BAD, "label": 0})
+    assert isinstance(dialogue, Record) and isinstance(plain, Refusal)
+
+
 def test_a_false_label_is_refused_even_beside_non_boolean_labels():
     # One "unsure" among true and false once made every unwanted answer of the file count as good.
     marks = (True, False, "unsure")
@@ -86,6 +100,12 @@ PAIRS = {
     "LLaMA-Factory v1": {
         "chosen_messages": [asks(QUESTION), tells(GOOD)],
         "rejected_messages": [asks(QUESTION), tells(BAD)],
+    },
+    "a message behind an instruction": {"instruction": QUESTION, "chosen": [tells(GOOD)], "rejected": [tells(BAD)]},
+    "messages that chosen repeats": {
+        "messages": [asks(QUESTION)],
+        "chosen": [asks(QUESTION), tells(GOOD)],
+        "rejected": [asks(QUESTION), tells(BAD)],
     },
     "a text behind messages": {"messages": [asks(QUESTION)], "chosen": GOOD, "rejected": BAD},
 }

@@ -116,7 +116,7 @@ def test_content_is_unpacked_a_buffer_at_a_time(tmp_path: Path):
     # Catches gzip.decompress(path.read_bytes()).
     path, seen = tmp_path / "a.jsonl.gz", []
     path.write_bytes(gzip.compress(as_jsonl(), compresslevel=0) * 20)
-    with open_bytes(path, seen.append) as stream:
+    with open_bytes(path, seen.append, name="a.jsonl.gz") as stream:
         stream.read(1)
         assert sum(seen) < path.stat().st_size / 4
 

@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping
 from datetime import date
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from atomtune.choices import RENAMED_TEMPLATES, SPLIT_TEMPLATES
+from atomtune.choices import RENAMED_TEMPLATES, SPLIT_TEMPLATES, TEMPLATES
 from atomtune.data.encoding.chat_template import OWN, InstructionRole, Template
+from atomtune.data.encoding.jinja_render import built_in
 from atomtune.data.encoding.template_probes import probed
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import BadModel, BadSettings
 
 _FILES = (".jinja", ".jinja2", ".j2")
-_ROLE: InstructionRole = "user"
 #: Share of tokens with a Chinese character: Llama 2 5 %, Llama 3 3 %, SmolLM2 0.2 %; Qwen3 17 %.
 _CHINESE_SHARE = 0.1
 _WORDS_LOOKED_AT = 4000
@@ -33,17 +32,15 @@ def load_template(
     Raises BadSettings for an unknown name; BadModel if the tokenizer's own template is missing or ambiguous, and
     for the reasons of `probed`.
     """
-    why = ""
     if name == "auto" and tokenizer.chat_template:
-        name, source, role = OWN, _own_source(tokenizer), _ROLE
-    else:
-        if name == "auto":
-            name = "atom" if _is_chinese(tokenizer) else "plain"
-            why = _NO_TEMPLATE if name == "plain" else ""
-        name = RENAMED_TEMPLATES.get(name, name)
-        source, role = _source_of(name)
-        name = Path(name).name
-    return probed(Template(name, source, tokenizer, role, variables or {}, day or date.today(), why=why))
+        return restore_template(OWN, "user", tokenizer, variables=variables, day=day)
+    why = ""
+    if name == "auto":
+        name = "atom" if _is_chinese(tokenizer) else "plain"
+        why = _NO_TEMPLATE if name == "plain" else ""
+    name = RENAMED_TEMPLATES.get(name, name)
+    source, role = _source_of(name)
+    return probed(Template(Path(name).name, source, tokenizer, role, variables or {}, day or date.today(), why=why))
 
 
 def _own_source(tokenizer: Tokenizer) -> str:
@@ -79,17 +76,10 @@ def _source_of(name: str) -> tuple[str, InstructionRole]:
             raise BadSettings([f"--template {name}: not UTF-8: {error}"]) from None
     if name in SPLIT_TEMPLATES:
         raise BadSettings([f"--template {name}: its format differs by generation. Pass {SPLIT_TEMPLATES[name]}."])
-    if name not in built_in():
-        known = ", ".join(["auto", *built_in()])
+    if name not in TEMPLATES:
+        known = ", ".join(["auto", *sorted(TEMPLATES)])
         raise BadSettings([f"--template {name}: no such template. Known: {known}, or the path of a .jinja file."])
-    file = resources.files("atomtune.data") / "templates" / f"{name}.jinja"
-    return file.read_text(encoding="utf-8").rstrip("\n"), "system" if name == "atom" else "user"
-
-
-def built_in() -> list[str]:
-    """The names of the templates that come with the tool."""
-    folder = resources.files("atomtune.data") / "templates"
-    return sorted(file.name.removesuffix(".jinja") for file in folder.iterdir())
+    return built_in(name), "system" if name == "atom" else "user"
 
 
 def restore_template(
@@ -100,6 +90,6 @@ def restore_template(
     variables: Mapping[str, Any] | None = None,
     day: date | None = None,
 ) -> Template:
-    """The template that was saved with an adapter's tokenizer. Raises BadModel like `load_template`."""
+    """The tokenizer's own template, as saved with an adapter too. Raises BadModel like `load_template`."""
     source = _own_source(tokenizer)
     return probed(Template(name, source, tokenizer, instruction_role, variables or {}, day or date.today()))

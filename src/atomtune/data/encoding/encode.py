@@ -11,11 +11,9 @@ Laws (tests/data/encoding/test_encode.py):
 """
 
 import contextlib
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
 
 from atomtune.choices import Learn, Overlength
 from atomtune.data.encoding.chat_template import CannotExpress, Template
@@ -31,23 +29,11 @@ from atomtune.data.encoding.tokenized import (
     joined_examples,
     tokenized_exchanges,
 )
-from atomtune.data.formats.detect import Schema, to_record
+from atomtune.data.formats.detect import to_record
+from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.raw import RawRecord
-from atomtune.data.records import (
-    Example,
-    Exchange,
-    Piece,
-    Record,
-    Refusal,
-    RefusalKind,
-    Turn,
-)
-
-BATCH_RECORDS = 1000
-# A data set has a shared instruction if at least this share of its records has it.
-SHARED_SHARE = 0.9
-INSTRUCTIONS_KEPT = 10_000  # bounds the memory for counting instructions; beyond it, rare ones are forgotten
+from atomtune.data.records import Example, Exchange, Piece, Record, Refusal, RefusalKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +51,6 @@ class EncodedRecord:
     holds_control_strings: bool = False
     has_thoughts: bool = False
     notes: tuple[str, ...] = ()
-
-
-class Counted(Protocol):
-    """Part of a file with its ledger, as `entered_in_ledger` needs it."""
-
-    @property
-    def ledger(self) -> Ledger: ...
-
-    @property
-    def instructions(self) -> Counter[str]: ...
-
-
-CountedPart = TypeVar("CountedPart", bound=Counted)
-Item = TypeVar("Item")
 
 
 @dataclass
@@ -241,7 +213,6 @@ def _enter(encoded: EncodedRecord, notes: tuple[str, ...], batch: EncodedBatch) 
     if encoded.cut_tokens:
         ledger.cut(encoded.origin, encoded.cut_tokens)
     if len(encoded.examples) > 1:
-        ledger.records_split += 1
         ledger.split_origins.append(encoded.origin)
     if encoded.holds_control_strings:
         ledger.control_origins.append(encoded.origin)
@@ -250,43 +221,6 @@ def _enter(encoded: EncodedRecord, notes: tuple[str, ...], batch: EncodedBatch) 
     ledger.notices.update((*notes, *encoded.notes))
     ledger.use(encoded.examples, prompt_tokens=encoded.prompt_tokens, target_tokens=encoded.target_tokens)
     batch.records.append(encoded.examples)
-
-
-def encode(
-    raw_records: Iterable[RawRecord | Refusal],
-    template: Template,
-    ledger: Ledger,
-    *,
-    max_tokens: int,
-    schema: Schema | None = None,
-    overlength: Overlength = "shorten",
-    learn: Learn = "all",
-) -> Iterator[tuple[Example, ...]]:
-    """Yield the Examples of each record that is used, and count everything else in `ledger`."""
-    encoder = Encoder(template, schema or Schema(), max_tokens, overlength, learn)
-    for batch in entered_in_ledger(map(encoder, batched(raw_records)), ledger):
-        yield from batch.records
-
-
-def entered_in_ledger(parts: Iterable[CountedPart], ledger: Ledger) -> Iterator[CountedPart]:
-    """Pass the parts on and add their counts to `ledger`; at the end, set its `shared_instruction` if there is one."""
-    instructions: Counter[str] = Counter()  # in a large file, some rare ones are forgotten
-    for part in parts:
-        ledger.add(part.ledger)
-        instructions.update(part.instructions)
-        if len(instructions) > INSTRUCTIONS_KEPT:
-            instructions = Counter(dict(instructions.most_common(INSTRUCTIONS_KEPT // 10)))
-        yield part
-    for text, count in instructions.most_common(1):
-        if count >= max(2, SHARED_SHARE * ledger.records_read):
-            ledger.shared_instruction = text
-
-
-def batched(items: Iterable[Item], size: int = BATCH_RECORDS) -> Iterator[tuple[Item, ...]]:
-    """itertools.batched, which Python 3.11 lacks."""
-    iterator = iter(items)
-    while batch := tuple(itertools.islice(iterator, size)):
-        yield batch
 
 
 def _instruction_of(record: Record) -> str | None:
@@ -298,8 +232,5 @@ def _instruction_of(record: Record) -> str | None:
 def _last_only(record: Record) -> Record:
     """The record with only its last learned answer still learned."""
     last = max(record.learned, default=-1)
-
-    def read_only(i: int, turn: Turn) -> Turn:
-        return turn if i == last else replace(turn, learn=0)
-
-    return replace(record, turns=tuple(itertools.starmap(read_only, enumerate(record.turns))))
+    turns = tuple(turn if i == last else replace(turn, learn=0) for i, turn in enumerate(record.turns))
+    return replace(record, turns=turns)

@@ -6,6 +6,7 @@ A template is an untrusted program. It runs in a Jinja sandbox with limits on it
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime, time
 from functools import lru_cache
+from importlib import resources
 from typing import Any, NoReturn
 
 from jinja2 import Template as Program
@@ -87,6 +88,12 @@ class Renderer:
         except UnicodeEncodeError as error:
             raise TemplateError(f"it writes an incomplete character ({text[error.start]!a})") from None
         return text
+
+
+def built_in(name: str) -> str:
+    """The source of a built-in template, without the line end of its file, which is not a part of it."""
+    file = resources.files("atomtune.data") / "templates" / f"{name}.jinja"
+    return file.read_text(encoding="utf-8").rstrip("\n")
 
 
 def _raise(message: str) -> NoReturn:

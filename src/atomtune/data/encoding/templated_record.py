@@ -62,9 +62,8 @@ class TemplatedRecord:
         return self.messages[self._starts[at] : self._starts[at + 1]]
 
     def message_of(self, at: int) -> Message:
-        """The first message of a turn, which is the only one of an assistant turn; {} for a text."""
-        start = self._starts[at]
-        return self.messages[start] if start < len(self.messages) else {}
+        """The first message of a turn, which is the only one of an assistant turn."""
+        return self.messages[self._starts[at]]
 
     def thinks(self, at: int) -> bool:
         """Whether a turn has thoughts, in a key of the record or inside its text."""

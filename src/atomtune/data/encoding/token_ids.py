@@ -150,14 +150,12 @@ class PieceTokenizer:
         for start, stop in self._stretches(piece):
             breaks = [at - start for at in _between(piece.breaks, start, stop)]
             text = piece.text[start:stop]
-            anew = not ids or self._begins_anew_after_controls
-            plain = self._as_plain_text(text, goes_on=not anew) if breaks else None
             if not breaks:
                 ids += self._continuation(text) if ids else self.tokenized([text])[0]
-            elif plain is not None:
-                ids += plain
-            else:
-                ids += self._cut_ids(text, breaks, begins=not ids)
+                continue
+            anew = not ids or self._begins_anew_after_controls
+            plain = self._as_plain_text(text, goes_on=not anew)
+            ids += self._cut_ids(text, breaks, begins=not ids) if plain is None else plain
         return ids
 
     def _stretches(self, piece: Piece) -> list[tuple[int, int]]:

@@ -6,7 +6,16 @@ The answers in `history` are learned like the last one. The last one may have re
 from typing import Any
 
 from atomtune.data.formats.conversation import Conversation, with_reasoning, with_system
-from atomtune.data.formats.fields import Field, is_blank, kind, notes_on_unused, read_json, read_text, read_tools
+from atomtune.data.formats.fields import (
+    Field,
+    is_blank,
+    kind,
+    notes_on_unused,
+    problems_of,
+    read_json,
+    read_text,
+    read_tools,
+)
 from atomtune.data.formats.schema import REASONING, Schema
 from atomtune.data.records import Turn
 
@@ -23,15 +32,7 @@ def read_alpaca(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
     history = read_history(record.get("history"))
     earlier = with_system(record, history.value)
     last_answer = with_reasoning(Turn("assistant", answer.value), record)
-    problems = (
-        *instruction.problems,
-        *answer.problems,
-        *question.problems,
-        *history.problems,
-        *tools.problems,
-        *earlier.problems,
-        *last_answer.problems,
-    )
+    problems = problems_of([instruction, answer, question, history, tools, earlier, last_answer])
     if not problems:  # a value that is not text was replaced by ""; do not report that as empty too
         problems = _problems_of_blank(record, instruction.value, question.value, answer.value)
     last_question = Turn("user", instruction.value, question.value)

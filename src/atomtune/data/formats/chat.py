@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from atomtune.data.formats.conversation import Conversation, read_variables, with_reasoning, with_system
-from atomtune.data.formats.fields import Field, is_blank, notes_on_unused, read_text, read_tools
+from atomtune.data.formats.fields import Field, is_blank, notes_on_unused, problems_of, read_text, read_tools
 from atomtune.data.formats.messages import read_turns
 from atomtune.data.formats.rendered_text import begins_like, turns_of
 from atomtune.data.formats.schema import KWARGS, REASONING, SIGNS, VARIABLES, Schema
@@ -52,7 +52,7 @@ def _with_the_rest(record: dict[str, Any], turns: Field[tuple[Turn, ...]], used:
     all_turns = with_system(record, turns.value)
     tools = read_tools(record)
     variables = read_variables(record)
-    problems = (*turns.problems, *all_turns.problems, *tools.problems, *variables.problems)
+    problems = problems_of([turns, all_turns, tools, variables])
     notes = (*turns.notes, *notes_on_unused(record, used | _BESIDE))
     return Field(Conversation(all_turns.value, tools.value, variables.value), problems, notes)
 
@@ -63,7 +63,7 @@ def read_prompt(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
         return _NOTHING
     prompt = _read_side(record["prompt"], "user", "prompt", schema)
     completion = _read_side(record["completion"], "assistant", "completion", schema)
-    problems = (*prompt.problems, *completion.problems)
+    problems = problems_of([prompt, completion])
     notes = (*prompt.notes, *completion.notes)
     if not problems and not _has_answer(completion.value):
         problems = ("completion has no assistant turn: there is nothing to learn",)

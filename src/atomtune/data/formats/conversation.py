@@ -69,25 +69,30 @@ def read_variables(record: Mapping[str, Any]) -> Field[dict[str, Any]]:
     variables: dict[str, Any] = {}
     problems: list[str] = []
     if not _is_empty_cell(record.get(KWARGS)):
-        parsed = read_json(record[KWARGS], KWARGS)
-        plain = read_plain(parsed.value, KWARGS)
-        problems += [*parsed.problems, *plain.problems]
-        if isinstance(plain.value, dict):
-            variables |= plain.value
-        elif not parsed.problems:
-            problems.append(f"{KWARGS} is {kind(plain.value)}; expected an object")
+        several = _read_value(record[KWARGS], KWARGS)
+        problems += several.problems
+        if isinstance(several.value, dict):
+            variables |= several.value
+        elif not several.problems:
+            problems.append(f"{KWARGS} is {kind(several.value)}; expected an object")
     for key in VARIABLES:
         if not _is_empty_cell(record.get(key)):
-            parsed = read_json(record[key], key)  # JSON text in a cell of a table
-            plain = read_plain(parsed.value, key)
-            problems += [*parsed.problems, *plain.problems]
-            if variables.get(key, plain.value) != plain.value:
+            single = _read_value(record[key], key)
+            problems += single.problems
+            if variables.get(key, single.value) != single.value:
                 problems.append(f"{key} has another value in {KWARGS}; keep one of them")
-            variables[key] = plain.value
+            variables[key] = single.value
     thinks = variables.get(THINKING)
     if not problems and not isinstance(thinks, bool | None):  # a template may take "false", and even 0, for true
         problems.append(f"{THINKING} is {kind(thinks)}; expected true or false")
     return Field(variables, tuple(problems))
+
+
+def _read_value(value: object, key: str) -> Field[Any]:
+    """A value for a template, which may be JSON text, as in the cell of a table."""
+    parsed = read_json(value, key)
+    plain = read_plain(parsed.value, key)
+    return Field(plain.value, (*parsed.problems, *plain.problems))
 
 
 def _is_empty_cell(value: object) -> bool:

@@ -246,21 +246,21 @@ def _read_other(filled: dict[str, Any], message: dict[str, Any], place: str, rol
         problems.append(
             f"{place} ({role}) has a weight; only an assistant's turn is learned. Leave it out or set it to 0"
         )
+    problems += problems_of([content, weight])
     unused = ["tool_calls", "function_call", *REASONING]
     turn = Turn(role, content.value.text)
     if role == "tool":
         # Only a tool turn has a name (the tool's) and the id of the call that it answers.
         name = read_text(filled.get("name", ""), f"{place}'s name")
+        problems += name.problems
         call_id = filled.get("tool_call_id", "")
         turn = replace(turn, name=name.value, call_id=call_id if isinstance(call_id, str) else "")
-        problems_of_all = (*problems, *problems_of([content, weight, name]))
     else:
         unused.append("name")
-        problems_of_all = (*problems, *problems_of([content, weight]))
     notes = tuple(f'key "{key}" of a turn of role {role} is not used' for key in unused if filled.get(key))
     if is_value:
         notes = (*notes, "a tool result that is not a text is written as JSON")
-    return Field(turn, problems_of_all, notes)
+    return Field(turn, tuple(problems), notes)
 
 
 def _is_value(body: object) -> bool:

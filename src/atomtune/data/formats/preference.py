@@ -8,16 +8,20 @@ pairs (`chosen` and `rejected`: a text, one message, or the whole conversation) 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from atomtune.choices import FormatName
 from atomtune.data.formats.fields import Field, is_empty
-from atomtune.data.formats.rendered_text import turns_of
+from atomtune.data.formats.rendered_text import begins_like, turns_of
 from atomtune.data.formats.schema import WANTED, Schema
 from atomtune.data.reading.raw import printable
 
 Json = dict[str, Any]
 _PAIRS = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"))
-#: Keys of preference data.
-KEYS = frozenset({*WANTED, *(key for pair in _PAIRS for key in pair)})
 _YES, _NO = ("true", "1", "yes", "desirable"), ("false", "0", "no", "undesirable")
+#: The words for a pair without a prompt.
+PAIR_ALONE = (
+    "preference data (chosen, rejected) without a prompt. The chosen answers are learned if the record also has an "
+    "instruction, a prompt, messages or conversations, or if chosen is a list of messages"
+)
 _NOTE = '"{}" of preference data is learned as the answer, "{}" is not used'
 
 
@@ -64,10 +68,16 @@ def is_wanted(mark: object) -> bool | None:
     return None
 
 
-def labels_are_classes(records: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether some `label` in these records is not a yes-or-no mark, as in a data set for classification."""
-    labels = [record["label"] for record in records if not is_empty(record.get("label"))]
-    return any(is_wanted(label) is None for label in labels)
+def labels_are_classes(records: Sequence[Mapping[str, Any]], format_name: FormatName) -> bool:
+    """Whether `label` is a class, as in a data set for classification.
+
+    It is one if some label in these records is not a yes-or-no mark, or if all belong to texts without turns.
+    """
+    labelled = [record for record in records if not is_empty(record.get("label"))]
+    if any(is_wanted(record["label"]) is None for record in labelled):
+        return True
+    texts = [str(record.get("text")) for record in labelled] if format_name == "text" else []
+    return bool(texts) and not any(map(begins_like, texts))
 
 
 def _with_chosen(record: Json, chosen: str, rejected: str) -> Field[Json]:

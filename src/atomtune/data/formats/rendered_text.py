@@ -10,13 +10,13 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cache
-from importlib import resources
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 
+from atomtune.data.encoding.jinja_render import Renderer, built_in
 from atomtune.data.records import Turn
 
 #: A marker near the beginning of a text, and the template family it belongs to; the one that occurs first decides.
@@ -337,23 +337,13 @@ def _write(turns: Sequence[Turn], layout: TextLayout, stop: str) -> str:
         else:
             messages.append({"role": turn.role, "content": turn.text, "input": turn.input})
     try:
-        return _template(layout.name, layout.source).render(
-            messages=messages, bos_token="<s>", eos_token=stop.strip(), add_generation_prompt=False
-        )
+        return _renderer(layout, stop)(messages, prompt=False)
     except TemplateError:
         return ""
 
 
-def _refuse(reason: str) -> NoReturn:
-    raise TemplateError(reason)
-
-
 @cache
-def _template(name: str, source: str) -> Template:
-    """Compile `source`, or the built-in template of this name, in an environment like that of transformers."""
-    if not source:
-        file = resources.files("atomtune.data") / "templates" / f"{name}.jinja"
-        source = file.read_text(encoding="utf-8").rstrip("\n")
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _refuse
-    return environment.from_string(source)
+def _renderer(layout: TextLayout, stop: str) -> Renderer:
+    """The template that writes this layout, with a stop token."""
+    source = layout.source or built_in(layout.name)
+    return Renderer(source, {"bos_token": "<s>", "eos_token": stop.strip()}, date.min)

@@ -44,7 +44,7 @@ def read_parquet(path: Path, name: str, advance: Callable[[int], None]) -> Itera
         _refuse_swollen(file.metadata, name)
         batches = file.iter_batches(batch_size=BATCH_ROWS, use_threads=False)  # the process may fork workers
         size = path.stat().st_size
-        yield from read_batches(batches, name, size, _share(size, file.metadata.num_rows, advance))
+        yield from read_batches(batches, name, size, in_bytes(size, file.metadata.num_rows, advance))
 
 
 def _refuse_swollen(metadata: pyarrow.parquet.FileMetaData, name: str) -> None:
@@ -232,7 +232,7 @@ def _without_filling(value: Any, kind: pyarrow.DataType) -> Any:
     return value
 
 
-def _share(size: int, rows: int, advance: Callable[[int], None]) -> Callable[[int], None]:
+def in_bytes(size: int, rows: int, advance: Callable[[int], None]) -> Callable[[int], None]:
     """A callback that converts a number of rows to bytes for `advance`; all rows together give all bytes."""
     rows_read = 0
 

@@ -73,13 +73,11 @@ def open_raw(path: Path) -> io.FileIO:
 
 
 @contextmanager
-def open_bytes(
-    path: Path, advance: Callable[[int], None] = lambda n_bytes: None, *, name: str = ""
-) -> Iterator[BinaryIO]:
+def open_bytes(path: Path, advance: Callable[[int], None] = lambda n_bytes: None, *, name: str) -> Iterator[BinaryIO]:
     """The decompressed content of a file as a stream.
 
     advance  called with the number of bytes read from the disk, before decompression
-    name     of the file in messages; default: its own
+    name     of the file in messages
     Raises BadData if the file cannot be opened; reading raises it where the file is damaged or ends early, and if it
     unpacks to more than MOST_GROWTH times its size.
     """
@@ -92,7 +90,7 @@ def open_bytes(
             return
         unpacked = _unpacked(counted, compression)
         most_bytes = max(FREE_BYTES, MOST_GROWTH * path.stat().st_size)
-        yield io.BufferedReader(_Watched(unpacked, name or path.name, compression, most_bytes), BUFFER_BYTES)
+        yield io.BufferedReader(_Watched(unpacked, name, compression, most_bytes), BUFFER_BYTES)
 
 
 def _unpacked(counted: io.RawIOBase, compression: Compression) -> Any:

@@ -19,7 +19,7 @@ import yaml
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever this version of the library uses
 
-from atomtune.data.reading.arrow_rows import BATCH_ROWS, checked, explained, read_batches
+from atomtune.data.reading.arrow_rows import BATCH_ROWS, checked, explained, in_bytes, read_batches
 from atomtune.data.reading.compression import ending_of
 from atomtune.data.reading.raw import RawRecord, printable
 from atomtune.data.records import Refusal
@@ -77,18 +77,9 @@ def _only_split(folder: Path, splits: list[str]) -> str:
 def _rows(
     rows: datasets.Dataset, name: str, size: int, advance: Callable[[int], None]
 ) -> Iterator[list[RawRecord | Refusal]]:
-    rows_read = bytes_read = 0
-
-    def count(n_rows: int) -> None:
-        nonlocal rows_read, bytes_read
-        rows_read += n_rows
-        share = size * rows_read // len(rows)
-        advance(share - bytes_read)
-        bytes_read = share
-
     tables = rows.with_format("arrow").iter(batch_size=BATCH_ROWS)
-    yield from read_batches(checked(batch for table in tables for batch in table.to_batches()), name, size, count)
-    advance(size - bytes_read)
+    batches = checked(batch for table in tables for batch in table.to_batches())
+    yield from read_batches(batches, name, size, in_bytes(size, len(rows), advance))
 
 
 def all_files(folder: Path) -> list[Path]:
