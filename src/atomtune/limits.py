@@ -172,5 +172,5 @@ def _limit(kind: int, most: int) -> None:
 
 def _address_space() -> int:
     """Bytes of virtual addresses in use, most of which are not backed by memory."""
-    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[0]
+    pages = Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")

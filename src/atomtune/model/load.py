@@ -313,6 +313,8 @@ def load_dequantized(spec: BaseSpec, *, trained_in: Dtype = "auto") -> CausalLM:
             f"{spec.path}: its weights are stored as {method}, which cannot be dequantized to merge into them. Pass "
             "--model_path with the base that is not quantized, and --other_base."
         ) from None
+    # Until 5.23, transformers keeps how the quantized files were read, and could not save the plain weights.
+    vars(plain).pop("_weight_conversions", None)
     plain.requires_grad_(False)
     return plain
 
