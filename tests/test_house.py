@@ -22,7 +22,7 @@ TOP = {
 #: Layers of packages and top-level modules: each may import only from the layers above it.
 FLOORS = (
     ("catalogue",),
-    ("errors", "choices", "language", "process", "shared_prefix"),
+    ("errors", "choices", "language", "process", "shared_prefix", "container"),
     ("console", "durations"),
     ("disk", "limits", "extras", "hub_reach"),
     ("folders",),

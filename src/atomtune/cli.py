@@ -208,6 +208,7 @@ def _reported(name: str, error: AtomtuneError) -> int:
 def _run(name: str, flags: Sequence[str]) -> int:
     """Run a command. Its settings are read first, so a wrong flag is reported before the module imports torch."""
     from atomtune.settings.environment import (
+        keep_to_granted_cores,
         let_waiting_threads_sleep,
         number_problems,
         repetition_notice,
@@ -215,6 +216,7 @@ def _run(name: str, flags: Sequence[str]) -> int:
     )
 
     let_waiting_threads_sleep()
+    keep_to_granted_cores()
     if problems := [*number_problems(), *start_problems()]:
         raise BadSettings(problems)
     if repeated := repetition_notice(name):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
+from atomtune import container
 from atomtune.model import base_shape
 from atomtune.model import memory as memory_room
 from atomtune.model.base_shape import tokens_in_memory
@@ -134,6 +135,16 @@ def test_the_suggested_smaller_batch_keeps_the_global_batch_size(batch, accumula
     assert "23.0 GB" in lines
 
 
+def test_in_a_container_its_own_limit_counts_where_it_is_tighter(monkeypatch):
+    # Regression: in a container of 3 GB on a machine of 24, a run of 12 GB was said to fit.
+    of_machine = psutil.virtual_memory().total
+    monkeypatch.setattr(container, "memory_limit", lambda: 2_000)
+    monkeypatch.setattr(container, "memory_left", lambda: 1_000)
+    assert (machine_bytes(), free_bytes(CPU)) == (2_000, 1_000)
+    monkeypatch.setattr(container, "memory_limit", lambda: 2**60)
+    assert machine_bytes() == of_machine
+
+
 @pytest.mark.parametrize(
     "error", [FileNotFoundError(2, "No such file", "/proc/meminfo"), psutil.NoSuchProcess(1)], ids=str
 )
@@ -145,6 +156,8 @@ def test_unknown_system_memory_counts_as_no_free_memory(models, monkeypatch, err
 
     monkeypatch.setattr(psutil, "virtual_memory", refuse)
     monkeypatch.setattr(psutil, "Process", refuse)
+    monkeypatch.setattr(container, "memory_left", lambda: None)
+    monkeypatch.setattr(container, "memory_limit", lambda: None)
     assert machine_bytes() is free_bytes(CPU) is held_bytes() is None
     tiny = memory(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2), 1_000)
     assert not tiny.fits and "does not say how much memory is free" in str(tiny)

@@ -156,6 +156,19 @@ def test_plan_creates_no_output_folder(models, dialogues, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_that_does_not_fit_here_is_told_what_to_change(models, dialogues, capsys, monkeypatch):
+    """Regression: a table said "no", and the next step was to train."""
+    run = ("plan", "--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--use_cpu", "true")
+    run = (*run, "--per_device_train_batch_size", "6")
+    assert main([*run]) == 0
+    assert "does not fit" not in capsys.readouterr().out
+    monkeypatch.setattr(command, "free_bytes", lambda device: 10**6)
+    assert main([*run]) == 0
+    said = capsys.readouterr().out
+    assert "It does not fit on cpu, where" in said
+    assert "--per_device_train_batch_size 3 --gradient_accumulation_steps 2: the same updates" in said
+
+
 def test_fit_is_unknown_when_the_system_reports_no_memory(models, dialogues, capsys, monkeypatch):
     """In a container without /proc, psutil raises an error."""
 
@@ -164,6 +177,7 @@ def test_fit_is_unknown_when_the_system_reports_no_memory(models, dialogues, cap
 
     monkeypatch.setattr("psutil.virtual_memory", unmounted)
     monkeypatch.setattr("psutil.Process", unmounted)
+    monkeypatch.setattr("atomtune.container.memory_left", lambda: None)
     run = ("--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--use_cpu", "true")
     plan = planned(capsys, *run)
     assert plan["fits"]["cpu"] is None and plan["fits"]["8 GB GPU"] is True and plan["activations_recomputed"] is True

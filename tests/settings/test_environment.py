@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from atomtune.cli import main
+from atomtune.settings import environment
 from atomtune.settings.environment import (
     SPINS,
     cache_notices,
@@ -166,6 +167,21 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(own, spins, tmp_pa
         timeout=60,
     )
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr, done.stderr
+
+
+def test_in_a_container_there_are_as_many_threads_as_it_has_cores(monkeypatch, tmp_path):
+    """Regression: with a share of 2 of 64 cores, 64 threads stopped each other."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "removed after the test, too")
+    monkeypatch.setattr(environment, "visible_cores", lambda: 64)
+    threads = []
+    for granted, own in ((2, None), (64, None), (2, "3")):
+        monkeypatch.setattr(environment, "cores", lambda granted=granted: granted)
+        os.environ.pop("OMP_NUM_THREADS", None)
+        if own:
+            os.environ["OMP_NUM_THREADS"] = own
+        assert main(["runs", str(tmp_path)]) == 0
+        threads.append(os.environ.get("OMP_NUM_THREADS"))
+    assert threads == ["2", None, "3"]
 
 
 def test_a_deleted_working_directory_is_reported_once(models, dialogues, tmp_path):

@@ -18,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import parent_process
 from typing import Any, TypeVar
 
+from atomtune.container import cores
 from atomtune.errors import RunFailed
 from atomtune.limits import limit_memory
 from atomtune.process import STOP_SIGNALS
@@ -36,10 +37,10 @@ _work: Callable[[Any], Any] | None = None
 
 
 def workers_here() -> int:
-    """The number of worker processes: one per core this process may use; 0 outside Linux, where a fork is not safe."""
+    """The number of worker processes: one per core that this may use; 0 outside Linux, where a fork is not safe."""
     if sys.platform != "linux":
         return 0
-    return len(os.sched_getaffinity(0))
+    return cores()
 
 
 def in_order(

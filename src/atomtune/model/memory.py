@@ -14,6 +14,7 @@ import psutil
 import torch
 from rich.filesize import decimal
 
+from atomtune import container
 from atomtune.limits import most_memory_held
 from atomtune.model.block_attention import MOST_KEPT
 
@@ -101,7 +102,9 @@ def layers_to_recompute(layers: int, *, kept: int, inputs: int, room: float) -> 
 
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that a step may still take on this device; None if the system does not report it."""
-    return free_on_gpu(device) if device.type == "cuda" else _or_none(lambda: psutil.virtual_memory().available)
+    if device.type == "cuda":
+        return free_on_gpu(device)
+    return _tighter(_or_none(lambda: psutil.virtual_memory().available), container.memory_left())
 
 
 def free_on_gpu(device: torch.device) -> int:
@@ -111,13 +114,17 @@ def free_on_gpu(device: torch.device) -> int:
 
 
 def machine_bytes() -> int | None:
-    """Total memory of this machine in bytes; None if the system does not report it."""
-    return _or_none(lambda: psutil.virtual_memory().total)
+    """Total memory of this machine, or of its container, in bytes; None if the system does not report it."""
+    return _tighter(_or_none(lambda: psutil.virtual_memory().total), container.memory_limit())
 
 
 def held_bytes() -> int | None:
     """Bytes of memory that this process holds now; None if the system does not report it."""
     return _or_none(lambda: psutil.Process().memory_info().rss)
+
+
+def _tighter(of_machine: int | None, of_container: int | None) -> int | None:
+    return min((size for size in (of_machine, of_container) if size is not None), default=None)
 
 
 def _or_none(question: Callable[[], int]) -> int | None:
@@ -237,11 +244,18 @@ class StepShape:
 
 
 def remedies(shape: StepShape) -> str:
-    """What to change, the least costly first, with this run's figures."""
+    """The message of a run that is out of memory, with what to change."""
     lines = [
         f"Out of memory. The run's peak before that was {decimal(shape.peak)} at batch {shape.batch}, longest "
-        f"example {shape.longest_tokens} tokens. What to change, the least costly first:"
+        f"example {shape.longest_tokens} tokens. What to change, the least costly first:",
+        *ways_to_save(shape),
+        "Then continue with --resume.",
     ]
+    return "\n".join(lines)
+
+
+def ways_to_save(shape: StepShape) -> list[str]:
+    """What to change for less memory, the least costly first; numbered lines with this run's figures."""
     steps: list[str] = []
     if not shape.checkpointing:
         steps.append("--gradient_checkpointing true: the same result, about a third slower.")
@@ -262,4 +276,4 @@ def remedies(shape: StepShape) -> str:
             f"(now {shape.max_seq_length})."
         )
     steps.append("--lora_targets with fewer layers, or a smaller base.")
-    return "\n".join([*lines, *(f"  {n}. {step}" for n, step in enumerate(steps, 1)), "Then continue with --resume."])
+    return [f"  {n}. {step}" for n, step in enumerate(steps, 1)]

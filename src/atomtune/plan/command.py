@@ -21,7 +21,16 @@ from atomtune.language import listed, translated
 from atomtune.model.adapter import LoraSpec
 from atomtune.model.base_shape import base_shape
 from atomtune.model.load import device_in_use, dtype_name, load_tokenizer, quiet_libraries, resolve_dtype
-from atomtune.model.memory import USABLE, USABLE_ON_GPU, free_bytes, held_bytes, input_bytes, layers_to_recompute
+from atomtune.model.memory import (
+    USABLE,
+    USABLE_ON_GPU,
+    StepShape,
+    free_bytes,
+    held_bytes,
+    input_bytes,
+    layers_to_recompute,
+    ways_to_save,
+)
 from atomtune.plan.epoch import Epoch, encoded, epoch_of
 from atomtune.plan.estimate import (
     CUDA_CONTEXT,
@@ -77,6 +86,8 @@ class Forecast:
     device    of this process
     memories  device or card → memory of the heaviest step on it; this process's device comes first
     fits      device or card → whether its memory suffices; None if the system does not report it
+    free      bytes of `device` that the run may take; None likewise
+    shape     of a step, for what to change if it does not fit
     seconds   of the training loop on `device`
     rate      its matmul rate in `dtype`, in operations per second
     learning_rate  that the run would use
@@ -89,6 +100,8 @@ class Forecast:
     dtype: torch.dtype
     memories: dict[str, StepMemory]
     fits: dict[str, bool | None]
+    free: int | None
+    shape: StepShape
     seconds: float
     rate: float
     learning_rate: float
@@ -169,10 +182,27 @@ def forecast_of(settings: TrainSettings, console: Console) -> Forecast:
         dtype=here.dtype,
         memories=memories,
         fits=fits,
+        free=here.free,
+        shape=_shape(settings, args, epoch, memory, on_gpu=here.device.type == "cuda"),
         seconds=seconds(size, work, recomputed=memory.recomputed, kind=here.device.type, rate=rate),
         rate=rate,
         learning_rate=float(args.learning_rate),
         held_out=epoch.held_out(settings.data.eval_size or 0),
+    )
+
+
+def _shape(
+    settings: TrainSettings, args: TrainingArguments, epoch: Epoch, memory: StepMemory, *, on_gpu: bool
+) -> StepShape:
+    return StepShape(
+        batch=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        max_seq_length=settings.data.max_tokens,
+        longest_tokens=epoch.longest_tokens,
+        checkpointing=memory.recomputed == 1,
+        quantize=settings.model.quantize,
+        on_gpu=on_gpu,
+        peak=memory.peak,
     )
 
 
@@ -340,11 +370,20 @@ def _say(forecast: Forecast, console: Console, *, quantized: bool) -> None:
     needs = decimal(memory.peak)
     console.say(f"Memory of a heavy step ({run.heaviest:,} tokens) on {forecast.device}: {needs} = {parts}.")
     console.print(_table_of_devices(forecast))
-    if not quantized and not forecast.fits[f"{CARDS[-2]} GB GPU"]:
+    if forecast.free is not None and not forecast.fits[forecast.device]:
+        lines = [
+            f"It does not fit on {forecast.device}, where {decimal(forecast.free)} are free. What to change, the least "
+            "costly first:",
+            *ways_to_save(forecast.shape),
+        ]
+        console.say("\n".join(lines))
+    elif not quantized and not forecast.fits[f"{CARDS[-2]} GB GPU"]:
         console.say("--quantize nf4 keeps the base in a quarter of the memory.")
+    trillions = forecast.rate / 1e12
+    rate = f"{trillions:.3f}" if trillions < 1 else f"{trillions:,.0f}"
     console.say(
         f"\nTime: about {rough_duration(forecast.seconds)} on {forecast.device} (matrix products in "
-        f"{dtype_name(forecast.dtype)}: {forecast.rate / 1e12:.2f} TFLOP/s). Loading, evaluation and saving are "
+        f"{dtype_name(forecast.dtype)}: {rate} TFLOP/s). Loading, evaluation and saving are "
         "extra.\nThese are estimates; docs/guide.md says how far they were off."
     )
 

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
+from atomtune.container import cores, visible_cores
+
 #: Variables that torchrun and other launchers set in every process of a job.
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: Cache folders of the libraries; the first is the root of the others.
@@ -23,6 +25,15 @@ def let_waiting_threads_sleep(environment: MutableMapping[str, str] = os.environ
     """
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+def keep_to_granted_cores(environment: MutableMapping[str, str] = os.environ) -> None:
+    """In a container with a share of the machine's cores, compute with as many threads. Call it as the one above.
+
+    torch starts one thread per core of the machine; beyond the share, they only stop each other.
+    """
+    if cores() < visible_cores():
+        environment.setdefault("OMP_NUM_THREADS", str(cores()))
 
 
 def is_first_process(environment: Mapping[str, str] = os.environ) -> bool:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
+from atomtune import container
 from atomtune.data.reading.sources import among_records, refuse_missing_sources
 from atomtune.errors import BadSettings
 from atomtune.hub_reach import endpoint_shown
@@ -90,11 +90,12 @@ def _folder_problems(settings: TrainSettings, folder: Path) -> Iterator[str]:
 
 def _worker_problems(args: TrainingArguments) -> Iterator[str]:
     """Problems with the processes that prepare batches."""
-    most_workers = _WORKERS_A_CORE * (os.cpu_count() or 1)
+    cores = container.cores()
+    most_workers = _WORKERS_A_CORE * cores
     if args.dataloader_num_workers > most_workers:
         yield (
             f"--dataloader_num_workers {args.dataloader_num_workers:,}: at most {most_workers} on a machine of "
-            f"{os.cpu_count()} cores. 1 or 2 keep a GPU busy."
+            f"{cores} cores. 1 or 2 keep a GPU busy."
         )
     for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
         # The second one is missing in older transformers.
