@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from atomtune.disk import disk_failed, disk_reason, expanded, place_problem, replacing, sharing_problem
+from atomtune.disk import disk_failed, disk_reason, expanded, place_problem, replacing, sharing_problem, sync
 
 
 def test_pipes_and_folders_are_never_replaced_by_a_file(tmp_path):
@@ -106,3 +106,21 @@ def test_full_shared_memory_is_distinguished_from_a_full_disk(monkeypatch):
     assert sharing_problem(OSError(errno.ENOSPC, "No space left on device", "out/run.json")) == ""
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=10**9))
     assert sharing_problem(no_semaphore) == ""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are opened only there")
+@pytest.mark.parametrize(("code", "refused"), [(errno.EINVAL, ["file"]), (errno.EIO, ["file", "folder"])])
+def test_a_file_system_that_cannot_sync_folders_is_used_but_a_failing_disk_is_not(tmp_path, monkeypatch, code, refused):
+    def fail(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "file").write_text("a")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(os, "fsync", fail)
+    raised = []
+    for path in sorted(tmp_path.iterdir()):
+        try:
+            sync(path)
+        except OSError:
+            raised.append(path.name)
+    assert raised == refused

@@ -1,5 +1,6 @@
 """Laws of folders: one that a command fills is complete or free again, and belongs to one process."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -41,6 +42,17 @@ def test_a_folder_is_filled_at_the_end_or_not_at_all(tmp_path):
     assert sorted(path.name for path in out.rglob("*")) == ["a", "config.json", "part"]
     assert {oct(path.stat().st_mode & 0o777) for path in out.rglob("*") if path.is_file()} == {oct(0o666 & ~umask())}
     assert not is_free(out)
+
+
+def test_a_file_system_that_refuses_to_set_permissions_holds_the_files(tmp_path, monkeypatch):
+    # Regression: a run whose output lay on such a mount ended at its first checkpoint.
+    def refuse(path: Path, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    with filled(tmp_path / "out", last="a") as folder:
+        (folder / "a").write_text("a")
+    assert (tmp_path / "out" / "a").read_text() == "a"
 
 
 def umask() -> int:

@@ -21,6 +21,9 @@ from atomtune.process import signals_wait
 
 #: Errors of a write that mean a full or failing disk, not a bug.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE}
+#: Errors of a file system that cannot sync a folder, for example one shared from Windows. PostgreSQL ignores the first
+#: two of them as well.
+_CANNOT_SYNC = {errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 #: Errors that mean a path has another kind of file or other permissions than expected.
 _PLACE_ERRORS = {
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP),
@@ -234,11 +237,14 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Sync a file, or a folder's list of names, to the disk. Windows cannot open folders."""
+    """Sync a file, or a folder's list of names, to the disk, except on systems that cannot do it for folders."""
     if os.name == "nt" and path.is_dir():
         return
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(opened)

@@ -222,12 +222,16 @@ def new_folder(path: Path) -> None:
 
 
 def open_to_umask(folder: Path) -> None:
-    """Give every file the permissions of an ordinary new file; safetensors lets only the owner read its files."""
+    """Give every file the permissions of an ordinary new file; safetensors lets only the owner read its files.
+
+    File systems without permissions, such as FAT and some network mounts, refuse; everyone may read their files anyway.
+    """
     mask = os.umask(0o077)  # the mask can only be read by setting another one
     os.umask(mask)
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink():
-            file.chmod(0o666 & ~mask)
+            with contextlib.suppress(PermissionError):
+                file.chmod(0o666 & ~mask)
 
 
 def sync_tree(folder: Path) -> None:

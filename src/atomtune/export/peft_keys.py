@@ -53,7 +53,7 @@ def _copy(adapter: Path, out: Path) -> None:
         if file.is_file() and not file.name.startswith(".") and not left_out:
             goal = out / file.relative_to(adapter)
             goal.parent.mkdir(exist_ok=True)
-            shutil.copy(file, goal)
+            shutil.copyfile(file, goal)
 
 
 def _rewrite_config(file: Path, renamed: dict[str, str]) -> None:
