@@ -13,6 +13,8 @@ Overlength = Literal["shorten", "skip", "error"]
 SHORTEST_RECORD = 8
 #: Largest rank. It is above the width of nearly all layers, and no rank above the width can learn more.
 LARGEST_RANK = 2**16
+#: Records in a batch, for commands that compute batches as a run would, if the user names no number.
+USUAL_BATCH = 16
 #: A relative difference of losses below this counts as noise.
 NOISE = 0.02
 #: The record that a run writes in its output folder.
