@@ -54,7 +54,10 @@ class Run:
 
     @property
     def eval_loss(self) -> float | None:
-        """Loss of the held-out records at the end, in nats per target; None if none were held out."""
+        """Loss of the held-out records, in nats per target; None if none were held out.
+
+        It is that of the kept adapter; if that step was not evaluated, of the last evaluation: figures["eval_step"].
+        """
         return self.figures.get("eval_loss")
 
     def load(self, **settings: Any) -> "TunedModel":

@@ -500,8 +500,21 @@ def test_a_run_that_goes_on_without_its_best_checkpoint_reports_what_it_keeps(wo
     assert adapter_is_of(out) == [f"checkpoint-{kept}"]
     record = json.loads((out / "run.json").read_text())
     losses = {entry["step"]: entry["loss"] for entry in record["eval_history"]}
-    assert record["outcome"]["kept_step"] == kept and record["eval_loss"] == losses[kept]
+    assert (record["outcome"]["kept_step"], record["eval_step"]) == (kept, kept)
+    assert record["eval_loss"] == losses[kept]
     assert any("Only the evaluations still to come" in notice for notice in record["notices"]) == (kept == 5)
+
+
+def test_a_run_that_goes_on_without_evaluations_says_which_step_its_held_out_loss_is_of(worst, tmp_path):
+    # That of the last evaluation stood in run.json as if it were the loss of the adapter, two steps later.
+    (command, whole), out = worst, tmp_path / "out"
+    killed_after(4, whole, out)
+    no_more = ["--load_best_model_at_end", "false", "--eval_strategy", "no"]
+    assert main([*command, "--output_dir", str(out), "--resume", *no_more]) == 0
+    record = json.loads((out / "run.json").read_text())
+    losses = {entry["step"]: entry["loss"] for entry in record["eval_history"]}
+    assert record["outcome"]["kept_step"] == 6 and max(losses) == record["eval_step"] == 4
+    assert record["eval_loss"] == losses[4]
 
 
 def test_a_run_without_its_best_checkpoint_and_without_steps_left_keeps_the_last(worst, tmp_path):
