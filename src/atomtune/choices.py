@@ -19,6 +19,8 @@ USUAL_BATCH = 16
 NOISE = 0.02
 #: The record that a run writes in its output folder.
 RUN_RECORD = "run.json"
+#: Config files of a model, of what it generates by default, and of an adapter.
+MODEL_CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG = "config.json", "generation_config.json", "adapter_config.json"
 #: In the run.json that `export --to peft` copies: the class that the copied adapter is for. The copy is no run.
 EXPORTED_FOR = "exported_for"
 #: Patterns of the files of a tokenizer and its chat template, beside a model or an adapter.

@@ -11,7 +11,7 @@ from typing import Any
 from atomtune.certify.comparison import EngineOutcome, coarser, compare
 from atomtune.certify.prompts import OUR_OWN, CertPrompt, choose_prompts
 from atomtune.certify.reference import Expected, expect
-from atomtune.choices import EngineName
+from atomtune.choices import ADAPTER_CONFIG, MODEL_CONFIG, EngineName
 from atomtune.console import Console, as_command
 from atomtune.data.cache import examples_of
 from atomtune.data.encoded_source import Rules, records_of
@@ -23,7 +23,7 @@ from atomtune.data.records import Record
 from atomtune.disk import text_of, why_unwritable, write_text
 from atomtune.engines.llama_cpp import LlamaCpp
 from atomtune.engines.llama_cpp import refuse_without_packages as refuse_without_llama_cpp
-from atomtune.engines.served_folder import ADAPTER_CONFIG, MODEL_CONFIG, ServedFolder, is_whole_model
+from atomtune.engines.served_folder import ServedFolder, is_whole_model
 from atomtune.engines.transformers_in_process import TransformersInProcess
 from atomtune.engines.transformers_serve import TransformersServe
 from atomtune.engines.transformers_serve import refuse_without_packages as refuse_without_transformers_serve
