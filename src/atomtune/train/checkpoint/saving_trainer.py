@@ -49,6 +49,7 @@ class SavingTrainer(Trainer):
     """
 
     control: TrainerControl
+    lr_scheduler: Any
 
     def __init__(
         self,
