@@ -14,7 +14,7 @@ import pytest
 import atomtune
 from atomtune import evaluate, inspect, load, train
 from atomtune.cli import main
-from atomtune.errors import BadData, BadModel, BadSettings, CheckFailed
+from atomtune.errors import BadData, BadModel, BadSettings, CheckFailed, Stopped
 from tests.conftest import DIALOGUES, write_jsonl
 
 LEARNING = {"learning_rate": 1e-2, "lora_rank": 16, "lora_dropout": 0, "dtype": "float32"}
@@ -191,6 +191,31 @@ def test_a_broken_record_is_raised_with_its_line(models, tmp_path):
     data = write_jsonl(tmp_path / "data.jsonl", [*DIALOGUES, {"instruction": "x"}])
     with pytest.raises(BadData, match=r"data\.jsonl:9"):
         train(models("llama"), data, output_dir=tmp_path / "out", max_steps=1)
+
+
+def test_a_second_run_in_the_same_process_is_refused_until_the_first_has_ended(models, tmp_path):
+    # Both drew from one random generator, so neither run could be repeated.
+    data = write_jsonl(tmp_path / "data.jsonl", DIALOGUES)
+    first, second = tmp_path / "first", {"output_dir": tmp_path / "second", "max_steps": 1, "dtype": "float32"}
+    long = {"output_dir": first, "max_steps": 10_000, "dtype": "float32", "eval_strategy": "no"}
+    stopped: list[Stopped] = []
+
+    def trained() -> None:
+        try:
+            train(models("llama"), data, max_minutes=0.2, **long)
+        except Stopped as error:
+            stopped.append(error)
+
+    worker = threading.Thread(target=trained)
+    worker.start()
+    while not (first / "run.json").exists():
+        worker.join(0.01)
+        assert worker.is_alive(), stopped
+    with pytest.raises(BadSettings, match="another run is being trained in this process"):
+        train(models("llama"), data, **second)
+    worker.join()
+    assert [type(error) for error in stopped] == [Stopped]
+    assert train(models("llama"), data, **second).figures["status"] == "finished"
 
 
 def test_training_works_in_a_thread_of_the_program(models, tmp_path):

@@ -38,23 +38,24 @@ def test_behind_a_proxy_nothing_is_tried(free_port, monkeypatch):
 
 
 _LOAD = """
-import time
+import sys
 from atomtune.errors import BadModel
 from atomtune.model.load import load_tokenizer
-began = time.monotonic()
+tries = []
+sys.addaudithook(lambda event, arguments: tries.append(arguments) if event == "socket.connect" else None)
 try:
     load_tokenizer("nobody/nothing")
 except BadModel as error:
-    print(time.monotonic() - began, str(error).replace(chr(10), " "))
+    print(len(tries), str(error).replace(chr(10), " "))
 """
 
 
-def test_a_name_of_an_unreachable_hub_is_refused_at_once(free_port):
+def test_a_name_of_an_unreachable_hub_is_tried_once(free_port):
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{free_port}"}
     ended = subprocess.run([sys.executable, "-c", _LOAD], capture_output=True, text=True, env=environment, check=True)
-    seconds, _, message = ended.stdout.partition(" ")
+    tries, _, message = ended.stdout.partition(" ")
     assert "cannot be reached" in message
-    assert float(seconds) < 15, "the library's retries take 46 seconds"
+    assert tries == "1", "the library tries again and again, for 46 seconds"
 
 
 _AGAIN = """

@@ -43,6 +43,23 @@ def test_runs_are_listed_with_data_and_loss_but_checkpoints_are_not_listed(folde
     assert "slow" in out and "fast" in out and "finished" in out
 
 
+@pytest.mark.parametrize(("eval_step", "said"), [(3, "1.25"), (2, "1.25 at step 2")])
+def test_a_loss_of_another_step_than_the_kept_one_is_shown_with_its_step(folder, tmp_path, capsys, eval_step, said):
+    """A run that was resumed with --eval_strategy no showed the loss of an earlier adapter as its own."""
+    (tmp_path / "resumed").mkdir()
+    record = {**record_of(folder / "slow"), "eval_loss": 1.25, "eval_step": eval_step}
+    assert record["outcome"]["kept_step"] == 3
+    (tmp_path / "resumed" / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    capsys.readouterr()
+    assert main(["runs", str(tmp_path)]) == 0
+    assert f" {said} " in (out := capsys.readouterr().out) and ("at step" in out) == (eval_step != 3)
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["eval_step"] == eval_step
+    assert main(["runs", str(tmp_path / "resumed"), str(folder / "fast")]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("eval_loss"))
+    assert said in row
+
+
 def test_a_killed_run_is_not_listed_as_running(folder, tmp_path, capsys):
     """Its record says "running" forever, so the lock on its folder decides."""
     run = tmp_path / "run"

@@ -13,6 +13,7 @@ BadModel, RunFailed, CheckFailed, Stopped. The program's random numbers, and wha
 
 import inspect as signatures
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from atomtune.console import Console
+from atomtune.errors import BadSettings
 from atomtune.settings.command_settings import LoadSettings
 from atomtune.settings.expect import default_of, field_infos
 from atomtune.settings.flags import types_of
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 P = ParamSpec("P")
 R = TypeVar("R")
+#: Held by the run that this process is training.
+_TRAINING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,10 @@ class Run:
 
     @property
     def eval_loss(self) -> float | None:
-        """Loss of the held-out records at the end, in nats per target; None if none were held out."""
+        """Loss of the held-out records, in nats per target; None if none were held out.
+
+        It is that of the kept adapter; if that step was not evaluated, of the last evaluation: figures["eval_step"].
+        """
         return self.figures.get("eval_loss")
 
     def load(self, **settings: Any) -> "TunedModel":
@@ -135,6 +142,27 @@ def _keeps_program_state(function: Callable[P, R]) -> Callable[P, R]:
     return called
 
 
+def _one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which is refused while another thread is in it: two runs would draw from one random generator."""
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not _TRAINING.acquire(blocking=False):
+            raise BadSettings(
+                [
+                    "another run is being trained in this process, and the two would take each other's random numbers. "
+                    "Wait for its end, or start this one in a process of its own."
+                ]
+            )
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _TRAINING.release()
+
+    return called
+
+
+@_one_at_a_time  # first, as keeping the program's state sets random numbers back
 @_keeps_program_state
 def train(
     model_path: str | os.PathLike[str] | None = None,

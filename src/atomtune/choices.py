@@ -13,10 +13,14 @@ Overlength = Literal["shorten", "skip", "error"]
 SHORTEST_RECORD = 8
 #: Largest rank. It is above the width of nearly all layers, and no rank above the width can learn more.
 LARGEST_RANK = 2**16
+#: Records in a batch, for commands that compute batches as a run would, if the user names no number.
+USUAL_BATCH = 16
 #: A relative difference of losses below this counts as noise.
 NOISE = 0.02
 #: The record that a run writes in its output folder.
 RUN_RECORD = "run.json"
+#: Config files of a model, of what it generates by default, and of an adapter.
+MODEL_CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG = "config.json", "generation_config.json", "adapter_config.json"
 #: In the run.json that `export --to peft` copies: the class that the copied adapter is for. The copy is no run.
 EXPORTED_FOR = "exported_for"
 #: Patterns of the files of a tokenizer and its chat template, beside a model or an adapter.

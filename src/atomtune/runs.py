@@ -63,6 +63,13 @@ class Run:
     def settings(self) -> dict[str, Any]:
         return {name: entry["value"] for name, entry in (self.values["settings"] or {}).items()}
 
+    @property
+    def held_out_text(self) -> str:
+        """Its held-out loss, with the step if that is not the kept adapter's."""
+        step, text = self.values["eval_step"], _text(self.values.get("eval_loss"))
+        kept_step = (self.values["outcome"] or {}).get("kept_step")
+        return text if step in (None, kept_step) else translated(f"{text} at step {step:,}")
+
     def summary(self) -> dict[str, Any]:
         """The figures of a run in the list."""
         data = self.settings.get("dataset_path") or []
@@ -75,6 +82,7 @@ class Run:
             "steps": self.values.get("steps"),
             "train_loss": self.values.get("train_loss"),
             "eval_loss": self.values.get("eval_loss"),
+            "eval_step": self.values["eval_step"],
             "started": self.values.get("started", ""),
         }
 
@@ -134,21 +142,25 @@ def _records_below(folder: Path, depth: int) -> Iterator[Path]:
 def _list(folder: Path, settings: RunsSettings, console: Console) -> None:
     if not folder.is_dir():
         raise BadSettings([f"{folder}: no such folder."])
-    listed = [run.summary() for run in find_runs(folder, notice=console.notice)]
+    found = find_runs(folder, notice=console.notice)
     if settings.json:
-        print_json(listed)
+        print_json([run.summary() for run in found])
         return
-    if not listed:
+    if not found:
         console.say(f"No runs in {folder}. `atomtune train` writes {RUN_RECORD} into its --output_dir.")
         return
     table = _table(
         console, *map(translated, ("run", "status", "data", "records", "steps", "mean loss", "held out", "started"))
     )
-    for summary in listed:
-        summary["folder"] = _below(Path(summary["folder"]), folder)
-        summary["status"] = translated(summary["status"])
-        summary["started"] = str(summary["started"])[:16].replace("T", " ")
-        table.add_row(*(_text(value) for value in summary.values()))
+    for run in found:
+        summary = run.summary()
+        table.add_row(
+            _below(run.folder, folder),
+            translated(run.status),
+            *(_text(summary[name]) for name in ("data", "records", "steps", "train_loss")),
+            run.held_out_text,
+            str(summary["started"])[:16].replace("T", " "),
+        )
     _print(table, console)
 
 
@@ -202,7 +214,10 @@ def _compare(compared: Sequence[Run], settings: RunsSettings, console: Console) 
         console.say("All settings are the same.")
     figures = _table(console, translated("figure"), *names)
     figures.add_row("status", *(translated(run.status) for run in compared))
-    for name in ("records_used", "steps", "train_loss", "eval_loss", "seconds", "examples_per_second"):
+    for name in ("records_used", "steps", "train_loss"):
+        figures.add_row(name, *(_text(run.values.get(name)) for run in compared))
+    figures.add_row("eval_loss", *(run.held_out_text for run in compared))
+    for name in ("seconds", "examples_per_second"):
         figures.add_row(name, *(_text(run.values.get(name)) for run in compared))
     console.say("")
     _print(figures, console)

@@ -24,7 +24,7 @@ from atomtune.batch.collate import Collator
 from atomtune.batch.cost import sample_rows
 from atomtune.batch.row import padded_tokens
 from atomtune.batch.targets import TargetPlaces
-from atomtune.choices import Layout
+from atomtune.choices import USUAL_BATCH, Layout
 from atomtune.console import Console, as_command
 from atomtune.data.cache import EncodedData, concatenate, examples_of
 from atomtune.data.encoded_source import Rules
@@ -137,14 +137,15 @@ def verify(settings: VerifySettings) -> int:
         kernels=liger.Circumstances(wanted=None, device=device.type, is_installed=liger.is_installed()),
         device=device,
         pad_id=pad_id,
-        per_batch=settings.per_device_train_batch_size,
+        per_batch=settings.per_device_train_batch_size or USUAL_BATCH,
         console=console,
     ).compare(dtype)
     say_comparison(compared, console)
     if ledger.broken and not settings.skip_bad:
         console.notice(about_broken(ledger))
         settings = replace(settings, skip_bad=True)
-    console.next_steps([as_command(["train", *words_of(settings, ModelSettings, RecordSettings, LoraSettings)])])
+    of_the_run = words_of(settings, ModelSettings, RecordSettings, LoraSettings, also=["per_device_train_batch_size"])
+    console.next_steps([as_command(["train", *of_the_run])])
     return 0
 
 
@@ -163,7 +164,7 @@ def _examples(settings: VerifySettings, console: Console) -> tuple[list[Example]
     rows = data.examples.select(sample_rows(len(data.examples), settings.records, seed=settings.seed))
     examples = [example for row in rows for example in as_examples(row)]
     longest = max(len(example.ids) for example in examples)
-    batches = {"per_device_train_batch_size": settings.per_device_train_batch_size}
+    batches = {"per_device_train_batch_size": settings.per_device_train_batch_size or USUAL_BATCH}
     refuse_mixed(shape.rotary_limit, longest, batches=batches)
     known = embedding_rows(str(settings.model_path), trust_remote_code=settings.trust_remote_code)
     if known is not None:

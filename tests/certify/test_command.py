@@ -69,7 +69,7 @@ def test_certificate_holds_for_a_merged_model(by_heart, merged, capsys):
     assert certify(by_heart, merged) == 0
     assert certificate_in(merged)["holds"] is True
     said = capsys.readouterr().out
-    assert not wrong_next_steps(said) and f"--served {merged}" in said
+    assert not wrong_next_steps(said) and f"serve --adapter_path {by_heart} --dtype float32 --served {merged}" in said
 
 
 def test_merged_weights_are_allowed_the_rounding_error_of_their_dtype(by_heart, tmp_path):
@@ -187,6 +187,17 @@ def test_ids_beyond_the_served_vocabulary_are_reported_as_another_base(merged):
         for prompt, answer in (([1, known], [2]), ([1, 2], [known])):
             with pytest.raises(UnknownTokens, match="made of another base"):
                 engine.log_probabilities(prompt, answer)
+
+
+def test_a_served_model_of_another_base_replaces_an_earlier_certificate(by_heart, models, tmp_path, capsys):
+    """Exit code 4 left the entry of an earlier check, `"holds": true`, as it was."""
+    served = Path(shutil.copytree(models("qwen3"), tmp_path / "served"))  # with fewer tokens than the adapter's base
+    (served / "certificate.json").write_text('[{"engine": "in-process", "holds": true}]')
+    assert certify(by_heart, served) == 4
+    error = told(capsys)
+    assert "so it was made of another base" in error and "pass --served with what" in error
+    entry = certificate_in(served)
+    assert entry["holds"] is False and "another base" in "".join(entry["problems"])
 
 
 def test_an_unservable_path_is_reported_before_anything_is_loaded(by_heart, tmp_path, capsys):

@@ -5,6 +5,7 @@ import pytest
 from atomtune.certify.prompts import KINDS, OWN, choose_prompts, kind_of
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.records import Record, Turn
+from atomtune.errors import BadData
 from atomtune.model.generate import prompt_ids
 from tests.tiny import CHATML, GEMMA, tokenizer_of
 from tests.trained import WEATHER
@@ -55,6 +56,16 @@ def test_messages_that_the_template_cannot_express_are_left_out():
     template = load_template("auto", tokenizer_of("sentencepiece", GEMMA))  # it raises an error for a system text
     prompts = choose_prompts([], template, count=20, max_tokens=256)
     assert [prompt.kind for prompt in prompts] == [kind for kind, _ in OWN if kind != "system"]
+
+
+def test_our_own_prompts_leave_room_for_an_answer_among_the_bases_positions(template):
+    # A template with a long text of its own made them longer than the base, which then answered nothing.
+    every = choose_prompts([], template, count=20, max_tokens=256)
+    longest = max(len(prompt.prompt_ids) for prompt in every)
+    within = choose_prompts([], template, count=20, max_tokens=256, positions=longest)
+    assert within == [prompt for prompt in every if len(prompt.prompt_ids) < longest]
+    with pytest.raises(BadData, match="leaves no room for one among the base's positions"):
+        choose_prompts([], template, count=20, max_tokens=256, positions=5)
 
 
 def test_the_look_alike_prompt_contains_no_real_control_string():

@@ -199,8 +199,9 @@ def test_an_invalid_fail_on_value_is_refused_before_anything_is_read(base, capsy
 
 
 def test_the_output_ends_with_the_train_command_to_run_next(base, troubled, capsys):
-    _, out, _ = inspected(capsys, troubled, "--model_path", base, "--learn", "last")
-    named = ["--model_path", str(base), "--dataset_path", str(troubled), "--max_seq_length", "256", "--learn", "last"]
+    of_the_run = ["--learn", "last", "--per_device_train_batch_size", "16"]
+    _, out, _ = inspected(capsys, troubled, "--model_path", base, *of_the_run)
+    named = ["--model_path", str(base), "--dataset_path", str(troubled), "--max_seq_length", "256", *of_the_run]
     named.append("--skip_bad")  # one record has no answer, and train would stop there
     assert "broken records, 1 of 16: train stops at them" in out
     assert sorted(out.splitlines()[-1].split(" train ")[1].split()) == sorted(named)

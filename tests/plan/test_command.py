@@ -132,6 +132,13 @@ def test_plan_takes_the_settings_of_train_and_reports_the_same_errors(models, di
     assert "Did you mean --lora_rank?" in capsys.readouterr().err
 
 
+def test_a_plan_of_a_stream_is_refused_with_a_way_to_plan_it_anyway(models, dialogues, capsys):
+    # "Leave --streaming out" is no help to someone whose records are too many to store.
+    words = ["--model_path", str(models("llama")), "--dataset_path", str(dialogues), "--max_steps", "9"]
+    assert main(["plan", *words, "--streaming"]) == 2
+    assert "pass a file with a few thousand of them" in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_text_output_shows_memory_devices_and_time(models, dialogues, capsys):
     assert main(["plan", "--model_path", str(models("llama")), "--dataset_path", str(dialogues)]) == 0
     text = capsys.readouterr().out

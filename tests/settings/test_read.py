@@ -462,6 +462,18 @@ def test_the_last_equals_sign_of_a_pair_separates_their_name_from_ours():
     assert settings.data.rules()["roles"] == (("a=b", "user"),)
 
 
+@pytest.mark.parametrize("words", [["city, state=input", "a,b=output"], ["city, state=input,a,b=output"]], ids=len)
+def test_a_key_with_a_comma_is_one_key(words):
+    # Each part was taken for a pair of its own, so such a column could not be named.
+    settings = read_train([*BOTH, "--keys", *words, "--max_seq_length", "9"])
+    assert settings.data.rules()["keys"] == (("city, state", "input"), ("a,b", "output"))
+
+
+def test_a_pair_without_our_name_is_refused_beside_a_whole_one():
+    with pytest.raises(BadSettings, match="--keys 'output': expected THEIRS=OURS"):
+        read_train([*BOTH, "--keys", "question=input,output"])
+
+
 def test_the_word_false_is_parsed_as_false():
     # Catches bool("false"), which is True.
     assert read_train([*BOTH, "--remove_unused_columns", "false"]).trainer["remove_unused_columns"] is False

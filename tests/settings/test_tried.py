@@ -47,7 +47,12 @@ def test_an_unknown_name_in_try_is_not_reported_as_a_syntax_error():
 
 def test_two_spellings_of_one_number_are_one_value():
     assert tried("--try", "learning_rate=1e-4,0.0001,1E-4,3e-4") == {"learning_rate": ("1e-4", "3e-4")}
+    assert tried("--try", "lora_rank=8,8.0,16") == {"lora_rank": ("8", "16")}
     assert tried("--try", "lora_targets=q_proj,k_proj,q_proj") == {"lora_targets": ("q_proj", "k_proj")}
+
+
+def test_two_spellings_of_a_switch_are_one_value():
+    assert tried("--try", "use_rslora=true,True,yes,1,no,false,0") == {"use_rslora": ("true", "no")}
 
 
 def test_every_combination_appears_once():

@@ -20,8 +20,9 @@ from atomtune.cli import main
 from atomtune.console import Console
 from atomtune.errors import BadSettings
 from atomtune.language import spoken
+from atomtune.settings.read import read
 from atomtune.sweep import trial_process
-from atomtune.sweep.command import _next, _shown
+from atomtune.sweep.command import _first, _next, _shown
 from atomtune.sweep.search import Grid
 from atomtune.sweep.trials import Sweep, Trial
 from tests.conftest import numbered_dialogues, write_jsonl
@@ -179,6 +180,14 @@ def test_few_records_of_which_none_are_held_out_are_refused(run, tmp_path, capsy
     few.write_text('{"instruction": "a", "output": "b"}\n' * 3)
     assert main(["sweep", *run[:2], "--dataset_path", str(few), "--output_dir", str(tmp_path / "out")]) == 2
     assert "--eval_size N, or --eval_path FILE" in capsys.readouterr().err
+
+
+def test_the_first_sampled_trial_has_the_usual_values_in_any_spelling():
+    # Only a value spelled as Python prints it was found, so that 32 was not the default 32.0, nor false False.
+    words = ["--model_path", "base", "--dataset_path", "d.jsonl", "--trials", "2"]
+    settings = read("sweep", [*words, "--try", "lora_alpha=16,32", "use_rslora=true,false", "lora_rank=8,16"])
+    first = {"lora_alpha": "32", "use_rslora": "false", "lora_rank": "8"}
+    assert _first(settings, Sweep("running", {}, settings.tried)) == first
 
 
 def test_the_line_of_a_trial_is_chinese(capsys):

@@ -17,7 +17,7 @@ HISTORY = [{"step": 0, "loss": 3.0}, {"step": 5, "loss": 1.5}, {"step": 10, "los
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "trial-1").mkdir()
-    record = {"eval_history": HISTORY, "steps": 10, "eval_loss": 1.5, "outcome": {"kept_step": 5}}
+    record = {"eval_history": HISTORY, "steps": 10, "eval_loss": 1.5, "eval_step": 5}
     (tmp_path / "trial-1" / "run.json").write_text(json.dumps(record))
     return tmp_path
 
@@ -33,7 +33,7 @@ def test_a_finished_trial_has_the_loss_of_the_adapter_it_kept(folder):
 
 def test_a_finished_trial_has_the_figures_of_its_run_and_not_of_its_lowest_evaluation(folder):
     # With --load_best_model_at_end false, or another metric, a run keeps another step than that of the lowest loss.
-    record = {"eval_history": HISTORY, "steps": 10, "eval_loss": 1.8, "outcome": {"kept_step": 10}}
+    record = {"eval_history": HISTORY, "steps": 10, "eval_loss": 1.8, "eval_step": 10}
     (folder / "trial-1" / "run.json").write_text(json.dumps(record))
     failed_before = Trial(1, {}, status="failed", reason="out of memory")
     result = result_of(failed_before, folder, code=0, pruned=False, said="")

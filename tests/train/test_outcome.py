@@ -84,6 +84,17 @@ def test_the_last_evaluation_of_a_run_that_goes_on_without_any_is_not_called_its
     # A run resumed with --eval_strategy no said "1.500 at step 10, the best; 1.500 at the end".
     first, second, *_ = told([3.0, 1.5, None, None], FALLING).sentences()
     assert first.endswith("→ 1.500 at step 10, the best.") and "of step 30 of 30, not of the best one" in second
+    # It still said "1.800 at the end" if an evaluation came between.
+    rose = told([3.0, 1.5, 1.8, None], FALLING)
+    assert rose.sentences()[0].endswith("at step 10, the best; 1.800 at step 20, the last evaluation.")
+    assert (rose.last, rose.last_step) == (1.8, 20)
+
+
+def test_a_run_that_was_hardly_evaluated_is_not_said_to_fall_until_its_end():
+    # A run resumed for three times its length with --eval_strategy no was still "falling at the end".
+    found = told([3.0, 2.0, 1.5, *[None] * 4], FALLING)
+    assert found.verdict == "untold" and "not evaluated after step 20, so how it went on" in found.sentences()[-1]
+    assert told([3.0, 2.0, 1.5, None], FALLING).verdict == "too short"
 
 
 @pytest.mark.parametrize(

@@ -380,6 +380,24 @@ def test_a_plateau_schedule_that_keeps_its_rate_on_resume_is_reported(models, di
     assert _rates(tmp_path / "out" / "checkpoint-2") == [5e-3, 5e-3]
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "rates"),
+    [("reduce_lr_on_plateau", "linear", [5e-3, 2.5e-3]), ("linear", "reduce_lr_on_plateau", [5e-3, 5e-3])],
+)
+def test_a_resumed_run_may_change_to_a_schedule_with_another_state(  # noqa: PLR0917  # pytest passes fixtures
+    models, dialogues, tmp_path, capsys, first, then, rates
+):
+    # "holds a state that does not fit"; the other way round, the rate stayed at the 0 that a linear schedule ends with.
+    evaluated = ("--eval_size", "4", "--eval_strategy", "steps", "--warmup_steps", "0")
+    command = arguments(models("llama"), dialogues, tmp_path / "out", *evaluated)
+    assert main([*command, "--max_steps", "1", "--lr_scheduler_type", first]) == 0
+    changed = ("--max_steps", "2", "--lr_scheduler_type", then, "--resume", "--resume_anyway")
+    assert main([*command, *changed]) == 0
+    assert _rates(tmp_path / "out" / "checkpoint-2") == pytest.approx(rates)
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("so the schedule starts from scratch" in said) == (then != "linear")
+
+
 def test_a_run_started_from_weights_does_not_restart_without_them(whole, tmp_path, capsys):
     base, data, undisturbed = whole
     out = tmp_path / "out"
@@ -500,8 +518,21 @@ def test_a_run_that_goes_on_without_its_best_checkpoint_reports_what_it_keeps(wo
     assert adapter_is_of(out) == [f"checkpoint-{kept}"]
     record = json.loads((out / "run.json").read_text())
     losses = {entry["step"]: entry["loss"] for entry in record["eval_history"]}
-    assert record["outcome"]["kept_step"] == kept and record["eval_loss"] == losses[kept]
+    assert (record["outcome"]["kept_step"], record["eval_step"]) == (kept, kept)
+    assert record["eval_loss"] == losses[kept]
     assert any("Only the evaluations still to come" in notice for notice in record["notices"]) == (kept == 5)
+
+
+def test_a_run_that_goes_on_without_evaluations_says_which_step_its_held_out_loss_is_of(worst, tmp_path):
+    # That of the last evaluation stood in run.json as if it were the loss of the adapter, two steps later.
+    (command, whole), out = worst, tmp_path / "out"
+    killed_after(4, whole, out)
+    no_more = ["--load_best_model_at_end", "false", "--eval_strategy", "no"]
+    assert main([*command, "--output_dir", str(out), "--resume", *no_more]) == 0
+    record = json.loads((out / "run.json").read_text())
+    losses = {entry["step"]: entry["loss"] for entry in record["eval_history"]}
+    assert record["outcome"]["kept_step"] == 6 and max(losses) == record["eval_step"] == 4
+    assert record["eval_loss"] == losses[4]
 
 
 def test_a_run_without_its_best_checkpoint_and_without_steps_left_keeps_the_last(worst, tmp_path):

@@ -48,6 +48,15 @@ def test_the_fast_path_passes_verification_and_the_table_reports_it(models, dial
     assert "is equal to plain transformers + PEFT" in said
 
 
+def test_the_output_ends_with_the_train_command_with_the_settings_that_were_given(models, dialogues, capsys):
+    # The batch size was left out, although --layout, beside it, was named. 16 is what verify takes by itself.
+    of_the_run = ["--layout", "padded", "--lora_rank", "4", "--per_device_train_batch_size", "16"]
+    base = models("llama")
+    assert main(command(base, dialogues, *of_the_run, "--records", "2", "--seed", "7")) == 0
+    named = ["--model_path", str(base), "--dataset_path", str(dialogues), *of_the_run]
+    assert sorted(capsys.readouterr().out.splitlines()[-1].split(" train ")[1].split()) == sorted(named)
+
+
 @pytest.mark.slow
 def test_an_8_bit_base_passes_verification(models, dialogues, capsys):
     # What LLM.int8 takes out of its 8 bits depends on the batch: every layout failed, and the advice was another one.

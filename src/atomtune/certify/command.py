@@ -11,7 +11,7 @@ from typing import Any
 from atomtune.certify.comparison import EngineOutcome, coarser, compare
 from atomtune.certify.prompts import OUR_OWN, CertPrompt, choose_prompts
 from atomtune.certify.reference import Expected, expect
-from atomtune.choices import EngineName
+from atomtune.choices import ADAPTER_CONFIG, MODEL_CONFIG, EngineName
 from atomtune.console import Console, as_command
 from atomtune.data.cache import examples_of
 from atomtune.data.encoded_source import Rules, records_of
@@ -23,7 +23,7 @@ from atomtune.data.records import Record
 from atomtune.disk import text_of, why_unwritable, write_text
 from atomtune.engines.llama_cpp import LlamaCpp
 from atomtune.engines.llama_cpp import refuse_without_packages as refuse_without_llama_cpp
-from atomtune.engines.served_folder import ADAPTER_CONFIG, MODEL_CONFIG, ServedFolder, is_whole_model
+from atomtune.engines.served_folder import ServedFolder, is_whole_model
 from atomtune.engines.transformers_in_process import TransformersInProcess
 from atomtune.engines.transformers_serve import TransformersServe
 from atomtune.engines.transformers_serve import refuse_without_packages as refuse_without_transformers_serve
@@ -39,9 +39,18 @@ from atomtune.model.base_shape import positions_of
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import is_at_hand, refuse_other_base
 from atomtune.model.generate import stop_ids
-from atomtune.model.load import BaseSpec, dtype_name, load_base, load_dequantized, quiet_libraries, stored_dtype
+from atomtune.model.load import (
+    BaseSpec,
+    dtype_name,
+    load_base,
+    load_dequantized,
+    quiet_libraries,
+    read_config,
+    stored_dtype,
+)
 from atomtune.model.memory import free_memory
 from atomtune.settings.command_settings import CertifySettings, base_of_adapter
+from atomtune.settings.run_settings import ModelSettings
 from atomtune.settings.spelled import base_words
 
 #: How many records are read at most to choose prompts from.
@@ -94,7 +103,7 @@ def certify(settings: CertifySettings) -> int:
 
 def _command_that_serves(settings: CertifySettings, engine: str) -> str:
     """`atomtune serve` for what was certified, with the same engine."""
-    words = ["serve", "--adapter_path", settings.adapter_path, *base_words(settings)]
+    words = ["serve", "--adapter_path", settings.adapter_path, *base_words(settings, ModelSettings)]
     if settings.served:
         words += ["--served", settings.served]
     if engine != "in-process":  # `serve` cannot start it
@@ -156,7 +165,8 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     max_tokens = metadata.max_seq_length or _OF_ANOTHER_TOOL
     records = _records(adapter, template, max_tokens, console)
     template = _of_today(template, console)
-    prompts = choose_prompts(records, template, count=settings.prompts, max_tokens=max_tokens)
+    positions = positions_of(read_config(base_path, trust_remote_code=settings.trust_remote_code))
+    prompts = choose_prompts(records, template, count=settings.prompts, max_tokens=max_tokens, positions=positions)
     if all(prompt.origin == OUR_OWN for prompt in prompts):
         console.notice("none of the prompts is from the training's records; all are atomtune's own.")
     on_device = {**settings.base(), "path": base_path}
@@ -172,7 +182,7 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     stops = stop_ids(model, template)
     longest = max(max_tokens, *(len(prompt.prompt_ids) for prompt in prompts))  # our own may be longer than any record
     context = longest + settings.max_new_tokens
-    context = min(context, positions_of(model.config) or context)
+    context = min(context, positions or context)
     del model, base
     free_memory()
     return TrainedSide(template, expected, stops, dtype_name(dtype), settings.max_new_tokens, context)
@@ -331,6 +341,8 @@ def start(engine: EngineName, served: Path, side: TrainedSide, settings: Certify
 
 def one_line(outcome: EngineOutcome) -> str:
     """The certificate as one line."""
+    if outcome.of_another_base:
+        return f"{outcome.engine} ({outcome.version}) DOES NOT serve the tuned model, but one made of another base."
     n = outcome.prompts
     verdict = "serves the tuned model" if not outcome.problems() else "DOES NOT serve the tuned model"
     apart = f"{outcome.mean_difference:.1e} nats on average (allowed in {outcome.dtype}: {outcome.allowed.mean:g})"

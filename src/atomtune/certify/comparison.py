@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from atomtune.certify.prompts import CertPrompt
 from atomtune.certify.reference import Expected
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.tokenizer import Tokenizer
-from atomtune.engines.engine import Engine, EngineReply
+from atomtune.engines.engine import OF_ANOTHER_BASE, Engine, EngineReply, UnknownTokens
 from atomtune.shared_prefix import shared_length
 
 
@@ -52,7 +53,7 @@ class Difference:
 
 @dataclass
 class EngineOutcome:
-    """The results of one engine with all prompts."""
+    """The results of one engine with all prompts, or up to the first with ids that the served model does not have."""
 
     engine: str
     version: str
@@ -64,6 +65,7 @@ class EngineOutcome:
     differs_from_base: int = 0
     stops: int = 0
     should_stop: int = 0
+    of_another_base: bool = False
     from_tuned: list[float] = field(default_factory=list)  # per reference token, |engine - ours|
     from_base: list[float] = field(default_factory=list)
     tuned_from_base: list[float] = field(default_factory=list)
@@ -75,6 +77,8 @@ class EngineOutcome:
 
     def problems(self) -> list[str]:
         """Everything that does not agree, as sentences; empty if the engine serves the tuned model."""
+        if self.of_another_base:  # everything else follows from that
+            return [OF_ANOTHER_BASE]
         problems: list[str] = []
         if _mean(self.tuned_from_base) < NOTHING:
             problems.append("the adapter changes nothing: tuned and base give the same log-probabilities")
@@ -97,22 +101,26 @@ class EngineOutcome:
         return problems
 
     def to_json(self) -> dict[str, Any]:
-        """An entry of certificate.json. The keys up to `holds` must not change, because other programs read them."""
+        """An entry of certificate.json. The keys up to `holds` must not change, because other programs read them.
+
+        checked  when the entry was made: entries of other engines are kept, and may be older
+        """
         return {
             "engine": self.engine,
             "version": self.version,
             "prompts": self.prompts,
             "prompt_ids_equal": self.prompt_ids_equal,
-            "max_logprob_difference": max(self.from_tuned, default=0.0),
+            "max_logprob_difference": max(self.from_tuned, default=None),
             "greedy_equal": self.greedy_equal,
             "differs_from_base": self.differs_from_base,
             "stops": self.stops,
             "holds": not self.problems(),
-            "mean_logprob_difference": self.mean_difference,
+            "mean_logprob_difference": self.mean_difference if self.from_tuned else None,
             "allowed_mean_logprob_difference": self.allowed.mean,
             "dtype": self.dtype,
             "should_stop": self.should_stop,
             "problems": self.problems(),
+            "checked": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
 
@@ -145,7 +153,11 @@ def compare(
         else:
             outcome.differences.append(_ids_difference(prompt, ids, reply, template.tokenizer))
         # 2. The reference answer: its log-probabilities, token by token.
-        scores = engine.log_probabilities(prompt.prompt_ids, ours.reference_ids)
+        try:
+            scores = engine.log_probabilities(prompt.prompt_ids, ours.reference_ids)
+        except UnknownTokens:
+            outcome.of_another_base = True
+            return outcome
         _enter_scores(outcome, ours, scores)
         # 3. The engine's own greedy answer.
         difference = _text_difference(ours, reply, template, outcome.allowed)

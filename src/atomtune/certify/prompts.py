@@ -59,10 +59,15 @@ class CertPrompt:
     origin: str
 
 
-def choose_prompts(records: Iterable[Record], template: Template, *, count: int, max_tokens: int) -> list[CertPrompt]:
+def choose_prompts(
+    records: Iterable[Record], template: Template, *, count: int, max_tokens: int, positions: int | None = None
+) -> list[CertPrompt]:
     """`count` prompts: one of each kind if the records have it, else our own, then further ones from the records.
 
-    Raises BadData if the template can write none of them.
+    max_tokens  of a record's prompt with its answer
+    positions   how many tokens the base has positions for; our own prompts that leave no room for an answer are left
+                out; None: no limit
+    Raises BadData if none can be written.
     """
     candidates = [prompt for record in records for prompt in _of_record(record, template, max_tokens=max_tokens)]
     chosen: list[CertPrompt] = []
@@ -71,10 +76,14 @@ def choose_prompts(records: Iterable[Record], template: Template, *, count: int,
     there = {prompt.kind for prompt in chosen}
     for kind, messages in OWN:
         if kind not in there:
-            chosen += _own(kind, messages, template)
+            own = _own(kind, messages, template)
+            chosen += [prompt for prompt in own if positions is None or len(prompt.prompt_ids) < positions]
     chosen += [prompt for prompt in candidates if prompt not in chosen]
     if not chosen:
-        raise BadData("This template cannot write any of the prompts, so there is nothing to ask an engine.")
+        raise BadData(
+            "This template cannot write any of the prompts, or its own text leaves no room for one among the base's "
+            "positions, so there is nothing to ask an engine."
+        )
     return chosen[: max(count, 1)]
 
 

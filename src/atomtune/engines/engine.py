@@ -16,9 +16,8 @@ _SERVER_ERROR = 500
 _UNKNOWN_TOKENS = ("invalid tokens", "out of vocabulary")
 #: The message for that, for all engines.
 OF_ANOTHER_BASE = (
-    "The engine does not serve the tuned model: what it serves has no tokens for some ids of the training's prompts, "
-    "so it was made of another base.\nPass --served with what `atomtune merge` or `atomtune export` wrote for this "
-    "adapter."
+    "what it serves has no tokens for some ids of the training's prompts, so it was made of another base; pass "
+    "--served with what `atomtune merge` or `atomtune export` wrote for this adapter"
 )
 #: Seconds to wait for an answer: a small model on a slow CPU needs seconds, a large model minutes for its first one.
 ANSWERS_WITHIN = 600

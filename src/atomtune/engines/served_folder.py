@@ -14,14 +14,11 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from atomtune.choices import TOKENIZER_FILES
+from atomtune.choices import ADAPTER_CONFIG, GENERATION_CONFIG, MODEL_CONFIG, TOKENIZER_FILES
 from atomtune.disk import read_json_object
 from atomtune.errors import BadModel
 from atomtune.folders import TemporaryFolder
 
-ADAPTER_CONFIG = "adapter_config.json"
-MODEL_CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 #: For `transformers serve`: everything the model writes is content, not thoughts or tool calls.
 _ALL_IS_CONTENT = {

@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from atomtune.choices import BASE
+from atomtune.choices import ADAPTER_CONFIG, BASE
 from atomtune.engines.engine import EngineReply, Request, chat_reply, post
-from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder, read_config_file
+from atomtune.engines.served_folder import ServedFolder, read_config_file
 from atomtune.engines.server_process import ServerProcess, free_port
 from atomtune.errors import BadModel, BadSettings
 

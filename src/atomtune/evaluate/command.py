@@ -26,7 +26,7 @@ from atomtune.language import message
 from atomtune.model.adapter_folder import adapter_file, refuse_empty_folder
 from atomtune.model.layout_support import collator_for, why_padded
 from atomtune.model.load import pad_id_of, quiet_libraries
-from atomtune.settings.command_settings import EvaluateSettings
+from atomtune.settings.command_settings import EvaluateSettings, TrainedModelSettings
 from atomtune.settings.spelled import base_words
 
 #: Settings that change no figure, or only through what the report has anyway: base, adapters, data, records.
@@ -58,10 +58,15 @@ def evaluate(settings: EvaluateSettings) -> int:
             f"stopped early: the report covers the {report.records:,} records that all models have answered{missing}."
         )
     if settings.adapter_path:
-        adapter = ["--adapter_path", settings.adapter_path[0], *base_words(settings)]
-        commands = ["chat", *adapter, "--compare"], ["certify", *adapter]
-        console.next_steps(map(as_command, commands))
+        console.next_steps(map(as_command, _next_commands(settings)))
     return 0
+
+
+def _next_commands(settings: EvaluateSettings) -> list[list[str]]:
+    """A chat with the first adapter on the base as it was evaluated, and a certificate that an engine serves it."""
+    adapter = ["--adapter_path", settings.adapter_path[0]]
+    as_evaluated = base_words(settings, TrainedModelSettings)
+    return [["chat", *adapter, *as_evaluated, "--compare"], ["certify", *adapter, *base_words(settings)]]
 
 
 def _missing_in(report: Report, settings: EvaluateSettings) -> str:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from rich.filesize import decimal
 
-from atomtune.choices import Quantize
+from atomtune.choices import MODEL_CONFIG, Quantize
 from atomtune.console import Console, as_command
 from atomtune.data.encoding.chat_template import Template
 from atomtune.errors import BadModel, BadSettings, CheckFailed, RunFailed, listing
@@ -47,7 +47,7 @@ from atomtune.settings.spelled import base_words
 
 CPU = torch.device("cpu")
 #: No program loads a folder as a model without this file.
-LAST_WRITTEN = "config.json"
+LAST_WRITTEN = MODEL_CONFIG
 #: Least size of the merged weights, as a share of the base's files, which may have a tied matrix twice.
 _LEAST_SHARE_OF_FILES = 0.6
 #: If rounding to the dtype keeps a smaller share of the adapter's change, the user gets a notice.

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from atomtune.choices import EXPORTED_FOR, RUN_RECORD
+from atomtune.choices import ADAPTER_CONFIG, EXPORTED_FOR, RUN_RECORD
 from atomtune.disk import read_json_object, text_of, write_json
-from atomtune.model.adapter_folder import CERTIFICATE, CONFIG, PATTERNS, WEIGHTS, adapter_file, read_weights
+from atomtune.model.adapter_folder import CERTIFICATE, PATTERNS, WEIGHTS, adapter_file, read_weights
 from atomtune.model.adapter_keys import module_of, modules_of_class, new_names, with_new_names
 from atomtune.model.json_files import json_object
 
@@ -35,7 +35,7 @@ def rewrite_keys(adapter: Path, out: Path, class_name: str, base_path: str, *, t
     renamed = new_names(weights, modules)
     _copy(adapter, out)
     save_file({renamed[name]: tensor for name, tensor in weights.items()}, out / WEIGHTS, metadata={"format": "pt"})
-    _rewrite_config(out / CONFIG, {old: renamed[old] for old in weights})
+    _rewrite_config(out / ADAPTER_CONFIG, {old: renamed[old] for old in weights})
     _mark_as_copy(out / RUN_RECORD, class_name)
     _name_class(out / _CARD, class_name)
     return sum(old != new for old, new in renamed.items())

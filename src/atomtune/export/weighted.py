@@ -7,9 +7,10 @@ from pathlib import Path
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
+from atomtune.choices import ADAPTER_CONFIG
 from atomtune.errors import BadModel, BadSettings
 from atomtune.model.adapter import load_another, load_trained
-from atomtune.model.adapter_folder import CONFIG, adapter_config, repeated
+from atomtune.model.adapter_folder import adapter_config, repeated
 from atomtune.model.causal_lm import CausalLM
 
 
@@ -65,7 +66,7 @@ def load_weighted(base: CausalLM, adapters: Sequence[Weighted]) -> PeftModel:
 
 def _refuse_unweighable(folder: Path) -> None:
     """Raise BadModel for an adapter that does more than add matrices."""
-    if not (folder / CONFIG).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         return  # loading it names what is missing
     config = adapter_config(folder)
     reasons = {

@@ -45,7 +45,8 @@ def inspect(settings: InspectSettings) -> int:
         console.notice(about_broken(report.ledger))
         settings = replace(settings, skip_bad=True)
     if not settings.json:
-        console.next_steps([as_command(["train", *words_of(settings, TokenizerSettings, RecordSettings)])])
+        of_the_run = words_of(settings, TokenizerSettings, RecordSettings, also=["per_device_train_batch_size"])
+        console.next_steps([as_command(["train", *of_the_run])])
     return 0
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from atomtune.analysis.texts import Texts, texts_of_rows
 from atomtune.batch.cost import SAMPLED_BATCHES, LayoutTokens, batches_of, sample_rows
-from atomtune.choices import Check
+from atomtune.choices import USUAL_BATCH, Check
 from atomtune.console import Console
 from atomtune.data.cache import EncodedData, concatenate, examples_of
 from atomtune.data.encoded_source import Rules, records_of
@@ -113,7 +113,8 @@ def build_report(settings: InspectSettings, template: Template, console: Console
         whole_lengths = _whole_lengths(sources, rules)
     saving = None
     if len(stored):
-        saving = _saving(stored, per_batch=settings.per_device_train_batch_size, seed=settings.seed)
+        per_batch = settings.per_device_train_batch_size or USUAL_BATCH
+        saving = _saving(stored, per_batch=per_batch, seed=settings.seed)
     return Report(
         sources=tuple(paths),
         template=template,

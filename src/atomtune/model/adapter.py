@@ -17,9 +17,9 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from atomtune.choices import ADAPTER_CONFIG
 from atomtune.errors import BadModel, BadSettings, RunFailed, listing
 from atomtune.model.adapter_folder import (
-    CONFIG,
     PATTERNS,
     WEIGHTS,
     adapter_config,
@@ -183,23 +183,23 @@ def start_from_weights(base: CausalLM, file: Path, lora: LoraSpec, *, notice: Ca
     Raises BadModel if the adapter is not LoRA or does not fit the base.
     """
     weights = read_weights(file)
-    if (file.parent / CONFIG).is_file():
+    if (file.parent / ADAPTER_CONFIG).is_file():
         config = adapter_config(file.parent)
         if not isinstance(config, LoraConfig):
             raise BadModel(f"{file.parent}: its adapter is not LoRA, so it cannot be trained further here.")
         config.inference_mode = False
         config.base_model_name_or_path = None  # otherwise PEFT warns if the base has moved
-        refuse_endless_patterns(config, base, file.parent / CONFIG)
+        refuse_endless_patterns(config, base, file.parent / ADAPTER_CONFIG)
         weights = _named_as_in(base, weights, config)
         _notice_unused(config, base, lora, notice=notice)
         init, rank = config.init_lora_weights, config.r
-        weights = plain_lora(base, config, weights, file.parent / CONFIG)
+        weights = plain_lora(base, config, weights, file.parent / ADAPTER_CONFIG)
         if config.r != rank:
             notice(
                 f"the checkpoint's adapter was initialised with {init}. Its training continues as plain LoRA of rank "
                 f"{config.r}, which leaves the base's weights as they are."
             )
-        with explained(str(file.parent), "adapter", files=CONFIG):
+        with explained(str(file.parent), "adapter", files=ADAPTER_CONFIG):
             model = get_peft_model(base, config)
         _keep_biases_of_base(model)
         if config.target_parameters:
@@ -432,15 +432,15 @@ def _saved(base: CausalLM, folder: Path) -> tuple[Path, PeftConfig, dict[str, to
     config = adapter_config(folder)
     config.inference_mode = True
     config.base_model_name_or_path = None  # otherwise PEFT warns if the base has moved; the fingerprint decides
-    refuse_endless_patterns(config, base, folder / CONFIG)
+    refuse_endless_patterns(config, base, folder / ADAPTER_CONFIG)
     weights = _named_as_in(base, read_weights(file), config)
-    return file, config, plain_lora(base, config, weights, folder / CONFIG)
+    return file, config, plain_lora(base, config, weights, folder / ADAPTER_CONFIG)
 
 
 @contextlib.contextmanager
 def _fitting(folder: Path) -> Iterator[None]:
     """While PEFT puts a saved adapter on a base in this context, errors become a BadModel."""
-    with explained(str(folder), "adapter", files=CONFIG):
+    with explained(str(folder), "adapter", files=ADAPTER_CONFIG):
         try:
             yield
         except ValueError as error:  # a target that matches no module of this base

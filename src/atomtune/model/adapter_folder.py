@@ -15,7 +15,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file
 
-from atomtune.choices import BASE, RUN_RECORD, Dtype, Quantize
+from atomtune.choices import ADAPTER_CONFIG, BASE, MODEL_CONFIG, RUN_RECORD, Dtype, Quantize
 from atomtune.console import as_command
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.choose_template import load_template, restore_template
@@ -28,9 +28,6 @@ from atomtune.model.load import load_tokenizer
 from atomtune.model.load_errors import explained
 
 METADATA = "atomtune.json"
-CONFIG = "adapter_config.json"
-#: The config of a whole model.
-MODEL_CONFIG = "config.json"
 WEIGHTS = "adapter_model.safetensors"
 #: The weights file of the self-llm tutorial, and of PEFT before 0.5.
 OLD_WEIGHTS = "adapter_model.bin"
@@ -106,7 +103,7 @@ def template_of(
     """
     refuse_empty_folder(folder)
     metadata = AdapterMetadata.load(folder)
-    if (folder / CONFIG).is_file() and not has_tokenizer(folder):
+    if (folder / ADAPTER_CONFIG).is_file() and not has_tokenizer(folder):
         if metadata is not None:
             raise BadModel(
                 f"{folder}: its tokenizer files are missing. atomtune saves the tokenizer and the chat template of the "
@@ -167,9 +164,9 @@ def refuse_empty_folder(folder: Path) -> None:
         raise BadModel(f"{folder} is a file. Pass its folder: --adapter_path {folder.parent}")
     if not folder.is_dir():
         raise BadModel(f"{folder}: no such folder. Pass --adapter_path with a run's output folder.")
-    if (folder / CONFIG).is_file() or (folder / MODEL_CONFIG).is_file():
+    if (folder / ADAPTER_CONFIG).is_file() or (folder / MODEL_CONFIG).is_file():
         return
-    checkpoints = [file.parent for file in folder.glob(f"checkpoint-*/{CONFIG}")]
+    checkpoints = [file.parent for file in folder.glob(f"checkpoint-*/{ADAPTER_CONFIG}")]
     if checkpoints:
         last = max(checkpoints, key=lambda checkpoint: (len(checkpoint.name), checkpoint.name))
         command = as_command(["train", "--resume", "--output_dir", str(folder)])
@@ -179,13 +176,13 @@ def refuse_empty_folder(folder: Path) -> None:
         )
     if (folder / RUN_RECORD).is_file():
         raise BadModel(f"{folder}: the run here saved no checkpoint, so there is no adapter.")
-    raise BadModel(f"{folder}: no {CONFIG} here. Pass --adapter_path with a run's output folder.")
+    raise BadModel(f"{folder}: no {ADAPTER_CONFIG} here. Pass --adapter_path with a run's output folder.")
 
 
 def refuse_whole_model(folder: Path) -> None:
     """Raise BadModel where a folder holds no adapter: a merged model, most likely, whose commands are named then."""
     refuse_empty_folder(folder)
-    if not (folder / CONFIG).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         chat = as_command(["chat", "--adapter_path", str(folder)])
         serve = as_command(["serve", "--adapter_path", "RUN", "--served", str(folder)])
         raise BadModel(
@@ -206,7 +203,7 @@ def base_of(folder: Path, model_path: str | None) -> str:
 def base_path_of(folder: Path) -> str:
     """The path of the base that an adapter was trained on, from the adapter's config."""
     refuse_whole_model(folder)
-    file = folder / CONFIG
+    file = folder / ADAPTER_CONFIG
     base = checked(file, AdapterConfig).base_model_name_or_path
     if not base:
         raise BadModel(f"{file}: base_model_name_or_path names no base. Pass --model_path with the base.")
@@ -234,15 +231,16 @@ def adapter_config(folder: Path) -> PeftConfig:
 
     Raises BadModel if it cannot be read, names no kind of adapter, or names a kind that would be computed wrongly here.
     """
-    values = checked(folder / CONFIG, AdapterConfig)
+    values = checked(folder / ADAPTER_CONFIG, AdapterConfig)
     if values.peft_type == "LORA":
-        checked(folder / CONFIG, LoraConfigFile)
+        checked(folder / ADAPTER_CONFIG, LoraConfigFile)
     reasons = [reason for name, reason in _NOT_COMPUTED.items() if getattr(values, name)]
     if reasons:
         raise BadModel(
-            f"{folder / CONFIG}: this adapter cannot be used here, because {' and '.join(reasons)}. PEFT itself can."
+            f"{folder / ADAPTER_CONFIG}: this adapter cannot be used here, because {' and '.join(reasons)}. PEFT "
+            "itself can."
         )
-    with explained(str(folder), "adapter", files=CONFIG):
+    with explained(str(folder), "adapter", files=ADAPTER_CONFIG):
         return PeftConfig.from_pretrained(str(folder))
 
 

@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from transformers.utils import ModelOutput
 
+from atomtune.choices import ADAPTER_CONFIG, GENERATION_CONFIG, MODEL_CONFIG
 from atomtune.errors import BadModel
 from atomtune.model.auto_class import classes_for, is_known
 from atomtune.model.causal_lm import CausalLM
@@ -21,8 +22,6 @@ from atomtune.model.json_files import checked, refuse_no_files
 from atomtune.model.load_errors import explained, refuse_lfs_pointers
 from atomtune.model.modes import as_in_training, without_dropout
 
-MODEL_CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-ADAPTER_CONFIG = "adapter_config.json"
 #: How many file names a message shows.
 _SHOWN_NAMES = 12
 _STATE = "trainer_state.json"

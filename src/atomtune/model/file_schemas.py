@@ -284,11 +284,19 @@ class LossEntry(JsonFile):
     loss: float | None
 
 
+class RunOutcome(JsonFile):
+    """What a run's losses say, as far as other commands read it."""
+
+    kept_step: Count | None = None
+
+
 class RunRecordFile(JsonFile):
     """run.json, as far as other commands read it."""
 
     loss_history: list[LossEntry] | None = None
     eval_history: list[LossEntry] | None = None
+    eval_step: Count | None = None
+    outcome: RunOutcome | None = None
     settings: dict[str, RunSetting] | None = None
     records_held_out: list[str] | None = None
     data: RunData | None = None

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from transformers.utils import cached_file
 
+from atomtune.choices import MODEL_CONFIG
 from atomtune.disk import expanded
 from atomtune.errors import BadModel
 from atomtune.model.file_schemas import WeightIndex
@@ -83,7 +84,7 @@ def folder_of(path: str) -> Path | None:
     if local.is_dir():
         return local
     try:
-        config = cached_file(path, "config.json", local_files_only=True)
+        config = cached_file(path, MODEL_CONFIG, local_files_only=True)
     except (OSError, ValueError):
         return None
     return Path(config).parent if config else None

@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
-from atomtune.choices import Dtype, Quantize
+from atomtune.choices import MODEL_CONFIG, Dtype, Quantize
 from atomtune.data.encoding.tokenizer_trial import MOST_GROWTH, growth_of
 from atomtune.data.tokenizer import Tokenizer
 from atomtune.errors import BadModel, BadSettings, listing
@@ -145,7 +145,7 @@ _TOKENIZER_FILES: dict[str, type[JsonFile] | None] = {
     "tokenizer.json": None,
     "tokenizer_config.json": TokenizerConfig,
     "special_tokens_map.json": SpecialTokens,
-    "config.json": ModelConfig,
+    MODEL_CONFIG: ModelConfig,
 }
 
 
@@ -160,7 +160,7 @@ def _checked_tokenizer_files(folder: Path) -> list[str]:
             _refuse_what_ends_its_reader(folder / name)
         else:
             checked(folder / name, shape)
-    return present if present != ["config.json"] else []
+    return present if present != [MODEL_CONFIG] else []
 
 
 #: A non-empty continuing_subword_prefix, which few tokenizers have; or a letter or `_` as an escape, which could spell
@@ -324,7 +324,7 @@ def read_config(path: str, *, trust_remote_code: bool = False) -> Any:
     with explained(path, "model"):
         if folder := folder_of(path):
             check_base_folder(folder)
-    with explained(path, "model", files="config.json"):
+    with explained(path, "model", files=MODEL_CONFIG):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         refuse_other_kind(path, config)
     return config

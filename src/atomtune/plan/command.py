@@ -131,7 +131,13 @@ def plan(settings: PlanSettings) -> int:
     Raises BadSettings, BadData or BadModel as the run would, as far as that is known without the weights.
     """
     if settings.train.data.streaming:
-        raise BadSettings(["plan reads all records, which --streaming avoids. Leave --streaming out."])
+        raise BadSettings(
+            [
+                "plan reads and stores all records, which --streaming avoids. Leave --streaming out; if there are too "
+                "many to store, also pass a file with a few thousand of them: --max_steps decides the length of the "
+                "run."
+            ]
+        )
     quiet_libraries()
     console = Console(stderr=settings.json)
     forecast = forecast_of(settings.train, console)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from atomtune.choices import MODEL_CONFIG
 from atomtune.model.adapter import LoraSpec, new_adapter
 from atomtune.model.base_checks import reading_text
 from atomtune.model.layout_support import why_padded_by_config
@@ -59,7 +60,7 @@ def measure(path: str, lora: LoraSpec, *, trust_remote_code: bool = False) -> Mo
     Raises BadModel if there is no such model, BadSettings if the adapter's targets match no module.
     """
     config = read_config(path, trust_remote_code=trust_remote_code)
-    with explained(path, "model", files="config.json"):
+    with explained(path, "model", files=MODEL_CONFIG):
         base = without_weights(config, trust_remote_code=trust_remote_code)
     base.requires_grad_(False)
     base.config.use_cache = False

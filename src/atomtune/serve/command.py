@@ -19,14 +19,14 @@ from atomtune.certify.command import (
     trained_side,
     write_certificate,
 )
-from atomtune.choices import BASE, EngineName
+from atomtune.choices import ADAPTER_CONFIG, BASE, EngineName
 from atomtune.console import Console, shortened
 from atomtune.data.cache_key import tokenizer_text
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.encoding.template_probes import written_call
 from atomtune.engines import llama_cpp, transformers_serve, vllm_serve
 from atomtune.engines.call_readers import call_reader
-from atomtune.engines.served_folder import ADAPTER_CONFIG, ServedFolder
+from atomtune.engines.served_folder import ServedFolder
 from atomtune.engines.server_process import KEY_VARIABLES, ServerProcess, address_problems
 from atomtune.engines.vllm_serve import ServedAdapter
 from atomtune.errors import BadSettings

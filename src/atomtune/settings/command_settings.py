@@ -7,7 +7,17 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from atomtune.choices import CHECKS, Dtype, EngineName, ExportTarget, FormatChoice, GgufFormat, Quantize, ServeEngine
+from atomtune.choices import (
+    CHECKS,
+    USUAL_BATCH,
+    Dtype,
+    EngineName,
+    ExportTarget,
+    FormatChoice,
+    GgufFormat,
+    Quantize,
+    ServeEngine,
+)
 from atomtune.settings.declare import (
     STRICT,
     answer_setting,
@@ -25,8 +35,8 @@ class VerifySettings(RecordSettings, ModelSettings, LoraSettings):
     """Verify"""
 
     records: int = setting(32, "how many records to compare, chosen at random", at_least=1, unit="records")
-    per_device_train_batch_size: int = setting(
-        16, "records in a batch, as the run will have them", at_least=1, unit="records"
+    per_device_train_batch_size: int | None = setting(
+        None, f"records in a batch, as the run will have them; default: {USUAL_BATCH}", at_least=1, unit="records"
     )
     seed: int = seed_setting("seed for choosing the records")
 
@@ -46,8 +56,12 @@ class InspectSettings(RecordSettings, TokenizerSettings):
         value="CHECK",
     )
     samples: int = setting(3, "how many records to show token by token", at_least=0, unit="records")
-    per_device_train_batch_size: int = setting(
-        16, "records in a batch, to estimate what sharing saves", at_least=1, rare=True, unit="records"
+    per_device_train_batch_size: int | None = setting(
+        None,
+        f"records in a batch, to estimate what sharing saves; default: {USUAL_BATCH}",
+        at_least=1,
+        rare=True,
+        unit="records",
     )
     seed: int = seed_setting("seed for choosing the records to show", rare=True)
 

@@ -324,7 +324,7 @@ def _holds_mappings(value: Any) -> bool:
 def _value(entry: Entry, kind: Any, info: FieldInfo) -> Any:
     """The value for a setting; list settings accept one word, several words, or words joined by commas.
 
-    A folder that is there under the whole word is one folder, even with a comma in its name.
+    A folder or file that is there under the whole word is one, even with a comma in its name.
     """
     if "true" in typing.get_args(kind):  # auto|true|false, in any spelling
         return str(entry.value).lower()
@@ -332,12 +332,27 @@ def _value(entry: Entry, kind: Any, info: FieldInfo) -> Any:
         return entry.value
     words = entry.value if isinstance(entry.value, list) else [entry.value]
     extra = info.json_schema_extra
-    is_folders = isinstance(extra, dict) and extra["value"] == "FOLDER"
+    meaning = extra["value"] if isinstance(extra, dict) else None
     parts: list[str] = []
-    for word in words:
-        is_one = is_folders and Path(str(word)).exists()
-        parts += [str(word)] if is_one else str(word).split(",")
+    for word in map(str, words):
+        if meaning in ("FOLDER", "TASK") and Path(word).exists():
+            parts.append(word)
+        elif meaning == "THEIRS=OURS":
+            parts += _pairs_in(word)
+        else:
+            parts += word.split(",")
     return [part for part in parts if part]
+
+
+def _pairs_in(word: str) -> list[str]:
+    """The pairs in `a=b,c=d`. Our names have no comma, so one before the "=" is part of theirs: `city, state=input`."""
+    pairs: list[str] = []
+    for part in word.split(","):
+        if pairs and "=" not in pairs[-1]:
+            pairs[-1] += f",{part}"
+        else:
+            pairs.append(part)
+    return pairs
 
 
 def _trainer_values(

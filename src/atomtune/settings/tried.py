@@ -34,6 +34,11 @@ NOT_TRIED = {
     ),
 }
 RANGE = ":"
+#: The words for a setting that is true or false.
+_SWITCHES = {
+    **dict.fromkeys(("true", "t", "yes", "y", "on"), 1.0),
+    **dict.fromkeys(("false", "f", "no", "n", "off"), 0.0),
+}
 
 
 def as_words(value: Any) -> list[str]:
@@ -95,11 +100,14 @@ def _misfits(name: str, values: tuple[str, ...], *, trials: int) -> Iterator[str
 
 
 def number_or_word(value: str) -> float | str:
-    """The number that a value spells, so that `1e-4` and `0.0001` are one value; any other value as it is."""
+    """The number that a value spells, so that `1e-4` and `0.0001` are one value; any other value as it is.
+
+    A switch is 1 or 0, so that `true`, `True` and `yes` are one value too.
+    """
     try:
         return float(value)
     except ValueError:
-        return value
+        return _SWITCHES.get(value.lower(), value)
 
 
 def is_range(value: str) -> bool:
@@ -133,7 +141,7 @@ def _ends_as_words(values: tuple[str, ...]) -> tuple[str, ...]:
 def _is_on(value: Any) -> bool:
     """Whether a setting, as it was written, does anything: it is not missing, false or 0."""
     word = str(value).lower()
-    return word not in ("none", "false", "no", "off", "n", "f") and number_or_word(word) != 0
+    return word != "none" and number_or_word(word) != 0
 
 
 def not_comparable(shared: Mapping[str, Any], tried: Mapping[str, tuple[str, ...]]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from atomtune.settings.flags import types_of
 from atomtune.settings.library import library_types
 from atomtune.settings.read import TRAIN_GROUPS
 from atomtune.settings.train_settings import SweepSettings
-from atomtune.settings.tried import is_range
+from atomtune.settings.tried import is_range, number_or_word
 from atomtune.sweep.report import BEST, command_of_best, say_result, write_report
 from atomtune.sweep.search import Grid, Sampled, Search, Watch, middle_of
 from atomtune.sweep.settings_file import write_settings
@@ -224,11 +224,12 @@ def _first(settings: SweepSettings, sweep: Sweep) -> dict[str, str]:
     """
     first = {}
     for name, values in sweep.tried.items():
-        default = getattr(settings.train.lora, name, None)
+        default = number_or_word(str(getattr(settings.train.lora, name, "")))
+        as_default = [value for value in values if number_or_word(value) == default]
         if is_range(values[0]):
             first[name] = middle_of(values[0])
-        elif default is not None and str(default) in values:
-            first[name] = str(default)
+        elif as_default:
+            first[name] = as_default[0]
     return first
 
 

@@ -138,8 +138,7 @@ def result_of(trial: Trial, folder: Path, *, code: int, pruned: bool, said: str)
     loss = record.get("eval_loss")
     if not isinstance(loss, int | float):
         return replace(trial, status="failed", reason="it finished without a held-out loss")
-    kept_step = (record.get("outcome") or {}).get("kept_step", trial.best_step)
-    return replace(trial, status="finished", eval_loss=float(loss), best_step=kept_step)
+    return replace(trial, status="finished", eval_loss=float(loss), best_step=record.get("eval_step", trial.best_step))
 
 
 def _reason(code: int, said: str) -> str:

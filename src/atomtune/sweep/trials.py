@@ -23,7 +23,7 @@ class Trial:
 
     settings       the values that this trial tries: setting → value as written
     eval_loss      held-out loss of its adapter, in nats per token; for a pruned trial, the lowest that it reached
-    best_step      the step at which that adapter was saved
+    best_step      the step of that loss
     loss_before    held-out loss before the first step
     eval_history   (step, held-out loss), in order
     seconds        the time of its processes, with loading and evaluation

@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,8 @@ def _report(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Lo
         broken=sum(sample.is_broken for sample in answered),
     )
     history = trainer.state.log_history
-    held_out = logged(history, "eval_loss")
     run.record.update(
-        **({"eval_loss": held_out.get(result.kept_step, result.last)} if result.last is not None else {}),
+        **_held_out_loss(result, logged(history, "eval_loss")),
         **histories(history),
         outcome=result.to_run_json(),
         samples=to_run_json(answered),
@@ -117,6 +117,12 @@ def _report(run: RunContext, trainer: LoraTrainer, samples: Samples, picture: Lo
             "Other servers need the shared instruction (instruction in atomtune.json) with every request, "
             f"{samples.template.instruction_place}, as in training."
         )
+
+
+def _held_out_loss(result: Outcome, held_out: Mapping[int, float]) -> dict[str, Any]:
+    """The held-out loss of the kept adapter, else that of the last evaluation, and its step; empty if there is none."""
+    step = result.kept_step if result.kept_step in held_out else result.last_step
+    return {} if step is None else {"eval_loss": held_out[step], "eval_step": step}
 
 
 def _answered(run: RunContext, samples: Samples) -> list[Sample]:

@@ -18,6 +18,8 @@ LITTLE = 0.05
 LATE = 0.6
 #: A run with fewer steps is too short to level off; if it ends at its lowest loss, it was too short.
 LEAST_TO_LEVEL = 20
+#: If no evaluation was made after this part of the run, whether the loss fell until its end is unknown.
+MEASURED = 0.6
 #: How many times as long a run should be that was too short, and one that has not changed any answer yet.
 LONGER, FAR_LONGER = 1.5, 4.0
 
@@ -29,6 +31,7 @@ class Outcome:
     """What the losses of a finished run say.
 
     before, last, best  held-out loss before the first step, at the last evaluation, and the lowest after a step
+    last_step           the step of the last evaluation; a run that is resumed without evaluations ends later
     best_step           the step of the lowest loss
     kept_step           the step whose adapter is the result
     in_steps            whether the length is set by --max_steps, not by --num_train_epochs
@@ -43,6 +46,7 @@ class Outcome:
     verdict: Verdict
     before: float | None
     last: float | None
+    last_step: int | None
     best: float | None
     best_step: int | None
     kept_step: int
@@ -72,7 +76,11 @@ class Outcome:
                 return [f"Training loss {self.train_first:.3f}."]
             return [f"Training loss {self.train_first:.3f} → {self.train_last:.3f}."]
         begins = f"{self.before:.3f} before training → " if self.before is not None else ""
-        at_end = "" if self.last == self.best else f"; {self.last:.3f} at the end"
+        at_end = ""
+        if self.last != self.best:
+            at_end = f"; {self.last:.3f} at the end"
+            if self.last_step != self.steps:
+                at_end = f"; {self.last:.3f} at step {self.last_step:,}, the last evaluation"
         if self.kept_step == self.best_step:
             return [
                 f"Held-out loss {begins}{self.best:.3f} at step {self.best_step:,}, the best, which is kept{at_end}."
@@ -131,6 +139,11 @@ class Outcome:
             return (
                 "Most records of --eval_path are nearly the same as training records, so whether it answers new "
                 "questions is unknown. Pass other records; without --eval_path, some are held out."
+            )
+        if self.last_step is not None and self.last_step < MEASURED * self.steps:
+            return (
+                f"The held-out records were not evaluated after step {self.last_step:,}, so how it went on from there "
+                "is unknown: leave out --eval_strategy no."
             )
         if self.last is not None:
             return (
@@ -191,12 +204,16 @@ def outcome(
     best_step = min(held_out, key=held_out.__getitem__, default=None)
     tenth = max(len(losses) // 10, 1)
     verdict = _verdict(before, held_out, training)
-    if are_trained and verdict not in ("diverged", "not learned"):
+    is_measured = not held_out or max(held_out) >= MEASURED * steps
+    holds_for_trained = verdict in ("diverged", "not learned")
+    holds_unmeasured = verdict not in ("too short", "level")
+    if (are_trained and not holds_for_trained) or not (is_measured or holds_unmeasured):
         verdict = "untold"
     return Outcome(
         verdict=verdict,
         before=before,
         last=held_out[max(held_out)] if held_out else None,
+        last_step=max(held_out, default=None),
         best=None if best_step is None else held_out[best_step],
         best_step=best_step,
         kept_step=kept_step,

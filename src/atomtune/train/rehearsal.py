@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from atomtune import container
+from atomtune.choices import MODEL_CONFIG
 from atomtune.data.reading.sources import among_records, refuse_missing_sources
 from atomtune.errors import BadSettings
 from atomtune.hub_reach import endpoint_shown
@@ -78,7 +79,7 @@ def _problems_of_many_processes(args: TrainingArguments) -> Iterator[str]:
 
 def _folder_problems(settings: TrainSettings, folder: Path) -> Iterator[str]:
     """Why a run cannot write to this folder: it holds a model, files of the user, or the records themselves."""
-    if (folder / "config.json").is_file():
+    if (folder / MODEL_CONFIG).is_file():
         yield (
             f"--output_dir {folder} holds a model (config.json), whose tokenizer and README.md the run would replace. "
             "Pass another folder."
@@ -196,7 +197,7 @@ def check_targets(model: ModelSettings, lora: LoraSettings) -> None:
     The model is built without weights, which takes a second at most.
     """
     config = read_config(str(model.model_path), trust_remote_code=model.trust_remote_code)
-    with explained(str(model.model_path), "model", files="config.json"):
+    with explained(str(model.model_path), "model", files=MODEL_CONFIG):
         base = without_weights(config, trust_remote_code=model.trust_remote_code)
     match_targets(base, lora.lora_targets)
     if lora.lora_experts:

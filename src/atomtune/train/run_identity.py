@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from atomtune.choices import MODEL_CONFIG
 from atomtune.data.cache_key import tokenizer_text
 from atomtune.data.encoding.chat_template import Template
 from atomtune.disk import read_json_object
@@ -113,7 +114,7 @@ def identity(run: RunContext, template: Template, data: Data) -> dict[str, Any]:
 def _config_of_base(path: str) -> dict[str, Any] | None:
     """The base's config.json; None if it cannot be read, which loading the model reports."""
     try:
-        values = read_json_object(Path(cached_file(path, "config.json") or ""))
+        values = read_json_object(Path(cached_file(path, MODEL_CONFIG) or ""))
     except (OSError, ValueError):
         return None
     # Where it was saved, and by which version, changes no number.

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-import time
 from functools import partial
 
 import pytest
@@ -51,11 +50,8 @@ def folder(models, tmp_path):
 
 
 @pytest.mark.parametrize("pattern", GOOD)
-def test_published_patterns_pass_quickly(folder, pattern):
-    tokens = with_pattern(folder, pattern)
-    began = time.process_time()
-    assert tried_tokenizer(tokens) is None
-    assert time.process_time() - began < 1
+def test_published_patterns_pass_within_the_limits(folder, pattern):
+    assert tried_tokenizer(with_pattern(folder, pattern)) is None
 
 
 @pytest.mark.parametrize("pattern", BAD[1:])

@@ -18,6 +18,7 @@ from atomtune.errors import BadModel, RunFailed, listing
 from atomtune.folders import identity_of, new_folder
 from atomtune.model.adapter import fill_again, refuse_not_finite, refuse_unlike
 from atomtune.model.adapter_folder import AdapterMetadata
+from atomtune.settings.contradictions import FOLLOWS_THE_LOSS
 from atomtune.train.checkpoint.atomic import facts_in, newest_undamaged, rotate, seal, staged
 from atomtune.train.checkpoint.best import why_unusable
 from atomtune.train.checkpoint.start import STATE, step_of
@@ -48,6 +49,7 @@ class SavingTrainer(Trainer):
     """
 
     control: TrainerControl
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -264,11 +266,20 @@ class SavingTrainer(Trainer):
         groups = self.optimizer.param_groups
         settings_now = [{name: group[name] for name in GROUP_SETTINGS if name in group} for group in groups]
         before = facts_in(Path(checkpoint), "identity")
-        if has_optimizer(Path(checkpoint)) and self._has_the_optimizer(before):
+        if not (has_optimizer(Path(checkpoint)) and self._has_the_optimizer(before)):
+            self._move_schedule_to(step_of(Path(checkpoint)))  # a new optimizer, but the schedule continues
+        elif self._has_the_schedule(before):
             with _fitting(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
             self._say_kept_rate(before)
-        else:  # a new optimizer, but the schedule continues
+        else:  # a new schedule, but the optimizer continues
+            settings_now = [
+                {**settings, "lr": group["lr"]} for settings, group in zip(settings_now, groups, strict=True)
+            ]
+            schedule, self.lr_scheduler = self.lr_scheduler, _Stateless()  # the Trainer loads both states or none
+            with _fitting(checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
+            self.lr_scheduler = schedule
             self._move_schedule_to(step_of(Path(checkpoint)))
         for group, settings in zip(self.optimizer.param_groups, settings_now, strict=True):
             group.update(settings)
@@ -282,6 +293,12 @@ class SavingTrainer(Trainer):
             return True
         self.notice(f"the checkpoint holds the state of --optim {optim}, so the optimizer starts from scratch.")
         return False
+
+    def _has_the_schedule(self, before: Mapping[str, Any]) -> bool:
+        """Whether the state is of a schedule like this run's; those that follow the losses have states of their own."""
+        now = self.facts["identity"]["lr_scheduler_type"]
+        schedule = before.get("lr_scheduler_type", now)
+        return bool(schedule == now) or not {schedule, now} & set(FOLLOWS_THE_LOSS)
 
     def _say_kept_rate(self, before: Mapping[str, Any]) -> None:
         """Give a notice if a changed learning rate or schedule (--resume_anyway) does not replace the saved rate."""
@@ -303,6 +320,13 @@ class SavingTrainer(Trainer):
                 "the learning-rate schedule follows the losses, and no state of it is loaded, so the schedule starts "
                 "from scratch."
             )
+
+
+class _Stateless:
+    """In place of a schedule that does not take the state in a checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Do nothing."""
 
 
 def _follow(schedule: LambdaLR, groups: list[dict[str, Any]]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from atomtune.choices import RUN_RECORD
+from atomtune.choices import ADAPTER_CONFIG, RUN_RECORD
 from atomtune.disk import expanded
 from atomtune.errors import BadModel, BadSettings, listing
 from atomtune.model.adapter_folder import WEIGHTS, adapter_file
@@ -19,7 +19,7 @@ STATE = "trainer_state.json"
 #: Files beside the checkpoints that a run writes, under names that other programs and people use too. run.json is not
 #: among them: it is taken for a run's, and an unreadable one counts as missing.
 _WRITTEN = (
-    *("README.md", "report.html", "loss.png", "adapter_config.json"),
+    *("README.md", "report.html", "loss.png", ADAPTER_CONFIG),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
 )
 
