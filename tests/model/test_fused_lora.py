@@ -145,6 +145,38 @@ def test_an_output_nobody_uses_gets_no_gradient():
     torch.testing.assert_close(x.grad, expected, **EXACT)
 
 
+def test_a_group_that_gets_another_input_does_not_return_what_it_computed_before():
+    # Another trainer may call only some of the layers, and then all of them with the next input.
+    q, k, _ = next(m for m in groups_of(with_adapter(build("llama")), input_ids=IDS) if len(m) == 3)
+    first, second = torch.randn(2, 7, 32, dtype=torch.float64)
+    group = Group((q, k))
+    group.output_of(q, first)
+    torch.testing.assert_close(group.output_of(k, second), k(second), **EXACT)
+
+
+def test_layers_of_unlike_ranks_are_fused():
+    # An adapter with a rank_pattern, in further training.
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=["q_proj", "k_proj", "v_proj"],
+        rank_pattern={"q_proj": 1, "v_proj": 6},
+        init_lora_weights=False,
+    )
+    plain = get_peft_model(build("llama"), config).double()
+    assert_equal(together(copy.deepcopy(plain)), plain, rtol=1e-6, atol=1e-9)  # RMSNorm computes in float32
+
+
+def test_a_layer_called_with_more_than_an_input_is_left_to_peft():
+    # PEFT's `adapter_names` chooses the adapter of each sequence.
+    model = together(with_adapter(build("llama")))
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    out = layer(x, adapter_names=["__base__", "default"])
+    torch.testing.assert_close(out[0], layer.base_layer(x[0]), **EXACT)
+    torch.testing.assert_close(out[1], layer(x[1]), **EXACT)
+
+
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5])
 def test_dropout_keeps_elements_with_the_right_probability(p):
     torch.manual_seed(1)
