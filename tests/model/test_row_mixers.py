@@ -145,6 +145,7 @@ def test_lora_layers_sharing_an_input_compute_once_in_paths_mode(monkeypatch):
 
     def counted(group: Group, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if x.shape[-2] > 50:  # the probe that finds mixers is shorter than the row
+            assert len(x) == 1, "the paths share tokens, which would be computed once for each path"
             computed.append(group)
         return compute(group, x)
 
@@ -215,6 +216,7 @@ def test_a_call_without_a_row_matches_the_original_model(family):
     ids = torch.tensor([EXAMPLES[0].ids])
     expected = model(input_ids=ids, use_cache=False).logits
     in_rows(model, "tree", "fork")
+    in_rows(model, "tree", "paths")  # replaces the other method
     with torch.no_grad():
         innermost(model).set_attn_implementation("eager")
         assert torch.allclose(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-5)
