@@ -1,7 +1,8 @@
 """Laws of attention plans: the blocks of a row, put together, are exactly the T x T mask that the row defines."""
 
+from collections.abc import Iterable
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -244,6 +245,51 @@ def test_a_block_of_many_chunks_fits_the_cache(window):
     blocks = plan_attention(row, windows=(window,)).blocks[window].each
     assert any(block.count > 1 for block in plan_attention(row, windows=(512,)).blocks[512].each)
     assert all(block.count == 1 or block.scores <= 1 << 18 for block in blocks)
+
+
+def cost_of(sizes: Iterable[tuple[int, int, int]]) -> int:
+    """The cost of blocks with these numbers of (chunks, queries, keys), in scores of one head."""
+    block, key = blocks_module._BLOCK_PAIRS, blocks_module._KEY_PAIRS
+    return sum(block + chunks * keys * (queries + key) for chunks, queries, keys in sizes)
+
+
+def cost_of_plan(row: Row) -> int:
+    return cost_of((block.count, block.queries, block.keys) for block in plan_attention(row).blocks[None].each)
+
+
+def lowest_cost(row: Row, size: int) -> int:
+    """The lowest cost of all ways to stack chunks of this size that are neighbours when sorted by their sizes."""
+    starts, positions = range(0, len(row), size), row.positions()
+    lengths = [min(size, len(row) - start) for start in starts]
+    sizes = [
+        (-(-(positions[start] + length) // 32) * 32, -(-length // 16) * 16)
+        for start, length in zip(starts, lengths, strict=True)
+    ]  # keys, queries
+    sizes.sort()
+    costs = []
+    for is_cut in product([False, True], repeat=len(sizes) - 1):
+        ends = [end for end, cut in enumerate(is_cut, start=1) if cut]
+        stacks = [sizes[start:end] for start, end in pairwise([0, *ends, len(sizes)])]
+        costs.append(cost_of((len(s), max(q for _, q in s), max(k for k, _ in s)) for s in stacks))
+    return min(costs)
+
+
+def test_chunks_are_cut_and_stacked_at_the_lowest_cost(monkeypatch):
+    # A dearer plan gives the same attention, only slower.
+    stacked = 0
+    for seed in range(14):
+        row = graft(forest(seed, longest=300), least_saved=(1, 100)[seed % 2])
+        if len(row) > 48 * 10:  # too many ways to stack its chunks
+            continue
+        costs = []
+        for size in (48, 64, 160):
+            monkeypatch.setattr(blocks_module, "CHUNK_SIZES", (size,))
+            costs.append(cost_of_plan(row))
+            assert costs[-1] == lowest_cost(row, size)
+        monkeypatch.setattr(blocks_module, "CHUNK_SIZES", (48, 64, 160))
+        assert cost_of_plan(row) == min(costs)
+        stacked += len(plan_attention(row).blocks[None].each) > 1
+    assert stacked > 2, "more than one block is rarely best"
 
 
 def test_a_very_long_row_is_planned_with_few_chunks():

@@ -97,6 +97,20 @@ def test_batch_counts_are_the_sums_over_its_examples(examples):
     assert batch["records"] == len(examples) == len(batch["input_ids"])
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed", "tree"])
+def test_a_batch_counts_its_records_and_names_the_origins_of_all_examples(layout):
+    # A conversation may be learned in several examples. Speed is told in records, and a loss that is not finite is
+    # reported with the origins.
+    def as_examples(row: dict) -> list[Example]:
+        return [Example((*range(20), row["number"], part), (0,) * 21 + (1,), row["origin"]) for part in range(3)]
+
+    collate = Collator(layout=layout, pad_id=PAD, as_examples=as_examples)
+    batch = collate([{"number": number, "origin": f"train.jsonl:{number}"} for number in range(2)])
+    assert batch["records"] == 2
+    assert sorted(batch["origins"]) == ["train.jsonl:0"] * 3 + ["train.jsonl:1"] * 3
+    assert batch["tokens_padded"] == 6 * 22
+
+
 def test_the_longest_comes_first_and_equals_keep_their_order():
     # The largest allocation then comes first.
     lengths = {"a:1": 2, "a:2": 5, "a:3": 3, "a:4": 5}

@@ -57,6 +57,7 @@ def test_first_on_points_to_each_tokens_place_on_its_path(row):
     for token, place in enumerate(plan.first_on.tolist()):
         path, at = divmod(place, longest)
         assert plan.paths[path, : at + 1].tolist() == paths_of(row)[token]
+        assert token not in plan.paths[:path], "it is on an earlier path too"
 
 
 def test_segments_that_others_continue_from_are_not_padded():

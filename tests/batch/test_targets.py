@@ -43,3 +43,4 @@ def test_targets_missing_from_the_batch_have_no_place():
     places = TargetPlaces(batch)
     assert places.of(Example((1, 2, 3, 9, 4), (0, 1, 1, 1, 1), "a:2")) == [None, 0, None, None]
     assert places.of(Example((7, 2, 3, 4), (0, 0, 1, 1), "a:3")) == [None, None]
+    assert places.of(Example((9, 1, 2, 3, 4), (0, 0, 0, 1, 1), "a:4")) == [None, None], "after one more token"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from atomtune.batch.attention_plan import visible
 from atomtune.batch.pack import pack
-from atomtune.batch.row import Row
+from atomtune.batch.row import Row, segments
 from atomtune.batch.tree import LEAST_SAVED, graft
 from atomtune.data.records import Example
 from tests.batch.test_row import path_of
@@ -185,7 +185,15 @@ def test_a_trunk_is_shared_only_if_it_saves_enough_tokens(least_saved):
 @pytest.mark.parametrize(("records", "trunk", "shared"), [(2, 15, False), (2, 16, True), (5, 3, False), (5, 4, True)])
 def test_minimum_length_of_a_shared_trunk(records, trunk, shared):
     examples = [Example((*range(trunk), 90 + n, 1), (0,) * (trunk + 1) + (1,), f"a:{n}") for n in range(records)]
-    assert len(graft(examples, least_saved=16)) == (trunk if shared else records * trunk) + 2 * records
+    assert len(graft(examples)) == (trunk if shared else records * trunk) + 2 * records
+
+
+def test_short_leaves_come_before_long_ones_and_branches_that_fork_again_last():
+    # Neighbouring chunks of attention then have similar sizes.
+    trunk, branch = tuple(range(20)), tuple(range(30, 50))
+    ends = [(60,) * 30, (61,) * 3, (*branch, 70), (62,) * 6, (*branch, 71, 72)]
+    row = graft([Example((*trunk, *end), (0,) * (20 + len(end)), f"a:{n}") for n, end in enumerate(ends)])
+    assert [len(part) for part in segments(row)] == [20, 3, 6, 30, 20, 1, 2]
 
 
 # Unusual batches.

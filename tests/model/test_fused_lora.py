@@ -1,6 +1,7 @@
 """Fused LoRA layers give PEFT's outputs and gradients, and leave to PEFT the cases that they do not cover."""
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from atomtune.model.fused_lora import Group, compute_together, groups_of, keep_mask
+from atomtune.model.fused_lora import Casts, Group, compute_together, groups_of, keep_mask
 from tests.model.test_layout_support import build, with_adapter
 
 IDS = torch.tensor([[5, 9, 3, 11, 60, 2, 7]])
@@ -39,6 +40,16 @@ def assert_equal(ours: Any, theirs: Any, **tolerance: float) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "granite"])
 def test_fused_layers_give_pefts_outputs_and_gradients(family):
     plain = with_adapter(build(family))
+    assert_equal(together(copy.deepcopy(plain)), plain, rtol=1e-6, atol=1e-9)  # RMSNorm computes in float32
+
+
+def test_the_bias_of_a_base_layer_is_added():
+    # As in Qwen2. A new model's biases are zero, so a missing one would not show.
+    plain = with_adapter(build("llama", attention_bias=True, mlp_bias=True))
+    draw = torch.Generator().manual_seed(0)
+    for name, weight in plain.named_parameters():
+        if name.endswith("bias"):
+            weight.data.copy_(torch.randn(weight.shape, generator=draw))
     assert_equal(together(copy.deepcopy(plain)), plain, rtol=1e-6, atol=1e-9)  # RMSNorm computes in float32
 
 
@@ -87,6 +98,36 @@ def test_autocast_to_another_dtype_is_left_to_peft():
         assert_equal(together(copy.deepcopy(plain)), plain, rtol=0, atol=0)
 
 
+def test_a_group_computes_in_its_own_dtype_with_and_without_autocast():
+    # Left to PEFT, the results are the same, only slower.
+    model = with_adapter(build("llama"))
+    for dtype in (torch.float64, torch.bfloat16):
+        group = Group(groups_of(model.to(dtype), input_ids=IDS)[0])
+        x = torch.zeros(7, 32, dtype=dtype)
+        assert group.computes(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert group.computes(x) == (dtype is torch.bfloat16)
+
+
+def test_groups_of_unlike_dtypes_are_cast_apart():
+    model = with_adapter(build("llama"))
+    groups = [Group(members) for members in groups_of(model, input_ids=IDS)]
+    for layer in groups[0].members:
+        layer.base_layer.float()
+    Casts(groups).refresh(model.train(), ())
+    assert [group.cast.down.dtype for group in groups] == [torch.float32, *[torch.float64] * 7]
+
+
+def test_finding_groups_draws_no_random_numbers():
+    # Otherwise the dropout of a run would depend on whether its layers are fused.
+    model = with_adapter(build("llama")).train()
+    for layer in (module for module in model.modules() if hasattr(module, "lora_A")):
+        layer.lora_dropout["default"] = nn.Dropout(0.3)
+    before = torch.get_rng_state()
+    groups_of(model, input_ids=IDS)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_model_without_adapters_has_no_groups():
     assert groups_of(build("llama"), input_ids=IDS) == []
 
@@ -102,6 +143,19 @@ def test_layers_that_are_called_twice_are_left_to_peft():
             return self.inner(input_ids=input_ids + 1)
 
     assert groups_of(Twice(with_adapter(build("llama"))), input_ids=IDS) == []
+
+
+def test_a_group_with_a_layer_that_is_called_again_is_left_to_peft():
+    class Again(nn.Module):
+        def __init__(self, q: nn.Module, k: nn.Module) -> None:
+            super().__init__()
+            self.q, self.k = q, k
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.q(x), self.k(x), self.q(x + 1)
+
+    q, k, _ = groups_of(with_adapter(build("llama")), input_ids=IDS)[0]
+    assert groups_of(Again(q, k), x=torch.zeros(7, 32, dtype=torch.float64)) == []
 
 
 def test_logits_without_gradients_equal_pefts_bit_for_bit():
@@ -143,6 +197,48 @@ def test_an_output_nobody_uses_gets_no_gradient():
     assert k.lora_B["default"].weight.grad is None
     expected = torch.autograd.grad(q(x).sum(), x)[0]
     torch.testing.assert_close(x.grad, expected, **EXACT)
+
+
+def test_a_group_that_gets_another_input_does_not_return_what_it_computed_before():
+    # Another trainer may call only some of the layers, and then all of them with the next input.
+    q, k, _ = next(m for m in groups_of(with_adapter(build("llama")), input_ids=IDS) if len(m) == 3)
+    first, second = torch.randn(2, 7, 32, dtype=torch.float64)
+    group = Group((q, k))
+    group.output_of(q, first)
+    torch.testing.assert_close(group.output_of(k, second), k(second), **EXACT)
+
+
+def test_a_group_keeps_no_input_once_every_layer_has_its_output():
+    # Kept until the next forward, the inputs of all groups would take as much memory as a model's activations.
+    (layer,) = next(m for m in groups_of(with_adapter(build("llama")), input_ids=IDS) if len(m) == 1)
+    group, x = Group((layer,)), torch.randn(7, 32, dtype=torch.float64)
+    group.output_of(layer, x)
+    kept = weakref.ref(x)
+    del x
+    assert kept() is None
+
+
+def test_layers_of_unlike_ranks_are_fused():
+    # An adapter with a rank_pattern, in further training.
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=["q_proj", "k_proj", "v_proj"],
+        rank_pattern={"q_proj": 1, "v_proj": 6},
+        init_lora_weights=False,
+    )
+    plain = get_peft_model(build("llama"), config).double()
+    assert_equal(together(copy.deepcopy(plain)), plain, rtol=1e-6, atol=1e-9)  # RMSNorm computes in float32
+
+
+def test_a_layer_called_with_more_than_an_input_is_left_to_peft():
+    # PEFT's `adapter_names` chooses the adapter of each sequence.
+    model = together(with_adapter(build("llama")))
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    out = layer(x, adapter_names=["__base__", "default"])
+    torch.testing.assert_close(out[0], layer.base_layer(x[0]), **EXACT)
+    torch.testing.assert_close(out[1], layer(x[1]), **EXACT)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5])
@@ -192,6 +288,19 @@ def test_backward_uses_the_dropout_mask_of_forward():
         torch.autograd.grad(out, (x, a, b), draw), torch.autograd.grad(expected, (x, a, b), draw), strict=True
     ):
         torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+def test_a_layer_in_training_has_the_same_dropout_without_gradients():
+    # Reentrant checkpointing computes a layer without gradients first, and again with them in the backward pass.
+    model = with_adapter(build("llama"))
+    for layer in (module for module in model.modules() if hasattr(module, "lora_A")):
+        layer.lora_dropout["default"] = nn.Dropout(0.3)
+    model = together(model).train()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        first = model(input_ids=IDS).logits
+    torch.manual_seed(3)
+    assert torch.equal(model(input_ids=IDS).logits, first)
 
 
 def step(model: Any) -> None:

@@ -138,6 +138,14 @@ def test_the_chunk_size_follows_the_vocabulary_size(words, most):
     assert loss.targets_at_once(words, torch.device("cpu")) == most
 
 
+@pytest.mark.parametrize(("free", "logits"), [(1e6, 2**20), (1.6e9, 10_000_000), (80e9, 2**27)])
+def test_on_a_gpu_logits_take_a_sixteenth_of_the_free_memory(monkeypatch, free, logits):
+    # Ten bytes each; at least as many as on a CPU, and at most 2^27.
+    monkeypatch.setattr(loss, "free_on_gpu", lambda _device: int(free))
+    monkeypatch.setattr(loss, "_logits_that_fit", loss._logits_that_fit.__wrapped__)
+    assert loss.targets_at_once(1_000, torch.device("cuda")) == logits // 1_000
+
+
 @every_head
 def test_scaling_the_loss_scales_the_gradients(family):
     # The gradient is computed in the forward pass; backward multiplies it (mean over the global batch, scaler).
@@ -177,6 +185,16 @@ def test_evaluation_without_gradients_gives_the_same_loss(family):
     assert nats.item() == pytest.approx(all_logits(adapted(family), batch).nats, rel=EXACT)
 
 
+def test_an_evaluation_computes_no_gradient_of_a_trained_output_matrix():
+    model, grad_modes = adapted("llama"), []
+    head = innermost(model).lm_head
+    head.weight.requires_grad_(True)
+    head.register_forward_hook(lambda _m, _i, out: grad_modes.append(out.requires_grad))
+    with torch.no_grad():
+        target_nats(model, batch_of(EXAMPLES))
+    assert grad_modes and not any(grad_modes)
+
+
 def test_a_trained_output_layer_is_evaluated_with_its_latest_weights():
     # A fused optimizer does not raise the weights' version, so copies from the step before were taken for the new ones.
     base = build("llama").requires_grad_(False)
@@ -203,6 +221,14 @@ def test_a_batch_without_targets_gives_zero_loss_and_zero_gradients(seen_by_the_
     assert shapes == [(len(EXAMPLES), 1, WORDS)], "logits of all positions would be gigabytes"
     assert (nats.item(), int(count)) == (0.0, 0)
     assert all(gradient is not None and not gradient.any() for gradient in gradients(model).values())
+
+
+def test_without_targets_the_loss_is_zero_even_if_the_sum_of_all_logits_overflows():
+    model = adapted("llama").half()
+    innermost(model).lm_head.weight.data.fill_(300)
+    silent = [Example(example.ids, (0,) * len(example.ids), example.origin) for example in EXAMPLES]
+    nats, _ = target_nats(model, batch_of(silent))
+    assert nats.item() == 0.0
 
 
 @pytest.mark.parametrize(
@@ -243,6 +269,16 @@ def test_a_model_that_never_calls_its_body_module_is_run_as_a_whole():
     assert nats < EXACT
     assert gradient < EXACT
     assert target_log_probabilities(model, batch).shape == batch["target"].shape
+
+
+def test_a_model_without_a_separate_body_is_run_as_a_whole():
+    # As in a model's own code that names no `base_model_prefix`.
+    model, batch = adapted("llama"), batch_of(EXAMPLES)
+    innermost(model).base_model_prefix = "body"
+    assert Head.of(model) is None
+    nats, gradient = differs(in_chunks(model, batch), all_logits(adapted("llama"), batch))
+    assert nats < EXACT
+    assert gradient < EXACT
 
 
 def test_a_forward_hooked_by_accelerate_is_not_called_by_the_head():

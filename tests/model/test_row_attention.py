@@ -129,6 +129,20 @@ def test_a_record_longer_than_a_block_matches_masked_attention(window):
     assert_equal(by_plan(plan, one, window), by_mask(row, plan, one, window))
 
 
+@pytest.mark.parametrize(("tokens", "are_kept"), [(200, True), (2_500, False)])
+def test_weights_are_kept_for_the_backward_pass_only_where_they_are_small(tokens, are_kept):
+    # At most eight times the queries. Those of a long record would take most of a layer's memory.
+    row = single(Example((1,) * tokens, (0,) * tokens, "train.jsonl:1"))
+    plan = plan_attention(row)
+    one = asked(tokens, heads=1, key_heads=1, width=64)
+    q, k, v = (x[0] for x in one.inputs)
+    blocks = plan.blocks[None].each
+    more = plan.places(None, 1, 1), plan.block_biases(None, q.dtype), ScoreRules(0.1)
+    out = block_attention.BlockAttention.apply(q, k, v, None, blocks, *more)
+    saved = [tensor for tensor in out.grad_fn.saved_tensors if tensor is not None]
+    assert len(saved) == 3 + (len(blocks) if are_kept else 0), "q, k and v, then the weights of each block"
+
+
 KINDS = {
     "plain": {},
     "soft cap": {"softcap": 0.8},  # scores reach about 3, so the cap changes most of them

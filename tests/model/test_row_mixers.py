@@ -122,13 +122,14 @@ def test_a_row_gives_the_loss_and_gradients_of_one_record_at_a_time(family, layo
     assert_equal(in_rows(copy.deepcopy(adapted(family)), layout, way), alone(family))
 
 
+@pytest.mark.parametrize("shared", [(5,), (5, 9)], ids=len)
 @pytest.mark.parametrize("family", HYBRIDS)
-def test_a_shared_beginning_may_be_shorter_than_what_a_convolution_reads(family):
+def test_a_shared_beginning_may_be_shorter_than_what_a_convolution_reads(family, shared):
     # In a large batch even the beginning-of-text token and the name of a role are shared.
     draw = Random(9)
     words = [tuple(draw.randrange(3, WORDS) for _ in range(4)) for _ in range(20)]
-    examples = [Example((5, 9, *own), (0, 0, 1, 1, 1, 1), f"t:{n}") for n, own in enumerate(words)]
-    assert len(graft(examples)) == 2 + 4 * len(words)
+    examples = [Example((*shared, *own), (*[0] * len(shared), 1, 1, 1, 1), f"t:{n}") for n, own in enumerate(words)]
+    assert len(graft(examples)) == len(shared) + 4 * len(words)
     expected = one_at_a_time(copy.deepcopy(adapted(family)), examples)
     assert_equal(in_rows(copy.deepcopy(adapted(family)), "tree", "fork", examples), expected)
 
@@ -144,6 +145,7 @@ def test_lora_layers_sharing_an_input_compute_once_in_paths_mode(monkeypatch):
 
     def counted(group: Group, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if x.shape[-2] > 50:  # the probe that finds mixers is shorter than the row
+            assert len(x) == 1, "the paths share tokens, which would be computed once for each path"
             computed.append(group)
         return compute(group, x)
 
@@ -160,7 +162,25 @@ def test_a_linear_layer_used_twice_in_a_mixer_keeps_its_forward():
     with row_mixers._linear_layers_once(mixer, paths, first_on):
         # Not bit by bit: a product of three rows may be summed in another order than one of four.
         assert torch.allclose(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias), rtol=0, atol=1e-14)
+        by_head = x.flatten(0, 1)  # a mixer may give a layer another shape; then it is not the paths' tokens
+        assert torch.equal(layer(by_head), torch.nn.functional.linear(by_head, layer.weight, layer.bias))
     assert "forward" not in vars(layer)
+
+
+def test_a_linear_layers_forward_that_something_else_has_replaced_is_called_and_restored():
+    layer, shapes = torch.nn.Linear(4, 4), []
+    own = layer.forward
+
+    def noted(x: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(x.shape))
+        return own(x)
+
+    layer.forward = noted
+    paths, first_on = torch.tensor([[0, 1], [0, 2]]), torch.tensor([0, 1, 3])
+    with row_mixers._linear_layers_once(torch.nn.Sequential(layer), paths, first_on):
+        layer(torch.zeros(3, 4)[paths])
+    assert shapes == [(1, 3, 4)]
+    assert layer.forward is noted
 
 
 def test_a_forward_that_something_else_has_replaced_is_called_and_restored():
@@ -196,6 +216,7 @@ def test_a_call_without_a_row_matches_the_original_model(family):
     ids = torch.tensor([EXAMPLES[0].ids])
     expected = model(input_ids=ids, use_cache=False).logits
     in_rows(model, "tree", "fork")
+    in_rows(model, "tree", "paths")  # replaces the other method
     with torch.no_grad():
         innermost(model).set_attn_implementation("eager")
         assert torch.allclose(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-5)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers.models.mamba import modeling_mamba
 
+from atomtune.model import selective_scan as selective_scan_module
 from atomtune.model.selective_scan import scans_from, selective_scan
 
 SEQUENCES, CHANNELS, TOKENS, STATE = 2, 5, 9, 3
@@ -85,6 +86,13 @@ def test_transformers_scan_function_is_restored_after_the_context():
         assert modeling_mamba.mamba_selective_scan is not own
         raise ZeroDivisionError
     assert modeling_mamba.mamba_selective_scan is own
+
+
+def test_a_packages_kernel_stays_in_use(monkeypatch):
+    monkeypatch.setattr(selective_scan_module, "is_replaced", lambda _function: True)
+    own = modeling_mamba.mamba_selective_scan
+    with scans_from(modeling_mamba.MambaMixer.__new__(modeling_mamba.MambaMixer), None):
+        assert modeling_mamba.mamba_selective_scan is own
 
 
 def test_a_layer_of_several_scans_takes_the_state_of_each_in_turn():

@@ -369,6 +369,10 @@ def test_rounded_spans_keep_what_each_query_attends_to(window):
         assert filled.longest_keys >= spans.longest_keys
         # A kernel skips what lies beyond the longest: the gradients of filled-up keys were once never written.
         assert filled.longest_keys >= int(filled.key_starts.diff().max())
+        # Each shape is a recording of its own, so there are few: powers of two, and keys in steps of 512.
+        sizes = (len(filled.query_starts), filled.longest_queries, filled.longest_keys)
+        assert all(size.bit_count() == 1 for size in sizes)
+        assert filled.keys is None or len(filled.keys) % 512 == 0
 
 
 def test_new_leaves_share_the_weights_memory_and_are_removed_afterwards():

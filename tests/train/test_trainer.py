@@ -157,9 +157,10 @@ def test_dropping_the_last_training_batch_leaves_no_record_out_of_an_evaluation(
     [
         ["--streaming", "true", "--shuffle_buffer", "20"],
         ["--train_sampling_strategy", "batch_rebalance"],
+        ["--train_sampling_strategy", "group_by_length"],
         ["--mix", "0.4", "--train_sampling_strategy", "sequential"],
     ],
-    ids=["stream", "rebalanced", "mix"],
+    ids=["stream", "rebalanced", "by length", "mix"],
 )
 def test_the_data_seed_decides_the_order_of_the_records(models, dialogues, tmp_path, order):
     histories = [

@@ -300,7 +300,7 @@ def _cut_into_chunks(positions: Sequence[int], size: int, window: int | None) ->
         end = min(start + size, len(positions))
         above = positions[start]
         if window is not None:  # the query nearest to the root sees the path furthest up
-            above = max(0, min(above, above - min(positions[start:end]) + window - 1))
+            above = min(above, above - min(positions[start:end]) + window - 1)
         chunks.append(_Chunk(start, end, above))
     return chunks
 
@@ -336,19 +336,14 @@ def _above(parts: Sequence[Segment], chunk: _Chunk) -> list[Stretch]:
     """The stretches of the path above a chunk's first token that its queries need."""
     number = bisect_right(parts, chunk.start, key=lambda part: part.start) - 1
     path = path_to(parts, parts[number].parent)
-    if parts[number].start < chunk.start:
-        path.append((parts[number].start, chunk.start))
-    return last_of(path, chunk.above)
+    return last_of([*path, (parts[number].start, chunk.start)], chunk.above)
 
 
 def _seen_by_all(until: Sequence[int], chunk: _Chunk, path: Sequence[Stretch]) -> int:
     """How many of the path's leading tokens every query of the chunk sees."""
     count = 0
     for start, end in path:  # subtrees end no later the further down a path
-        seen = bisect_right(range(start, end), -chunk.end, key=lambda token: -until[token])
-        count += seen
-        if seen < end - start:
-            break
+        count += bisect_right(range(start, end), -chunk.end, key=lambda token: -until[token])
     return count
 
 

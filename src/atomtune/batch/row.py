@@ -15,6 +15,7 @@ A shared prefix p with the branches b and c:
 No torch here.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,15 +94,12 @@ def segments(row: Row) -> list[Segment]:
     tokens     p0 p1 b0 b1 c0
     segments   (0, 2, -1)  (2, 4, 0)  (4, 5, 0)
     """
-    children = [0] * len(row)
-    for parent in row.parent:
-        if parent >= 0:
-            children[parent] += 1
+    children = Counter(row.parent)  # their number, of each token
     cut: list[Segment] = []
     owner = [0] * len(row)  # the segment of each token
     start = 0
     for i in range(1, len(row) + 1):
-        if i < len(row) and row.parent[i] == i - 1 and children[i - 1] == 1:
+        if i < len(row) and children[i - 1] == 1:  # in depth-first order, an only child comes next
             continue
         above = row.parent[start]
         parent = owner[above] if above >= 0 else -1

@@ -141,11 +141,8 @@ def _runs(parts: Sequence[Segment]) -> list[_Run]:
     So an inner segment of one token is computed like a leaf, padded to two tokens; its children start from its parent's
     state and run its token again.
     """
-    children = [0] * len(parts)
-    for part in parts:
-        if part.parent >= 0:
-            children[part.parent] += 1
-    single = [children[i] > 0 and len(part) == 1 and part.parent >= 0 for i, part in enumerate(parts)]
+    inner = {part.parent for part in parts}
+    single = [i in inner and len(part) == 1 and part.parent >= 0 for i, part in enumerate(parts)]
     runs = []
     for i, part in enumerate(parts):
         again: tuple[int, ...] = ()
@@ -153,7 +150,7 @@ def _runs(parts: Sequence[Segment]) -> list[_Run]:
         while parent >= 0 and single[parent]:
             again = (parts[parent].start, *again)
             parent = parts[parent].parent
-        runs.append(_Run(again, range(part.start, part.end), parent, children[i] > 0 and not single[i]))
+        runs.append(_Run(again, range(part.start, part.end), parent, i in inner and not single[i]))
     return runs
 
 

@@ -68,7 +68,6 @@ def _is_plain(layer: LoraLinear) -> bool:
     base = layer.get_base_layer()
     return (
         type(base) is nn.Linear
-        and base.weight.is_floating_point()
         and not any(weight.requires_grad for weight in base.parameters())  # some adapters train the base's bias
         and len(layer.active_adapters) == 1
         and not layer.lora_variant

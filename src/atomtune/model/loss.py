@@ -140,7 +140,6 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"]}
     plan = batch["plan"]
     if plan is None:
-        announce(body_of(model), None)
         # No position_ids: the model counts positions as for a single record (RoBERTa's start after its padding id).
         return {**inputs, "attention_mask": batch["attention_mask"]}
     plan = plan.to(batch["input_ids"].device)

@@ -42,7 +42,7 @@ class RowInUse:
         self.plan, self.announced = self.announced, None
 
 
-def announce(body: nn.Module, plan: AttentionPlan | None) -> None:
+def announce(body: nn.Module, plan: AttentionPlan) -> None:
     """Tell a model's mixers which row the next call computes, if `install` was called for the model."""
     row = vars(body).get("atomtune_row")
     if row is not None:

@@ -44,14 +44,13 @@ class _Surprise(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor, learn: torch.Tensor) -> torch.Tensor:
         dtype = exact_dtype(logits.dtype)
         largest = logits.amax(-1).to(dtype)
-        below = largest - logits.gather(-1, target[:, None])[:, 0].to(dtype)
+        below = largest - logits.gather(-1, target[:, None])[:, 0]
         weights = _softmax(logits, dtype)
         # The largest weight is exp(largest - logsumexp) >= 1 / V, so its logarithm is accurate; a target's own weight
         # may underflow. `below` is computed first: subtracting from a large logit would round a small surprise.
         each = below - weights.amax(-1).log()
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(target, learn)
-            ctx.weights, ctx.dtype = weights, logits.dtype  # neither input nor output, and backward changes it
+        ctx.save_for_backward(target, learn)
+        ctx.weights, ctx.dtype = weights, logits.dtype  # neither input nor output, and backward changes it
         return (each * learn).sum()
 
     @staticmethod
