@@ -68,6 +68,14 @@ def test_concatenated_compressed_files_are_read_to_the_end(tmp_path: Path, endin
     assert [one.value for one in read_values(path)] == RECORDS
 
 
+def test_a_zstd_file_that_begins_with_a_skippable_frame_is_read(tmp_path: Path):
+    # pzstd writes one before each frame. Each line was refused as not UTF-8.
+    skippable = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"size"
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes((skippable + zstd(as_jsonl())) * 2)
+    assert [one.value for one in read_values(path)] == RECORDS * 2
+
+
 @pytest.mark.parametrize("ending", PACK)
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99, 1.0])
 def test_a_truncated_compressed_file_is_refused_with_its_line(tmp_path: Path, ending, share):
@@ -98,10 +106,11 @@ def test_compression_is_detected_by_content_not_by_file_name(tmp_path: Path):
     assert len(list(read_values(tmp_path / "b.jsonl.gz"))) == len(RECORDS)
 
 
-def test_parquet_inside_gzip_is_refused_with_the_remedy(tmp_path: Path):
-    path = tmp_path / "a.parquet.gz"
-    path.write_bytes(gzip.compress(b"PAR1" + bytes(100)))
-    with pytest.raises(BadData, match=r"Parquet file.*Unpack it"):
+@pytest.mark.parametrize(("kind", "magic"), [("Parquet", b"PAR1"), ("Arrow", b"ARROW1")])
+def test_a_binary_table_inside_gzip_is_refused_with_the_remedy(tmp_path: Path, kind, magic):
+    path = tmp_path / "a.gz"
+    path.write_bytes(gzip.compress(magic + bytes(100)))
+    with pytest.raises(BadData, match=rf"{kind} file.*Unpack it"):
         list(read_values(path))
 
 
@@ -165,6 +174,12 @@ def test_an_excessive_decompression_ratio_is_refused(tmp_path: Path, monkeypatch
     (tmp_path / "a.jsonl.gz").write_bytes(pack(b'{"text": "x"}\n' + b"\n" * (8 << 20)))
     with pytest.raises(BadData, match="more than 200 times its size"):
         list(read_values(tmp_path / "a.jsonl.gz"))
+
+
+def test_a_file_that_unpacks_to_more_than_the_free_bytes_is_read(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(compression, "FREE_BYTES", 1000)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(as_jsonl()))
+    assert len(list(read_values(tmp_path / "a.jsonl.gz"))) == len(RECORDS)
 
 
 def test_highly_compressible_data_is_read(tmp_path: Path):

@@ -93,6 +93,7 @@ def test_pairs_learn_the_chosen_answer(tmp_path):
         ({"file_name": "/etc/hostname"}, "is not in this folder"),
         ({"file_name": "x\0.json"}, "is not there"),
         ({"file_name": "x\ud800.json"}, "is not there"),
+        ({"file_name": 7}, "it names no file in this folder"),
         ({"file_name": "x.json", "formatting": "parrot"}, "expected one of alpaca, sharegpt, openai"),
         ({"file_name": "x.json", "formatting": ["alpaca"]}, "expected one of alpaca, sharegpt, openai"),
     ],
@@ -104,9 +105,24 @@ def test_an_invalid_entry_is_refused_with_the_reason(tmp_path, entry, why):
         listed_files(folder)
 
 
-@pytest.mark.parametrize("info", [{}, [], 3, {"features": {"a": {"dtype": "string"}}, "citation": ""}])
+@pytest.mark.parametrize("info", [{}, [], 3, {"features": {"a": {"dtype": "string"}}, "citation": ""}, {"zh": {}}])
 def test_a_dataset_info_written_by_the_datasets_library_is_ignored(tmp_path, info):
     assert listed_files(folder_of(tmp_path, info, x=ALPACA)) is None
+
+
+def test_a_dataset_info_that_is_not_json_is_reported(tmp_path):
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "dataset_info.json").write_text(text)
+        with pytest.raises(BadData, match=r"dataset_info\.json: cannot be read"):
+            listed_files(tmp_path)
+
+
+def test_every_role_is_mapped_and_a_column_without_a_name_is_not(tmp_path):
+    tags = {f"{role}_tag": role[0] for role in ("user", "assistant", "observation", "function", "system")}
+    entry = {"file_name": "x.json", "formatting": "sharegpt", "columns": {"system": None, "tools": 3}, "tags": tags}
+    (file,) = listed_files(folder_of(tmp_path, {"x": entry}, x=[]))
+    assert file.keys == {}
+    assert file.roles == {"u": "user", "a": "assistant", "o": "tool", "f": "function_call", "s": "system"}
 
 
 def test_columns_and_tags_with_default_names_are_not_mapped(tmp_path):

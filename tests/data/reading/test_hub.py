@@ -150,6 +150,42 @@ def test_a_folder_in_which_only_some_names_say_a_split_is_refused_with_that_reas
     assert [record.value for record in read_values(tmp_path)] == [{"a": 1}]
 
 
+def test_a_backup_in_a_folder_is_not_read_as_data(tmp_path: Path):
+    # `datasets` reads it, so each of its records was trained on twice.
+    for name in ("a.jsonl", "a.jsonl.bak"):
+        (tmp_path / name).write_text('{"a": 1}\n')
+    with pytest.raises(BadData, match=r"a\.jsonl\.bak ends in none of .* would read it: 1 such files\. Move them"):
+        list(read_values(tmp_path))
+
+
+@pytest.mark.parametrize("others", [[], ["b.jsonl"]])
+def test_a_file_in_a_folder_with_an_extension_in_upper_case_is_refused_with_that_reason(tmp_path: Path, others):
+    for name in ("A.JSONL", *others):
+        (tmp_path / name).write_text('{"a": 1}\n')
+    with pytest.raises(BadData, match=r"A\.JSONL: in a folder, only extensions in lower case"):
+        list(read_values(tmp_path))
+    assert [record.value for record in read_values(tmp_path / "A.JSONL")] == [{"a": 1}]
+
+
+def test_a_link_in_a_folder_that_is_not_followed_is_refused(tmp_path: Path):
+    # What it links to was left out in silence.
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    folder.mkdir()
+    (elsewhere / "deep").mkdir(parents=True)
+    (folder / "a.jsonl").write_text('{"a": 1}\n')
+    (folder / "itself").symlink_to(folder)
+    (folder / "more").symlink_to(elsewhere)
+    (folder / "README.md").symlink_to(tmp_path / "nowhere.md")
+    assert [record.value for record in read_values(folder)] == [{"a": 1}]
+    (elsewhere / "deep" / "b.jsonl").write_text('{"b": 1}\n')
+    with pytest.raises(BadData, match="more: a link to a folder, which is not followed"):
+        list(read_values(folder))
+    (folder / "more").unlink()
+    (folder / "b.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    with pytest.raises(BadData, match=r"b\.jsonl: a link to a file that is not there"):
+        list(read_values(folder))
+
+
 def test_splits_that_are_not_read_are_named(tmp_path: Path, monkeypatch):
     files, saved = tmp_path / "owner" / "files", tmp_path / "saved"
     for split in ("train", "test", "validation"):

@@ -71,7 +71,8 @@ def test_values_on_the_same_line_are_named_by_their_number():
         (b'[\n{"a": 1},\n"caf\xe9"]', 3, "not UTF-8 at byte 17"),
         (b'[\n{"a": 1},\n"\xe4\xbd', 3, "not UTF-8 at byte 14"),
         (b'[\n{"a": NaN}]', 2, "NaN is not a JSON value"),
-        (b"[1]\n\n[2]", 1, "text after the end"),
+        (b"[1]\n\n{}", 1, "text after the end"),
+        (b"[1]\n\n[2]", 3, "a second JSON array; expected one array of records"),
     ],
 )
 def test_a_syntax_error_is_reported_with_its_line_at_any_window_size(monkeypatch, content, line, said, window):

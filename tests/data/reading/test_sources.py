@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import tarfile
 from collections.abc import Callable
@@ -356,6 +357,23 @@ def test_json_lines_with_another_extension_are_detected_by_the_first_byte(tmp_pa
     assert list(read_values(written(tmp_path, line(HELLO), name))) == [RawRecord(HELLO, f"{name}:1")]
 
 
+def test_a_first_line_that_declares_the_separator_is_not_taken_for_the_header(tmp_path):
+    table = written(tmp_path, "sep=|\ninstruction|output\n在吗|在的\n".encode(), "a.txt")
+    assert list(read_values(table)) == [RawRecord({"instruction": "在吗", "output": "在的"}, "a.txt:3")]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_text_with_the_name_of_a_binary_table_is_reported_as_such(tmp_path, name):
+    with pytest.raises(BadData, match=rf"{name}: it does not start like a \.\w+ file"):
+        list(read_values(written(tmp_path, b"instruction,output\nx,y\n", name)))
+
+
+@pytest.mark.parametrize("text", ["[" + "1,\n" * 2499 + "1]", "output\n" + "1\n" * 2500])
+def test_values_are_sent_to_workers_in_batches(tmp_path, text):
+    # All at once would take memory in proportion to the file.
+    assert list(map(len, read_chunks(written(tmp_path, text.encode(), "a.csv")))) == [1000, 1000, 500]
+
+
 @pytest.mark.parametrize("text", ["Chapter 1\n\nIt rained, and rained.\n", "用户\t客服\n在吗\t在的\n"])
 def test_plain_text_is_refused_once_with_what_to_do(tmp_path, text):
     # Each line was refused as not JSON.
@@ -387,11 +405,14 @@ def test_a_first_line_that_is_not_a_header_is_not_taken_for_a_table(tmp_path, co
         (b"7z\xbc\xaf\x27\x1c", "7z"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "xls"),
         (b"SQLite format 3\0", "SQLite"),
+        (b"\x04\x22\x4d\x18\x64", "lz4"),
+        (b"%PDF-1.7\n", "PDF"),
+        (pickle.dumps([HELLO]), "pickle"),
         (gzip.compress(gzip.compress(line(HELLO))), "gzip"),  # compressed twice
         (gzip.compress(archive(line(HELLO))), "tar"),  # train.tar.gz
     ],
     # gzip content includes the time, so automatic ids would differ between pytest's worker processes.
-    ids=["zip", "bzip2", "xz", "7z", "xls", "SQLite", "gzip", "tar"],
+    ids=["zip", "bzip2", "xz", "7z", "xls", "SQLite", "lz4", "PDF", "pickle", "gzip", "tar"],
 )
 def test_the_error_for_an_unsupported_archive_names_its_format(tmp_path, content, kind):
     behind = b"" if kind in ("gzip", "tar") else bytes(range(200))
