@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 
 from atomtune.data.reading import compression
-from atomtune.data.reading.compression import open_bytes
+from atomtune.data.reading.compression import ending_of, open_bytes
 from atomtune.data.reading.sources import size_of
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
@@ -89,13 +89,21 @@ def test_a_truncated_compressed_file_is_refused_with_its_line(tmp_path: Path, en
     assert len(RECORDS) * share - 1500 < line <= len(RECORDS) + 1, "to 64 KiB, which are some 1,000 of these lines"
 
 
-def test_a_flipped_bit_is_detected(tmp_path: Path):
+@pytest.mark.parametrize("damage", [b"\0", b"\xff" * 99], ids=["a byte", "a block"])
+def test_a_damaged_gzip_file_is_refused(tmp_path: Path, damage):
     whole = bytearray(gzip.compress(as_jsonl()))
-    whole[len(whole) // 2] ^= 4
+    place = len(whole) // 2
+    assert whole[place] != damage[0]
+    whole[place : place + len(damage)] = damage
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(whole)
     with pytest.raises(BadData, match=r"a\.jsonl\.gz:\d+: the gzip file is damaged.*gzip -t"):
         list(read_values(path))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.CSV", "a.csv.gz", "A.Csv.ZST"])
+def test_the_extension_is_that_of_the_content_in_lower_case(name):
+    assert ending_of(Path(name)) == ".csv"
 
 
 def test_compression_is_detected_by_content_not_by_file_name(tmp_path: Path):

@@ -91,6 +91,8 @@ def test_pairs_learn_the_chosen_answer(tmp_path):
         ({"file_name": "no.json"}, "is not there"),
         ({"file_name": "../secret.json"}, "is not in this folder"),
         ({"file_name": "/etc/hostname"}, "is not in this folder"),
+        # The folder's hash leaves hidden files out, so the cache would serve its examples after a change.
+        ({"file_name": ".raw/x.json"}, "is hidden"),
         ({"file_name": "x\0.json"}, "is not there"),
         ({"file_name": "x\ud800.json"}, "is not there"),
         ({"file_name": 7}, "it names no file in this folder"),
@@ -101,6 +103,8 @@ def test_pairs_learn_the_chosen_answer(tmp_path):
 def test_an_invalid_entry_is_refused_with_the_reason(tmp_path, entry, why):
     (tmp_path / "secret.json").write_text("[]")
     folder = folder_of(tmp_path, {"x": entry}, x=ALPACA)
+    (folder / ".raw").mkdir()
+    (folder / ".raw" / "x.json").write_text("[]")
     with pytest.raises(BadData, match=why):
         listed_files(folder)
 

@@ -154,7 +154,21 @@ def test_a_backup_in_a_folder_is_not_read_as_data(tmp_path: Path):
     # `datasets` reads it, so each of its records was trained on twice.
     for name in ("a.jsonl", "a.jsonl.bak"):
         (tmp_path / name).write_text('{"a": 1}\n')
-    with pytest.raises(BadData, match=r"a\.jsonl\.bak ends in none of .* would read it: 1 such files\. Move them"):
+    with pytest.raises(
+        BadData, match=r"a\.jsonl\.bak is hidden or ends in none of .* would read it: 1 such files\. Move them"
+    ):
+        list(read_values(tmp_path))
+
+
+def test_a_hidden_file_that_a_readme_names_is_refused(tmp_path: Path):
+    # It is not part of the folder's hash, so the cache would serve its examples after a change.
+    (tmp_path / "README.md").write_text(
+        '---\nconfigs: [{config_name: default, data_files: ["*.jsonl", ".raw/*"]}]\n---\n'
+    )
+    (tmp_path / ".raw").mkdir()
+    for name in ("a.jsonl", ".raw/b.jsonl"):
+        (tmp_path / name).write_text('{"a": 1}\n')
+    with pytest.raises(BadData, match=r"b\.jsonl is hidden or ends in none of"):
         list(read_values(tmp_path))
 
 

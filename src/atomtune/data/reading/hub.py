@@ -145,12 +145,13 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     left_out = [file for file in here if file not in split_of]
     if left_out:
         raise BadData(_left_out(folder, left_out, split_of))
-    # It reads train.jsonl.bak too, as its name has a known extension somewhere.
-    others = [file for file in split_of if not _is_data_file(file)]
+    # It reads train.jsonl.bak too, as its name has a known extension somewhere, and hidden files that a README names.
+    others = sorted(split_of.keys() - set(here))
     if others:
         raise BadData(
-            f"{folder}: {printable(others[0].name)} ends in none of {', '.join(READ)}, .gz or .zst, but `datasets` "
-            f"would read it: {len(others):,} such files. Move them elsewhere, or pass the data files themselves."
+            f"{folder}: {printable(others[0].name)} is hidden or ends in none of {', '.join(READ)}, .gz or .zst, but "
+            f"`datasets` would read it: {len(others):,} such files. Move them elsewhere, or pass the data files "
+            "themselves."
         )
     return {split: [folder / file for file in files] for split, files in splits.items()}
 
