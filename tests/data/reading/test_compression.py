@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 
 from atomtune.data.reading import compression
-from atomtune.data.reading.compression import ending_of, open_bytes
+from atomtune.data.reading.compression import ending_of, open_bytes, open_raw
 from atomtune.data.reading.sources import size_of
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
@@ -120,6 +120,11 @@ def test_a_binary_table_inside_gzip_is_refused_with_the_remedy(tmp_path: Path, k
     path.write_bytes(gzip.compress(magic + bytes(100)))
     with pytest.raises(BadData, match=rf"{kind} file.*Unpack it"):
         list(read_values(path))
+
+
+def test_a_file_that_has_disappeared_is_reported(tmp_path: Path):
+    with pytest.raises(BadData, match=r"gone\.jsonl: cannot be read: No such file"):
+        open_raw(tmp_path / "gone.jsonl")
 
 
 def test_an_empty_compressed_file_is_reported_as_empty(tmp_path: Path):

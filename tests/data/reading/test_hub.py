@@ -121,6 +121,18 @@ def test_unusable_yaml_in_the_readme_is_reported(tmp_path: Path, card: str):
         list(read_values(tmp_path))
 
 
+def test_a_readme_that_names_files_outside_the_folder_is_refused(tmp_path: Path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in (tmp_path / "b.jsonl", folder / "a.jsonl"):
+        path.write_text('{"a": 1}\n')
+    (folder / "README.md").write_text(
+        f"---\nconfigs: [{{config_name: default, data_files: {tmp_path}/b.jsonl}}]\n---\n"
+    )
+    with pytest.raises(BadData, match="its README names data files outside this folder"):
+        list(read_values(folder))
+
+
 def test_a_folder_of_symlinks_like_the_hub_cache_is_read(tmp_path: Path):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()

@@ -452,9 +452,10 @@ def test_a_named_pipe_is_refused_without_blocking(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
-def test_a_value_nested_too_deeply_to_send_to_a_worker_process_is_refused(tmp_path, name):
+@pytest.mark.parametrize("text", ["[" * 900 + "]" * 900, '{"x": ' * 900 + "1" + "}" * 900], ids=["lists", "objects"])
+def test_a_value_nested_too_deeply_to_send_to_a_worker_process_is_refused(tmp_path, name, text):
     # Python parses 900 levels but can send only 400 to another process, so no record may have that many.
-    deep, flat = {**HELLO, "x": json.loads("[" * 900 + "]" * 900)}, {**HELLO, "x": [[]] * 900}
+    deep, flat = {**HELLO, "x": json.loads(text)}, {**HELLO, "x": [[]] * 900}
     path = written(tmp_path, line(deep) if name.endswith("l") else json.dumps([deep]).encode(), name)
     try:
         reasons = [refusal.reason for refusal in refusals(path)]
