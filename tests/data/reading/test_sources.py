@@ -17,11 +17,12 @@ import datasets
 import pytest
 
 from atomtune.data.reading.jsonl import parse_chunk
-from atomtune.data.reading.raw import Lines, RawRecord
+from atomtune.data.reading.raw import Lines, RawRecord, is_deeper
 from atomtune.data.reading.sources import (
     distinct_names,
     fingerprint_of,
     size_of,
+    stamp_of,
     would_hold,
 )
 from atomtune.data.records import Refusal
@@ -129,6 +130,9 @@ def test_a_broken_line_is_named_and_the_lines_around_it_are_read(tmp_path):
         ("{“a”: 1}", "column 2: a typographic quote"),
         ('{"a"：1}', "column 5: a full-width mark"),
         ("{'a': 1}", "column 2: it is written as Python prints it"),
+        ("{ 'a': 1}", "column 3: it is written as Python prints it"),
+        ("{\"a\": [{'b': 1}]}", "column 9: it is written as Python prints it"),
+        ('{"a":', "column 6: a value is expected here"),
     ],
 )
 def test_json_errors_are_explained_in_our_own_words(tmp_path, text, reason):
@@ -303,6 +307,18 @@ def test_a_duplicate_json_key_is_refused(tmp_path, content):
     assert "appears twice" in said
 
 
+def test_a_long_duplicate_key_is_not_repeated_in_full(tmp_path):
+    key = "secret " * 1000
+    (refusal,) = read_values(written(tmp_path, f'{{"{key}": 1, "{key}": 2}}'.encode()))
+    assert "appears twice" in refusal.reason and len(refusal.reason) < 200
+
+
+@pytest.mark.parametrize("value", [[[[1]]], [1, {"a": [2]}, [[]]], {"a": {"b": {}}}])
+def test_levels_of_nesting_are_counted(value):
+    assert is_deeper(value, 2) and not is_deeper(value, 3)
+    assert not is_deeper("text", 1)
+
+
 @pytest.mark.parametrize("content", ["[1 2]", "[1,,2]", "[1,]", "[,1]"])
 def test_an_array_with_an_extra_or_missing_comma_is_refused_with_its_line(tmp_path, content):
     path = tmp_path / "train.json"
@@ -441,6 +457,19 @@ def test_the_fingerprint_of_a_file_is_the_hash_of_its_bytes(tmp_path):
     path = written(tmp_path, line(HELLO))
     assert fingerprint_of(path) == fingerprint_of(str(path)) == hashlib.sha256(line(HELLO)).hexdigest()
     assert size_of(path) == size_of(str(path)) == len(line(HELLO))
+
+
+def test_another_size_or_time_of_a_file_changes_the_stamp_of_its_source(tmp_path):
+    path = written(tmp_path, line(HELLO))
+    stamps = []
+    for content, time in ((HELLO, 1), (HELLO, 2), (BYE, 2)):
+        path.write_bytes(line(content))
+        os.utime(path, ns=(time, time))
+        stamps.append(stamp_of(path))
+        assert stamp_of(tmp_path)[0] == stamps[-1][0]
+    assert stamps[0] != stamps[1] != stamps[2] != stamps[0]
+    path.unlink()
+    assert stamp_of(path) == []
 
 
 def test_a_named_pipe_is_refused_without_blocking(tmp_path):
