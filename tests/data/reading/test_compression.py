@@ -89,12 +89,10 @@ def test_a_truncated_compressed_file_is_refused_with_its_line(tmp_path: Path, en
     assert len(RECORDS) * share - 1500 < line <= len(RECORDS) + 1, "to 64 KiB, which are some 1,000 of these lines"
 
 
-@pytest.mark.parametrize("damage", [b"\0", b"\xff" * 99], ids=["a byte", "a block"])
-def test_a_damaged_gzip_file_is_refused(tmp_path: Path, damage):
+@pytest.mark.parametrize("share", [0, 0.5], ids=["not a block", "another checksum"])
+def test_a_damaged_gzip_file_is_refused(tmp_path: Path, share):
     whole = bytearray(gzip.compress(as_jsonl()))
-    place = len(whole) // 2
-    assert whole[place] != damage[0]
-    whole[place : place + len(damage)] = damage
+    whole[10 + int(len(whole) * share)] ^= 6  # after ten bytes of header; these bits are the kind of the first block
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(whole)
     with pytest.raises(BadData, match=r"a\.jsonl\.gz:\d+: the gzip file is damaged.*gzip -t"):
