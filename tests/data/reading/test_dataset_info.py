@@ -61,6 +61,21 @@ def test_columns_of_an_alpaca_file_are_renamed_as_listed(tmp_path):
     assert (question.text, question.input, answer.text) == ("译", "早", "Morning")
 
 
+def test_the_users_keys_and_format_take_precedence_over_those_listed(tmp_path):
+    columns = {"prompt": "q", "response": "a"}
+    values = [{"q": "译", "a": "Morning", "text": "早"}]
+    folder = folder_of(tmp_path, {"x": {"file_name": "x.json", "columns": columns}}, x=values)
+    template = load_template("auto", tokenizer_of("bytes", CHATML))
+    for changed, texts in (
+        ({"keys": (("q", "output"), ("a", "instruction"))}, ["Morning", "译"]),
+        ({"format": "text"}, ["早"]),
+    ):
+        rules = Rules(max_tokens=1000, **changed)
+        encoded = examples_of(folder, template, rules, cache_dir=tmp_path / "cache")
+        (record,) = records_of(folder, rules, encoded.examples)
+        assert [turn.text for turn in record.turns] == texts
+
+
 def test_a_column_of_media_under_a_name_of_its_own_refuses_the_records_that_have_any(tmp_path):
     info = {**TALK_INFO, "columns": {**TALK_INFO["columns"], "images": "pictures"}}
     chats = [{**TALK[0], "pictures": []}, {**TALK[0], "pictures": ["cat.png"]}]
