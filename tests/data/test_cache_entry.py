@@ -42,6 +42,15 @@ def test_a_killed_encoding_leaves_nothing_that_is_served(data, tmp_path):
     assert ledger.records_read == 13
 
 
+def test_folders_left_by_killed_processes_are_removed_after_a_day(data, tmp_path):
+    cache = tmp_path / "cache" / "atomtune"
+    for name in (".new-old", ".new-young"):
+        (cache / name / "entry").mkdir(parents=True)
+    os.utime(cache / ".new-old", (1, 1))
+    asked(data, tmp_path / "cache")
+    assert entries(tmp_path / "cache")[:-1] == [".new-young"]
+
+
 def test_a_cache_entry_is_a_single_folder(data, tmp_path):
     asked(data, tmp_path / "cache")
     asked(data, tmp_path / "cache")

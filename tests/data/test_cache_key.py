@@ -142,6 +142,14 @@ def test_another_version_of_a_library_that_makes_tokens_changes_the_cache_key(
         asked(data, tmp_path / "cache")
 
 
+def test_other_code_of_reading_and_encoding_changes_the_cache_key(data, tmp_path, no_encoding, monkeypatch):
+    asked(data, tmp_path / "cache")
+    no_encoding()
+    monkeypatch.setattr(cache_key, "_code_hash", lambda: "of other code")
+    with pytest.raises(EncodedAgainError):
+        asked(data, tmp_path / "cache")
+
+
 OWN_TOKENIZER = """
 from transformers import PreTrainedTokenizer
 from .rules import ordered

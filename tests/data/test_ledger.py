@@ -7,9 +7,17 @@ import pytest
 from atomtune.data.encoding.omissions import NOT_WRITTEN
 from atomtune.data.formats.detect import to_record
 from atomtune.data.formats.schema import Schema
-from atomtune.data.ledger import Ledger, one_of_each_reason_first
+from atomtune.data.ledger import (
+    Ledger,
+    first_few,
+    listed_refusals,
+    one_of_each_reason_first,
+    refuse_broken,
+    refuse_unusable,
+)
 from atomtune.data.reading.raw import RawRecord
 from atomtune.data.records import Refusal, RefusalKind
+from atomtune.errors import SHOWN, BadData
 from atomtune.language import in_chinese, singular
 from tests.data.conftest import template_of
 from tests.reading import encode, read_values
@@ -65,6 +73,51 @@ def test_a_short_list_of_refusals_begins_with_the_most_frequent_reason():
     refused = [Refusal(f"a:{i}", reason, RefusalKind.NO_RECORD) for i, reason in enumerate(reasons, 1)]
     in_order = [refusal.origin for refusal in one_of_each_reason_first(refused)]
     assert in_order == ["a:3", "a:1", "a:2", "a:4", "a:5", "a:6"]
+
+
+def refusals(*reasons: str) -> list[Refusal]:
+    return [Refusal(f"a:{i}", reason, RefusalKind.NO_RECORD) for i, reason in enumerate(reasons, 1)]
+
+
+def test_ledgers_add_up():
+    total = Ledger()
+    for number, format_name in enumerate(("alpaca", "text", "alpaca"), 1):
+        ledger = Ledger(records_read=3, records_used=2, prompt_tokens=number, longest_tokens=9 - number)
+        ledger.format = format_name
+        ledger.refuse(refusals("broken")[0], target_tokens=5)
+        ledger.cut(f"a:{number}", 7)
+        ledger.notices["note"] += 2
+        total.add(ledger)
+    assert (total.records_read, total.records_used, len(total.records_refused)) == (9, 6, 3)
+    assert (total.prompt_tokens, total.target_tokens_refused) == (1 + 2 + 3, 3 * 5)
+    assert (total.longest_tokens, total.format) == (8, "alpaca, text")
+    assert (total.cut_origins, total.prompt_tokens_cut) == (["a:1", "a:2", "a:3"], 3 * 7)
+    assert total.notices == {"note": 6}
+
+
+def test_all_refusals_are_listed_while_a_message_can_hold_them():
+    assert listed_refusals(refusals(*["x"] * SHOWN)).count("  x.") == SHOWN
+    listed = listed_refusals(refusals(*["at byte 7"] * SHOWN, "y"))
+    assert (listed.count("at byte"), listed.count("  y.")) == (3, 1)
+    assert f"{SHOWN - 3} more" in listed
+
+
+def test_the_first_few_origins_are_named_and_the_others_counted():
+    assert first_few(["a", "b", "c", "d", "e"], all_in="run.json") == "a, b, c, d, e"
+    assert first_few(["a"] * 7, all_in="run.json") == "a, a, a, a, a and 2 more (run.json lists them all)"
+
+
+def test_skip_bad_is_suggested_only_if_records_are_left():
+    ledger = Ledger(records_read=2, records_refused=refusals("x", "y"))
+    with pytest.raises(BadData, match=r"2 of 2 records refused\.$"):
+        refuse_broken(ledger, skip_bad=False)
+    with pytest.raises(BadData, match="none of 2 records can be used"):
+        refuse_unusable(ledger, ["a.jsonl"])
+    ledger.records_read, ledger.records_used = 3, 1
+    with pytest.raises(BadData, match=r"2 of 3 records refused\. --skip_bad trains on the other 1\.$"):
+        refuse_broken(ledger, skip_bad=False)
+    refuse_broken(ledger, skip_bad=True)
+    refuse_unusable(ledger, ["a.jsonl"])
 
 
 def test_a_ledger_round_trips_through_json(data):

@@ -4,7 +4,9 @@ import gc
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 from atomtune.data import workers
 from atomtune.data.workers import in_order
 from atomtune.errors import BadData, RunFailed
+from atomtune.process import STOP_SIGNALS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked safely on Linux only")
 
@@ -42,6 +45,15 @@ def killed(part: int) -> int:
     return part
 
 
+def slow(part: int) -> int:
+    time.sleep(1)
+    return part
+
+
+def slow_or_killed(part: int) -> int:
+    return killed(part) if part == BAD_PART else slow(part)
+
+
 def greedy(part: int) -> int:
     return len(bytearray(2**36)) if part == BAD_PART else part
 
@@ -66,6 +78,67 @@ def test_a_part_that_hangs_or_crashes_its_worker_is_named(monkeypatch, work: Cal
 def test_a_worker_killed_from_outside_is_reported_as_killed():
     with pytest.raises(RunFailed, match="was killed"):
         list(in_order(killed, range(8), workers=2, examine=refuse_none))
+
+
+def test_every_part_in_flight_is_examined_when_a_worker_dies():
+    # The first part in flight only waits; the second one is the cause.
+    with pytest.raises(BadData, match="part 5"):
+        list(in_order(slow_or_killed, [0, BAD_PART], workers=2, examine=refuse_bad_part))
+
+
+def test_a_late_part_is_examined_less_and_less_often(monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE_SECONDS", 0.01)
+    examined: list[int] = []
+    assert list(in_order(slow, [1], workers=1, examine=examined.append)) == [1]
+    assert 1 < len(examined) < 10
+
+
+def test_only_a_few_parts_are_read_ahead():
+    taken: list[int] = []
+
+    def parts():
+        for part in range(100):
+            taken.append(part)
+            yield part
+
+    made = in_order(str, parts(), workers=2, examine=refuse_none)
+    assert next(made) == "0"
+    assert len(taken) < 10
+    made.close()
+
+
+def test_a_worker_may_take_only_so_much_memory(monkeypatch):
+    monkeypatch.setattr(workers, "MORE_BYTES", 2**28)
+    with pytest.raises(RunFailed, match="ran out of memory"):
+        list(in_order(bytearray, [2**29], workers=1, examine=refuse_none))
+
+
+ENDLESS = """
+import os, time
+from atomtune.data.workers import in_order
+
+def work(part):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+list(in_order(work, [1], workers=1, examine=print))
+"""
+
+
+def test_a_worker_leaves_signals_to_its_parent_and_ends_with_it():
+    with subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        for number in STOP_SIGNALS:
+            os.kill(worker, number)
+        time.sleep(0.2)
+        os.kill(worker, 0)  # it is there
+        parent.kill()
+    for _ in range(100):
+        if not Path(f"/proc/{worker}").exists():
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker is still there")
 
 
 def test_closing_the_iterator_early_ends_the_workers():

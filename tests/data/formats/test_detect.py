@@ -270,6 +270,32 @@ def test_the_columns_of_a_customer_service_get_a_suggestion():
     assert shell_words(said.rpartition("pass --keys ")[2].removesuffix(".")) == ["用户=instruction,客服=output"]
 
 
+TURNS = [{"from": "human", "value": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "option"),
+    [
+        ({"inputs": "x", "targets": "y"}, "inputs=instruction,targets=output"),  # not inputs=input too
+        ({"instruction": "x", "input": "z", "response": "y"}, "response=output"),  # not input=input
+        ({"content": "x", "id": 3}, "YOURS=instruction,content=output"),  # one key is not both
+        ({"history": [], "prompt": "x", "response": "y"}, "prompt=instruction,response=output"),  # only alpaca has it
+        ({"instruction": "x", "dialog": TURNS}, "dialog=conversations"),  # the whole of one format, half of another
+        ({"dialog": "an id", "turns": TURNS}, "turns=conversations"),
+        ({"instruction": "x", "Response": "y"}, "Response=output"),
+        ({"prompt": "x", "answer": "y", "cot": "z"}, "answer=completion,cot=reasoning_content"),
+    ],
+)
+@pytest.mark.parametrize("records", [1, 2])
+def test_the_suggested_keys_option_maps_what_the_nearest_format_needs(value, option, records):
+    # A file with a single conversation was told that its turns seem to be the records.
+    assert told([value] * records).endswith(f"pass --keys {option}.")
+
+
+def test_a_key_with_a_list_of_objects_in_each_of_several_records_holds_no_records():
+    assert "--keys dialog=conversations" in told([{"dialog": [{"a": 1}]}] * 2)
+
+
 @pytest.mark.parametrize("key", ["out put", "output;id", "$output", "`output`", "out'put", "output=", "回答"])
 def test_a_suggested_keys_option_is_one_word_for_a_shell(key):
     # A key with a space gave a broken command, one with a semicolon a second command.
@@ -281,6 +307,7 @@ def test_a_suggested_keys_option_is_one_word_for_a_shell(key):
 def test_a_suggested_jq_command_reads_the_list_of_any_key(key):
     # Without jq here, its program is checked: a key in brackets is a JSON text. jq reads \\( in it as a program.
     command = told([{key: [{"a": 1}]}]).rpartition(": jq ")[2]
+    assert not key.isalpha() or key in command
     assert command.endswith(" OLD > NEW.jsonl")
     flag, program = shell_words(command.removesuffix(" OLD > NEW.jsonl"))
     assert flag == "-c"
@@ -328,6 +355,19 @@ def test_an_unknown_target_role_error_lists_the_known_roles():
     assert "--roles bot=asistant: expected system, user, assistant, tool or function_call" in told(
         [SIGNED["messages"]], roles={"bot": "asistant"}
     )
+
+
+def test_a_role_may_be_named_in_any_accepted_way_but_not_by_our_own_word_for_a_call():
+    assert detect_schema([SIGNED["text"]], roles={"bot": "gpt"}, name="t").all_roles()["bot"] == "assistant"
+    assert "--roles bot=call: expected" in told([SIGNED["text"]], roles={"bot": "call"})
+
+
+def test_a_user_defined_key_must_occur_where_its_target_does():
+    assert 'no key "ask"' in told([{"messages": [{"ask": "x"}]}], keys={"ask": "instruction"})
+    assert 'no key "ask"' in told([{"ask": [], "messages": [{"role": "user"}]}], keys={"ask": "content"})
+    # Of a file without objects, or of turns that are not there, nothing is known.
+    for values in ([], [None, 3]):
+        assert detect_schema(values, keys={"ask": "instruction"}, name="t").keys == {"ask": "instruction"}
 
 
 def test_two_user_defined_keys_cannot_map_to_one_key():

@@ -11,7 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from atomtune.data.reading.raw import RawRecord
+from atomtune.data.reading import arrow_rows
+from atomtune.data.reading.arrow_rows import read_batches
+from atomtune.data.reading.raw import MOST_LEVELS, RawRecord
 from atomtune.data.reading.sources import size_of
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
@@ -155,7 +157,12 @@ def test_a_dictionary_of_a_huge_value_is_not_repeated_in_memory(tmp_path: Path):
     assert path.stat().st_size < 10_000
     with pytest.raises(BadData, match=r'swollen.parquet: column "output" unpacks to more than 200 times'):
         list(read_values(path))
-    # One short text in very many rows is fine.
+    # The message's remedy.
+    pyarrow.parquet.write_table(pyarrow.table({"output": column}), path, compression="zstd", use_dictionary=False)
+    assert [len(row.value["output"]) for row in read_values(path)] == [8_000_000] * 10
+    # A long text of one letter in a small file, and one short text in very many rows, are fine.
+    pyarrow.parquet.write_table(pyarrow.table({"output": ["y" * 100_000] * 3}), path, compression="zstd")
+    assert [len(row.value["output"]) for row in read_values(path)] == [100_000] * 3
     pyarrow.parquet.write_table(pyarrow.table({"output": ["the same"] * 100_000}), path, compression="zstd")
     assert sum(1 for _ in read_values(path)) == 100_000
 
@@ -163,10 +170,18 @@ def test_a_dictionary_of_a_huge_value_is_not_repeated_in_memory(tmp_path: Path):
 REPEATED = {
     "dictionary": lambda rows: pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, "int32"), ["z" * 10**6]),
     "run": lambda rows: pyarrow.RunEndEncodedArray.from_arrays([rows], ["z" * 10**6]),
-    "dictionary in a list": lambda rows: pyarrow.ListArray.from_arrays(
-        pyarrow.array(range(rows + 1), "int32"), REPEATED["dictionary"](rows)
+    "dictionary of lists": lambda rows: pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * rows, "int32"), pyarrow.array([["z" * 10**6]])
     ),
+    "dictionary in a list": lambda rows: listed(REPEATED["dictionary"](rows)),
+    "dictionary in a struct": lambda rows: pyarrow.StructArray.from_arrays([REPEATED["dictionary"](rows)], ["text"]),
+    "dictionary in a list of structs": lambda rows: listed(REPEATED["dictionary in a struct"](rows)),
 }
+
+
+def listed(column: pyarrow.Array) -> pyarrow.Array:
+    """Each value in a list of its own."""
+    return pyarrow.ListArray.from_arrays(pyarrow.array(range(len(column) + 1), "int32"), column)
 
 
 @pytest.mark.parametrize("kind", REPEATED)
@@ -177,11 +192,23 @@ def test_rows_that_expand_far_beyond_the_file_size_are_refused(tmp_path: Path, k
     table = pyarrow.table({"output": REPEATED[kind](5000)})
     if ending == "arrow":
         arrow_of(path, table)
-    elif kind == "run":
-        pytest.skip("Parquet has no runs")
+    elif kind in ("run", "dictionary of lists"):
+        pytest.skip("Parquet has no such column")
     else:
         pyarrow.parquet.write_table(table, path, compression="none")
     with pytest.raises(BadData, match="take more than 200 times the file's size"):
+        list(read_values(path))
+
+
+def test_repeated_texts_are_counted_over_all_batches(tmp_path: Path, monkeypatch):
+    # Each batch alone is within the limit.
+    monkeypatch.setattr(arrow_rows, "FREE_BYTES", 2**20)
+    path = tmp_path / "swollen.arrow"
+    texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 10_000, "int32"), ["z" * 5000])
+    table = pyarrow.table({"output": texts})
+    with pyarrow.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    with pytest.raises(BadData, match=r"swollen\.arrow:\d{4}: the rows take more than 200 times the file's size"):
         list(read_values(path))
 
 
@@ -216,6 +243,17 @@ def test_nulls_that_arrow_adds_to_structs_are_dropped(tmp_path, name, write):
     # Arrow adds null for missing keys: {"city": "北京", "code": null, "days": null} was trained as a call's arguments.
     write(tmp_path / name, pyarrow.Table.from_pylist(CALLS))
     assert [raw.value for raw in read_values(tmp_path / name)] == CALLS
+
+
+@pytest.mark.parametrize("list_of", [pyarrow.large_list, lambda kind: pyarrow.list_(kind, 1)], ids=["large", "fixed"])
+def test_nulls_that_arrow_adds_are_dropped_in_every_kind_of_list(tmp_path, list_of):
+    # Polars writes large lists.
+    turns = [[{"role": "assistant", "arguments": {"city": "北京"}}], [{"role": "assistant", "arguments": {"days": 5}}]]
+    arguments = pyarrow.struct([("city", pyarrow.string()), ("days", pyarrow.int64())])
+    turn = pyarrow.struct([("role", pyarrow.string()), ("arguments", arguments)])
+    table = pyarrow.table({"messages": pyarrow.array(turns, list_of(turn))})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert [row.value["messages"] for row in read_values(tmp_path / "a.parquet")] == turns
 
 
 def test_nulls_that_arrow_adds_to_a_saved_data_set_are_dropped(tmp_path):
@@ -264,13 +302,32 @@ def test_a_time_that_python_cannot_represent_refuses_its_row(tmp_path: Path, tim
     assert refused and all("a value that cannot be read" in row.reason for row in refused)
 
 
-def test_a_too_deeply_nested_column_is_refused_by_name(tmp_path: Path):
+def test_a_too_deeply_nested_file_is_refused(tmp_path: Path):
+    # By pyarrow itself, if it has a limit.
     kind: pyarrow.DataType = pyarrow.int64()
     for _ in range(300):
         kind = pyarrow.list_(kind)
-    pyarrow.parquet.write_table(pyarrow.table({"deep": pyarrow.nulls(1, kind)}), tmp_path / "deep.parquet")
-    with pytest.raises(BadData, match="deep"):
-        list(read_values(tmp_path / "deep.parquet"))
+    pyarrow.parquet.write_table(pyarrow.table({"output": pyarrow.nulls(1, kind)}), tmp_path / "a.parquet")
+    with pytest.raises(BadData, match="nested"):
+        list(read_values(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("nested", [pyarrow.list_, lambda kind: pyarrow.struct([("x", kind)])], ids=["list", "struct"])
+def test_a_too_deeply_nested_column_is_refused_by_name(nested):
+    kind: pyarrow.DataType = pyarrow.int64()
+    for _ in range(MOST_LEVELS + 1):
+        kind = nested(kind)
+    (batch,) = pyarrow.table({"deep": pyarrow.nulls(1, kind)}).to_batches()
+    with pytest.raises(BadData, match='a: column "deep": lists or objects are nested too deeply'):
+        list(read_batches(iter([batch]), "a", 0, lambda rows: None))
+
+
+def test_a_column_name_that_is_not_utf_8_is_reported(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"output": ["a"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"output", b"outp\xff\xff"))
+    with pytest.raises(BadData, match=r"a\.parquet: Parquet that cannot be read"):
+        list(read_values(path))
 
 
 def test_metadata_with_a_row_count_of_zero_loses_no_rows(tmp_path: Path):

@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 
 from atomtune.data.reading import compression
-from atomtune.data.reading.compression import open_bytes
+from atomtune.data.reading.compression import ending_of, open_bytes, open_raw
 from atomtune.data.reading.sources import size_of
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
@@ -68,6 +68,14 @@ def test_concatenated_compressed_files_are_read_to_the_end(tmp_path: Path, endin
     assert [one.value for one in read_values(path)] == RECORDS
 
 
+def test_a_zstd_file_that_begins_with_a_skippable_frame_is_read(tmp_path: Path):
+    # pzstd writes one before each frame. Each line was refused as not UTF-8.
+    skippable = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"size"
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes((skippable + zstd(as_jsonl())) * 2)
+    assert [one.value for one in read_values(path)] == RECORDS * 2
+
+
 @pytest.mark.parametrize("ending", PACK)
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99, 1.0])
 def test_a_truncated_compressed_file_is_refused_with_its_line(tmp_path: Path, ending, share):
@@ -81,13 +89,19 @@ def test_a_truncated_compressed_file_is_refused_with_its_line(tmp_path: Path, en
     assert len(RECORDS) * share - 1500 < line <= len(RECORDS) + 1, "to 64 KiB, which are some 1,000 of these lines"
 
 
-def test_a_flipped_bit_is_detected(tmp_path: Path):
+@pytest.mark.parametrize("share", [0, 0.5], ids=["not a block", "another checksum"])
+def test_a_damaged_gzip_file_is_refused(tmp_path: Path, share):
     whole = bytearray(gzip.compress(as_jsonl()))
-    whole[len(whole) // 2] ^= 4
+    whole[10 + int(len(whole) * share)] ^= 6  # after ten bytes of header; these bits are the kind of the first block
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(whole)
     with pytest.raises(BadData, match=r"a\.jsonl\.gz:\d+: the gzip file is damaged.*gzip -t"):
         list(read_values(path))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.CSV", "a.csv.gz", "A.Csv.ZST"])
+def test_the_extension_is_that_of_the_content_in_lower_case(name):
+    assert ending_of(Path(name)) == ".csv"
 
 
 def test_compression_is_detected_by_content_not_by_file_name(tmp_path: Path):
@@ -98,11 +112,17 @@ def test_compression_is_detected_by_content_not_by_file_name(tmp_path: Path):
     assert len(list(read_values(tmp_path / "b.jsonl.gz"))) == len(RECORDS)
 
 
-def test_parquet_inside_gzip_is_refused_with_the_remedy(tmp_path: Path):
-    path = tmp_path / "a.parquet.gz"
-    path.write_bytes(gzip.compress(b"PAR1" + bytes(100)))
-    with pytest.raises(BadData, match=r"Parquet file.*Unpack it"):
+@pytest.mark.parametrize(("kind", "magic"), [("Parquet", b"PAR1"), ("Arrow", b"ARROW1")])
+def test_a_binary_table_inside_gzip_is_refused_with_the_remedy(tmp_path: Path, kind, magic):
+    path = tmp_path / "a.gz"
+    path.write_bytes(gzip.compress(magic + bytes(100)))
+    with pytest.raises(BadData, match=rf"{kind} file.*Unpack it"):
         list(read_values(path))
+
+
+def test_a_file_that_has_disappeared_is_reported(tmp_path: Path):
+    with pytest.raises(BadData, match=r"gone\.jsonl: cannot be read: No such file"):
+        open_raw(tmp_path / "gone.jsonl")
 
 
 def test_an_empty_compressed_file_is_reported_as_empty(tmp_path: Path):
@@ -165,6 +185,12 @@ def test_an_excessive_decompression_ratio_is_refused(tmp_path: Path, monkeypatch
     (tmp_path / "a.jsonl.gz").write_bytes(pack(b'{"text": "x"}\n' + b"\n" * (8 << 20)))
     with pytest.raises(BadData, match="more than 200 times its size"):
         list(read_values(tmp_path / "a.jsonl.gz"))
+
+
+def test_a_file_that_unpacks_to_more_than_the_free_bytes_is_read(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(compression, "FREE_BYTES", 1000)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(as_jsonl()))
+    assert len(list(read_values(tmp_path / "a.jsonl.gz"))) == len(RECORDS)
 
 
 def test_highly_compressible_data_is_read(tmp_path: Path):

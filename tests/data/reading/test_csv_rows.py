@@ -107,6 +107,27 @@ def test_a_cell_of_a_megabyte_is_read():
     assert len(found.value["output"]) == 1_000_000
 
 
+def test_a_header_is_read_without_the_white_space_around_its_names():
+    (row,) = read(b" instruction ,\toutput\na, b \n")
+    assert row.value == {"instruction": "a", "output": " b "}
+    (row,) = read(b'"\ninstruction",output\na,b\n')
+    assert row == RawRecord({"instruction": "a", "output": "b"}, "a.csv:3")
+
+
+def test_a_header_that_is_not_utf_8_is_refused():
+    with pytest.raises(BadData, match=r"a\.csv:1  not UTF-8 at byte 4"):
+        read(b"caf\xe9,output\na,b\n")
+
+
+def test_a_higher_limit_of_the_process_for_cells_is_left_as_it_is():
+    limit = csv.field_size_limit(10**9)
+    try:
+        read(b"instruction,output\na,b\n")
+        assert csv.field_size_limit() == 10**9
+    finally:
+        csv.field_size_limit(limit)
+
+
 def test_a_duplicate_column_is_refused():
     with pytest.raises(BadData, match=r'a\.csv:1: column "output" appears twice'):
         read(b"output,instruction,output\na,b,c\n")
@@ -124,6 +145,7 @@ def test_excels_sep_line_sets_the_separator_and_is_not_the_header(separator, fir
 
 
 def test_a_column_named_sep_is_read_as_a_column():
+    assert read(b"sep=ab\nx\n") == [RawRecord({"sep=ab": "x"}, "a.csv:2")]
     assert read(b"sep,output\na,b\n") == [RawRecord({"sep": "a", "output": "b"}, "a.csv:2")]
 
 

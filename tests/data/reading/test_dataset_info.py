@@ -61,6 +61,21 @@ def test_columns_of_an_alpaca_file_are_renamed_as_listed(tmp_path):
     assert (question.text, question.input, answer.text) == ("译", "早", "Morning")
 
 
+def test_the_users_keys_and_format_take_precedence_over_those_listed(tmp_path):
+    columns = {"prompt": "q", "response": "a"}
+    values = [{"q": "译", "a": "Morning", "text": "早"}]
+    folder = folder_of(tmp_path, {"x": {"file_name": "x.json", "columns": columns}}, x=values)
+    template = load_template("auto", tokenizer_of("bytes", CHATML))
+    for changed, texts in (
+        ({"keys": (("q", "output"), ("a", "instruction"))}, ["Morning", "译"]),
+        ({"format": "text"}, ["早"]),
+    ):
+        rules = Rules(max_tokens=1000, **changed)
+        encoded = examples_of(folder, template, rules, cache_dir=tmp_path / "cache")
+        (record,) = records_of(folder, rules, encoded.examples)
+        assert [turn.text for turn in record.turns] == texts
+
+
 def test_a_column_of_media_under_a_name_of_its_own_refuses_the_records_that_have_any(tmp_path):
     info = {**TALK_INFO, "columns": {**TALK_INFO["columns"], "images": "pictures"}}
     chats = [{**TALK[0], "pictures": []}, {**TALK[0], "pictures": ["cat.png"]}]
@@ -91,8 +106,11 @@ def test_pairs_learn_the_chosen_answer(tmp_path):
         ({"file_name": "no.json"}, "is not there"),
         ({"file_name": "../secret.json"}, "is not in this folder"),
         ({"file_name": "/etc/hostname"}, "is not in this folder"),
+        # The folder's hash leaves hidden files out, so the cache would serve its examples after a change.
+        ({"file_name": ".raw/x.json"}, "is hidden"),
         ({"file_name": "x\0.json"}, "is not there"),
         ({"file_name": "x\ud800.json"}, "is not there"),
+        ({"file_name": 7}, "it names no file in this folder"),
         ({"file_name": "x.json", "formatting": "parrot"}, "expected one of alpaca, sharegpt, openai"),
         ({"file_name": "x.json", "formatting": ["alpaca"]}, "expected one of alpaca, sharegpt, openai"),
     ],
@@ -100,13 +118,30 @@ def test_pairs_learn_the_chosen_answer(tmp_path):
 def test_an_invalid_entry_is_refused_with_the_reason(tmp_path, entry, why):
     (tmp_path / "secret.json").write_text("[]")
     folder = folder_of(tmp_path, {"x": entry}, x=ALPACA)
+    (folder / ".raw").mkdir()
+    (folder / ".raw" / "x.json").write_text("[]")
     with pytest.raises(BadData, match=why):
         listed_files(folder)
 
 
-@pytest.mark.parametrize("info", [{}, [], 3, {"features": {"a": {"dtype": "string"}}, "citation": ""}])
+@pytest.mark.parametrize("info", [{}, [], 3, {"features": {"a": {"dtype": "string"}}, "citation": ""}, {"zh": {}}])
 def test_a_dataset_info_written_by_the_datasets_library_is_ignored(tmp_path, info):
     assert listed_files(folder_of(tmp_path, info, x=ALPACA)) is None
+
+
+def test_a_dataset_info_that_is_not_json_is_reported(tmp_path):
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "dataset_info.json").write_text(text)
+        with pytest.raises(BadData, match=r"dataset_info\.json: cannot be read"):
+            listed_files(tmp_path)
+
+
+def test_every_role_is_mapped_and_a_column_without_a_name_is_not(tmp_path):
+    tags = {f"{role}_tag": role[0] for role in ("user", "assistant", "observation", "function", "system")}
+    entry = {"file_name": "x.json", "formatting": "sharegpt", "columns": {"system": None, "tools": 3}, "tags": tags}
+    (file,) = listed_files(folder_of(tmp_path, {"x": entry}, x=[]))
+    assert file.keys == {}
+    assert file.roles == {"u": "user", "a": "assistant", "o": "tool", "f": "function_call", "s": "system"}
 
 
 def test_columns_and_tags_with_default_names_are_not_mapped(tmp_path):

@@ -121,6 +121,18 @@ def test_unusable_yaml_in_the_readme_is_reported(tmp_path: Path, card: str):
         list(read_values(tmp_path))
 
 
+def test_a_readme_that_names_files_outside_the_folder_is_refused(tmp_path: Path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in (tmp_path / "b.jsonl", folder / "a.jsonl"):
+        path.write_text('{"a": 1}\n')
+    (folder / "README.md").write_text(
+        f"---\nconfigs: [{{config_name: default, data_files: {tmp_path}/b.jsonl}}]\n---\n"
+    )
+    with pytest.raises(BadData, match="its README names data files outside this folder"):
+        list(read_values(folder))
+
+
 def test_a_folder_of_symlinks_like_the_hub_cache_is_read(tmp_path: Path):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
@@ -148,6 +160,56 @@ def test_a_folder_in_which_only_some_names_say_a_split_is_refused_with_that_reas
     # The message's remedy.
     (tmp_path / "chat.jsonl").rename(tmp_path / "train-chat.jsonl")
     assert [record.value for record in read_values(tmp_path)] == [{"a": 1}]
+
+
+def test_a_backup_in_a_folder_is_not_read_as_data(tmp_path: Path):
+    # `datasets` reads it, so each of its records was trained on twice.
+    for name in ("a.jsonl", "a.jsonl.bak"):
+        (tmp_path / name).write_text('{"a": 1}\n')
+    with pytest.raises(
+        BadData, match=r"a\.jsonl\.bak is hidden or ends in none of .* would read it: 1 such files\. Move them"
+    ):
+        list(read_values(tmp_path))
+
+
+def test_a_hidden_file_that_a_readme_names_is_refused(tmp_path: Path):
+    # It is not part of the folder's hash, so the cache would serve its examples after a change.
+    (tmp_path / "README.md").write_text(
+        '---\nconfigs: [{config_name: default, data_files: ["*.jsonl", ".raw/*"]}]\n---\n'
+    )
+    (tmp_path / ".raw").mkdir()
+    for name in ("a.jsonl", ".raw/b.jsonl"):
+        (tmp_path / name).write_text('{"a": 1}\n')
+    with pytest.raises(BadData, match=r"b\.jsonl is hidden or ends in none of"):
+        list(read_values(tmp_path))
+
+
+@pytest.mark.parametrize("others", [[], ["b.jsonl"]])
+def test_a_file_in_a_folder_with_an_extension_in_upper_case_is_refused_with_that_reason(tmp_path: Path, others):
+    for name in ("A.JSONL", *others):
+        (tmp_path / name).write_text('{"a": 1}\n')
+    with pytest.raises(BadData, match=r"A\.JSONL: in a folder, only extensions in lower case"):
+        list(read_values(tmp_path))
+    assert [record.value for record in read_values(tmp_path / "A.JSONL")] == [{"a": 1}]
+
+
+def test_a_link_in_a_folder_that_is_not_followed_is_refused(tmp_path: Path):
+    # What it links to was left out in silence.
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    folder.mkdir()
+    (elsewhere / "deep").mkdir(parents=True)
+    (folder / "a.jsonl").write_text('{"a": 1}\n')
+    (folder / "itself").symlink_to(folder)
+    (folder / "more").symlink_to(elsewhere)
+    (folder / "README.md").symlink_to(tmp_path / "nowhere.md")
+    assert [record.value for record in read_values(folder)] == [{"a": 1}]
+    (elsewhere / "deep" / "b.jsonl").write_text('{"b": 1}\n')
+    with pytest.raises(BadData, match="more: a link to a folder, which is not followed"):
+        list(read_values(folder))
+    (folder / "more").unlink()
+    (folder / "b.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    with pytest.raises(BadData, match=r"b\.jsonl: a link to a file that is not there"):
+        list(read_values(folder))
 
 
 def test_splits_that_are_not_read_are_named(tmp_path: Path, monkeypatch):

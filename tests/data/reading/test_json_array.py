@@ -70,14 +70,23 @@ def test_values_on_the_same_line_are_named_by_their_number():
         (b'[\n{"a": 1}\n\n{"b": 1}]', 4, "expected a comma"),
         (b'[\n{"a": 1},\n"caf\xe9"]', 3, "not UTF-8 at byte 17"),
         (b'[\n{"a": 1},\n"\xe4\xbd', 3, "not UTF-8 at byte 14"),
+        (b'[\n"\xe4\xbd\xa0",\n"\xc4\xe3\xba\xc3",\n"\xe4\xbd\xa0"]', 3, "not UTF-8 at byte 11; it may be GBK"),
         (b'[\n{"a": NaN}]', 2, "NaN is not a JSON value"),
-        (b"[1]\n\n[2]", 1, "text after the end"),
+        (b"[\n1]\n\n{}", 2, "text after the end"),
+        (b"[1]\n\n[2]", 3, "a second JSON array; expected one array of records"),
     ],
 )
 def test_a_syntax_error_is_reported_with_its_line_at_any_window_size(monkeypatch, content, line, said, window):
     monkeypatch.setattr(json_array, "WINDOW_BYTES", window)
     with pytest.raises(BadData, match=rf"a\.json:{line}(: |  ).*{said}"):
         list(read_array(io.BytesIO(content), "a.json"))
+
+
+@pytest.mark.parametrize("window", range(1, 20))
+def test_a_literal_is_read_whole_wherever_the_window_ends(monkeypatch, window):
+    monkeypatch.setattr(json_array, "WINDOW_BYTES", window)
+    with pytest.raises(BadData, match="-Infinity is not a JSON value"):
+        list(read_array(io.BytesIO(b"[1, -Infinity]"), "a.json"))
 
 
 def test_a_value_beyond_the_size_limit_is_refused_without_reading_it_whole(monkeypatch):
@@ -87,6 +96,28 @@ def test_a_value_beyond_the_size_limit_is_refused_without_reading_it_whole(monke
     with pytest.raises(BadData, match=r"a\.json:3: .*more than"):
         list(read_array(stream, "a.json"))
     assert stream.tell() < 5000
+
+
+def test_many_values_after_a_long_one_do_not_count_as_one_value(monkeypatch):
+    monkeypatch.setattr(json_array, "WINDOW_BYTES", 64)
+    monkeypatch.setattr(json_array, "LONGEST_LINE", 1000)
+    values = ["x" * 900, *["y"] * 500]
+    assert [one.value for one in read_array(io.BytesIO(json.dumps(values).encode()), "a.json")] == values
+
+
+def test_a_long_value_is_read_in_few_steps(monkeypatch):
+    # It is parsed again after each step.
+    monkeypatch.setattr(json_array, "WINDOW_BYTES", 64)
+    sizes: list[int] = []
+
+    class Counted(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            sizes.append(size or 0)
+            return super().read(size)
+
+    (found,) = read_array(Counted(json.dumps(["x" * 100_000]).encode()), "a.json")
+    assert len(found.value) == 100_000
+    assert len(sizes) < 20
 
 
 def test_an_early_syntax_error_is_reported_before_the_rest_is_read():

@@ -47,6 +47,23 @@ def test_an_oversized_line_is_refused_and_the_others_keep_their_numbers(monkeypa
     assert "a line of 303 bytes" in found[1].reason
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 64, 500])
+def test_a_line_of_just_the_size_limit_is_read_and_so_is_the_next(monkeypatch, chunk_bytes):
+    monkeypatch.setattr(jsonl, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(jsonl, "LONGEST_LINE", 64)
+    values = ["x" * 61, "next"]  # 64 bytes with quotes and line end
+    content = b"".join(json.dumps(value).encode() + b"\n" for value in values)
+    assert [one.value for one in read(content)] == values
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 9, 500])
+def test_a_byte_order_mark_in_the_middle_is_refused_wherever_the_file_is_cut(monkeypatch, chunk_bytes):
+    monkeypatch.setattr(jsonl, "CHUNK_BYTES", chunk_bytes)
+    first, second = read(b'{"a": 1}\n\xef\xbb\xbf{"a": 2}\n')
+    assert first.value == {"a": 1}
+    assert isinstance(second, Refusal) and "a byte-order mark in the middle" in second.reason
+
+
 def test_a_chunk_can_be_parsed_in_another_process():
     # As a pool does: pickled, and without the byte-order mark, which only the first chunk has.
     (chunk,) = read_chunks(io.BytesIO(b"\xef\xbb\xbf" + CONTENT), "a.jsonl")
@@ -72,6 +89,20 @@ def test_a_wide_object_with_a_duplicate_key_is_refused_in_linear_time(monkeypatc
     with pytest.raises(ValueError, match='key "k999" appears twice'):
         raw._object_without_repeats(pairs)
     assert Counted.comparisons < 10_000  # each with all others: 500,000
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{", "expected one record per line, or a JSON array of them"),
+        (b'{"a": 1} {"a": 2}', "text after the end of the record"),
+        (b'{"a": "x\0"}', "NUL bytes"),
+        (b'{"a": -Infinity}', "-Infinity is not a JSON value"),
+    ],
+)
+def test_a_line_that_is_no_record_is_refused_with_its_cause(line, reason):
+    (refusal,) = read(line + b"\n")
+    assert isinstance(refusal, Refusal) and reason in refusal.reason
 
 
 def test_a_comma_after_a_record_is_reported_as_such():

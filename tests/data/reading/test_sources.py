@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import tarfile
 from collections.abc import Callable
@@ -16,11 +17,12 @@ import datasets
 import pytest
 
 from atomtune.data.reading.jsonl import parse_chunk
-from atomtune.data.reading.raw import Lines, RawRecord
+from atomtune.data.reading.raw import Lines, RawRecord, is_deeper
 from atomtune.data.reading.sources import (
     distinct_names,
     fingerprint_of,
     size_of,
+    stamp_of,
     would_hold,
 )
 from atomtune.data.records import Refusal
@@ -128,6 +130,9 @@ def test_a_broken_line_is_named_and_the_lines_around_it_are_read(tmp_path):
         ("{“a”: 1}", "column 2: a typographic quote"),
         ('{"a"：1}', "column 5: a full-width mark"),
         ("{'a': 1}", "column 2: it is written as Python prints it"),
+        ("{ 'a': 1}", "column 3: it is written as Python prints it"),
+        ("{\"a\": [{'b': 1}]}", "column 9: it is written as Python prints it"),
+        ('{"a":', "column 6: a value is expected here"),
     ],
 )
 def test_json_errors_are_explained_in_our_own_words(tmp_path, text, reason):
@@ -302,6 +307,18 @@ def test_a_duplicate_json_key_is_refused(tmp_path, content):
     assert "appears twice" in said
 
 
+def test_a_long_duplicate_key_is_not_repeated_in_full(tmp_path):
+    key = "secret " * 1000
+    (refusal,) = read_values(written(tmp_path, f'{{"{key}": 1, "{key}": 2}}'.encode()))
+    assert "appears twice" in refusal.reason and len(refusal.reason) < 200
+
+
+@pytest.mark.parametrize("value", [[[[1]]], [1, {"a": [2]}, [[]]], {"a": {"b": {}}}])
+def test_levels_of_nesting_are_counted(value):
+    assert is_deeper(value, 2) and not is_deeper(value, 3)
+    assert not is_deeper("text", 1)
+
+
 @pytest.mark.parametrize("content", ["[1 2]", "[1,,2]", "[1,]", "[,1]"])
 def test_an_array_with_an_extra_or_missing_comma_is_refused_with_its_line(tmp_path, content):
     path = tmp_path / "train.json"
@@ -356,6 +373,23 @@ def test_json_lines_with_another_extension_are_detected_by_the_first_byte(tmp_pa
     assert list(read_values(written(tmp_path, line(HELLO), name))) == [RawRecord(HELLO, f"{name}:1")]
 
 
+def test_a_first_line_that_declares_the_separator_is_not_taken_for_the_header(tmp_path):
+    table = written(tmp_path, "sep=|\ninstruction|output\n在吗|在的\n".encode(), "a.txt")
+    assert list(read_values(table)) == [RawRecord({"instruction": "在吗", "output": "在的"}, "a.txt:3")]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_text_with_the_name_of_a_binary_table_is_reported_as_such(tmp_path, name):
+    with pytest.raises(BadData, match=rf"{name}: it does not start like a \.\w+ file"):
+        list(read_values(written(tmp_path, b"instruction,output\nx,y\n", name)))
+
+
+@pytest.mark.parametrize("text", ["[" + "1,\n" * 2499 + "1]", "output\n" + "1\n" * 2500])
+def test_values_are_sent_to_workers_in_batches(tmp_path, text):
+    # All at once would take memory in proportion to the file.
+    assert list(map(len, read_chunks(written(tmp_path, text.encode(), "a.csv")))) == [1000, 1000, 500]
+
+
 @pytest.mark.parametrize("text", ["Chapter 1\n\nIt rained, and rained.\n", "用户\t客服\n在吗\t在的\n"])
 def test_plain_text_is_refused_once_with_what_to_do(tmp_path, text):
     # Each line was refused as not JSON.
@@ -387,11 +421,14 @@ def test_a_first_line_that_is_not_a_header_is_not_taken_for_a_table(tmp_path, co
         (b"7z\xbc\xaf\x27\x1c", "7z"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "xls"),
         (b"SQLite format 3\0", "SQLite"),
+        (b"\x04\x22\x4d\x18\x64", "lz4"),
+        (b"%PDF-1.7\n", "PDF"),
+        (pickle.dumps([HELLO]), "pickle"),
         (gzip.compress(gzip.compress(line(HELLO))), "gzip"),  # compressed twice
         (gzip.compress(archive(line(HELLO))), "tar"),  # train.tar.gz
     ],
     # gzip content includes the time, so automatic ids would differ between pytest's worker processes.
-    ids=["zip", "bzip2", "xz", "7z", "xls", "SQLite", "gzip", "tar"],
+    ids=["zip", "bzip2", "xz", "7z", "xls", "SQLite", "lz4", "PDF", "pickle", "gzip", "tar"],
 )
 def test_the_error_for_an_unsupported_archive_names_its_format(tmp_path, content, kind):
     behind = b"" if kind in ("gzip", "tar") else bytes(range(200))
@@ -422,6 +459,19 @@ def test_the_fingerprint_of_a_file_is_the_hash_of_its_bytes(tmp_path):
     assert size_of(path) == size_of(str(path)) == len(line(HELLO))
 
 
+def test_another_size_or_time_of_a_file_changes_the_stamp_of_its_source(tmp_path):
+    path = written(tmp_path, line(HELLO))
+    stamps = []
+    for content, time in ((HELLO, 1), (HELLO, 2), (BYE, 2)):
+        path.write_bytes(line(content))
+        os.utime(path, ns=(time, time))
+        stamps.append(stamp_of(path))
+        assert stamp_of(tmp_path)[0] == stamps[-1][0]
+    assert stamps[0] != stamps[1] != stamps[2] != stamps[0]
+    path.unlink()
+    assert stamp_of(path) == []
+
+
 def test_a_named_pipe_is_refused_without_blocking(tmp_path):
     # A pipe would be read twice, and would block.
     os.mkfifo(tmp_path / "pipe.jsonl")
@@ -431,9 +481,10 @@ def test_a_named_pipe_is_refused_without_blocking(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
-def test_a_value_nested_too_deeply_to_send_to_a_worker_process_is_refused(tmp_path, name):
+@pytest.mark.parametrize("text", ["[" * 900 + "]" * 900, '{"x": ' * 900 + "1" + "}" * 900], ids=["lists", "objects"])
+def test_a_value_nested_too_deeply_to_send_to_a_worker_process_is_refused(tmp_path, name, text):
     # Python parses 900 levels but can send only 400 to another process, so no record may have that many.
-    deep, flat = {**HELLO, "x": json.loads("[" * 900 + "]" * 900)}, {**HELLO, "x": [[]] * 900}
+    deep, flat = {**HELLO, "x": json.loads(text)}, {**HELLO, "x": [[]] * 900}
     path = written(tmp_path, line(deep) if name.endswith("l") else json.dumps([deep]).encode(), name)
     try:
         reasons = [refusal.reason for refusal in refusals(path)]

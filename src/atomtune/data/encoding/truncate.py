@@ -73,7 +73,7 @@ def _with_shorter_texts(record: Record, fits: Callable[[Record], bool], share: f
         if fits(blank):
             return _with_end_of_text(record, place, text, fits, share)
         record = blank
-    return record if fits(record) else None
+    return None
 
 
 class _Droppable(NamedTuple):

@@ -115,7 +115,7 @@ def _format_of(records: Sequence[Json], plain: Sequence[Json], name: str, first:
     # A table has every column in every row, so keys without a value count only if no format fits otherwise.
     fits = _fitting(plain, filled=True) or _fitting(plain, filled=False)
     beside_text: list[FormatName] = [fit for fit in fits if fit != "text"]
-    if "text" in fits and beside_text and _text_renders_the_rest(plain, beside_text):
+    if "text" in fits and _text_renders_the_rest(plain, beside_text):
         fits = beside_text
     if not fits:
         raise BadData(fits_none(records, plain, first or name))

@@ -118,11 +118,15 @@ def _keys_flag(nearest: FormatName, missing: Sequence[str], likely: Mapping[str,
 
 
 def _key_of_records(value: Json) -> str | None:
-    """The key of a list of objects, in a value that may be the whole file as one object; None if there is none."""
+    """The key of a list of records, in a value that may be the whole file as one object; None if there is none."""
     for key, inner in value.items():
-        if isinstance(inner, list) and inner and all(isinstance(item, dict) for item in inner):
+        if isinstance(inner, list) and inner and all(isinstance(item, dict) and not _is_turn(item) for item in inner):
             return key
     return None
+
+
+def _is_turn(value: Json) -> bool:
+    return "role" in value or "from" in value
 
 
 def _all_keys(records: Iterable[Json]) -> dict[str, None]:

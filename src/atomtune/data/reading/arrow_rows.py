@@ -149,7 +149,7 @@ def _repeated(values: pyarrow.Array, indices: pyarrow.Array) -> int:
         lengths = pyarrow.compute.binary_length(values)
     except pyarrow.ArrowNotImplementedError:  # the dictionary holds numbers or lists, not texts
         return len(indices) * int(values.nbytes // max(len(values), 1))
-    return int(pyarrow.compute.sum(lengths.cast("int64").take(indices)).as_py() or 0)
+    return int(pyarrow.compute.sum(lengths.take(indices)).as_py() or 0)
 
 
 def _repeats(kind: pyarrow.DataType) -> bool:

@@ -28,9 +28,12 @@ def separator_line(line: str) -> str:
     return separator if name.lower() == "sep" and len(separator) == 1 else ""
 
 
-def columns_of(header: str) -> tuple[list[str], str]:
-    """The column names in lower case, and the separator that gives the most columns; a comma if none gives any."""
-    separator = max(SEPARATORS, key=lambda candidate: len(_cells(header, candidate)))
+def columns_of(header: str, declared: str = "") -> tuple[list[str], str]:
+    """The column names in lower case, and the separator that gives the most columns; a comma if none gives any.
+
+    declared  the separator of a `sep=` line above the header, if there is one
+    """
+    separator = max(declared or SEPARATORS, key=lambda candidate: len(_cells(header, candidate)))
     return [name.lower() for name in _cells(header, separator)], separator
 
 

@@ -92,8 +92,14 @@ def _listed(folder: Path, name: str, entry: dict[str, Any]) -> ListedFile:
         inside = path.resolve().is_relative_to(folder.resolve())
     except ValueError:  # a NUL or a lone surrogate, which no file name can contain
         inside = True
-    if not inside or not path.is_file():
-        what = "not in this folder" if not inside else "not there"
+    what = ""
+    if not inside:
+        what = "not in this folder"
+    elif any(part.startswith(".") for part in Path(entry["file_name"]).parts):
+        what = "hidden, and so not read"
+    elif not path.is_file():
+        what = "not there"
+    if what:
         raise BadData(f'{folder / FILE_NAME}: the file "{entry["file_name"]}" of "{name}" is {what}.')
     formatting = entry.get("formatting", "alpaca")
     if not isinstance(formatting, str) or formatting not in _FORMATS:

@@ -30,8 +30,12 @@ _NOT_READ = {
     b"\xd0\xcf\x11\xe0": "xls (or doc)",
     b"SQLite format 3": "SQLite",
     b"ustar": "tar",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"%PDF-": "PDF",
+    b"\x80\x04\x95": "pickle",
+    b"\x80\x05\x95": "pickle",
     GZIP: "gzip",  # inside another compressed file
-    ZSTD: "zstd",
+    **dict.fromkeys(ZSTD, "zstd"),
     _PARQUET_MAGIC: "Parquet",
     ARROW_MAGIC: "Arrow",
 }
@@ -55,8 +59,7 @@ def read_file(path: Path, name: str, advance: Callable[[int], None]) -> Iterator
     if head.startswith(_PARQUET_MAGIC) and not is_compressed:
         yield from read_parquet(path, name, advance)
         return
-    is_stream = ending == ".arrow" and head.startswith(_ARROW_STREAM)
-    if (is_stream or head.startswith(ARROW_MAGIC)) and not is_compressed:
+    if head.startswith((ARROW_MAGIC, _ARROW_STREAM)) and not is_compressed:
         yield from read_arrow(path, name, advance)
         return
     encoding = encoding_of(head)
@@ -98,8 +101,9 @@ def _reader_of(path: Path, ending: str, head: bytes) -> Callable[[BinaryIO, str]
         raise BadData(f"{path}: it does not start like a {ending} file. Download or write it again.")
     # Not JSON. It is a table if its header or the extension says so; else each line is refused as not JSON.
     first_line, _, rest = text.decode("utf-8", "replace").partition("\n")
-    header = rest.partition("\n")[0] if separator_line(first_line) else first_line
-    columns, separator = columns_of(header.strip())
+    declared = separator_line(first_line)
+    header = rest.partition("\n")[0] if declared else first_line
+    columns, separator = columns_of(header.strip(), declared)
     if ending in (".csv", ".tsv"):
         return _table_chunks
     if len(columns) < 2 or _COLUMNS.isdisjoint(columns):

@@ -20,7 +20,7 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever this version of the library uses
 
 from atomtune.data.reading.arrow_rows import BATCH_ROWS, checked, explained, in_bytes, read_batches
-from atomtune.data.reading.compression import ending_of
+from atomtune.data.reading.compression import ENDINGS, ending_of
 from atomtune.data.reading.raw import RawRecord, printable
 from atomtune.data.records import Refusal
 from atomtune.errors import BadData
@@ -29,6 +29,7 @@ from atomtune.hub_reach import OFFLINE_BY_CHOICE, endpoint_shown, stay_offline_i
 #: Extensions of data files, before .gz or .zst, for each kind of file.
 _KINDS = ((".jsonl", ".ndjson", ".json"), (".csv", ".tsv"), (".parquet",), (".arrow",))
 READ = tuple(chain.from_iterable(_KINDS))
+_NAMES_READ = tuple(ending + packed for ending in READ for packed in ("", *ENDINGS))
 #: JSON files of `datasets` that describe a data set and hold no records.
 _NO_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
@@ -84,10 +85,13 @@ def _rows(
 
 def all_files(folder: Path) -> list[Path]:
     """All files in a folder and its subfolders that are not hidden, sorted by path."""
+    return [path for path in _all_paths(folder) if path.is_file()]
+
+
+def _all_paths(folder: Path) -> list[Path]:
+    """What is in a folder and its subfolders and not hidden; links to folders are not followed."""
     return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
 
 
@@ -123,7 +127,8 @@ def _beside_train(splits: Iterable[str]) -> list[str]:
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
-    here = [path for path in all_files(folder) if ending_of(path) in READ and path.name not in _NO_DATA]
+    here = [path for path in all_files(folder) if _is_data_file(path)]
+    _refuse_unread_paths(folder, here)
     if not here:
         raise BadData(f"{folder}: a folder without data files ({', '.join(READ)}). Pass one with --dataset_path.")
     # Only the folder itself is resolved, as `datasets` does, not the links in it: a hub snapshot is a folder of links.
@@ -140,7 +145,43 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     left_out = [file for file in here if file not in split_of]
     if left_out:
         raise BadData(_left_out(folder, left_out, split_of))
+    # It reads train.jsonl.bak too, as its name has a known extension somewhere, and hidden files that a README names.
+    others = sorted(split_of.keys() - set(here))
+    if others:
+        raise BadData(
+            f"{folder}: {printable(others[0].name)} is hidden or ends in none of {', '.join(READ)}, .gz or .zst, but "
+            f"`datasets` would read it: {len(others):,} such files. Move them elsewhere, or pass the data files "
+            "themselves."
+        )
     return {split: [folder / file for file in files] for split, files in splits.items()}
+
+
+def _is_data_file(path: Path) -> bool:
+    return ending_of(path) in READ and path.name not in _NO_DATA
+
+
+def _refuse_unread_paths(folder: Path, here: Sequence[Path]) -> None:
+    """Raise BadData for records in the folder that `datasets` would not see.
+
+    here  the folder's data files
+    """
+    for path in here:
+        if not path.name.endswith(_NAMES_READ):
+            raise BadData(
+                f"{folder}: {printable(path.name)}: in a folder, only extensions in lower case are read. Rename it, or "
+                "pass the file itself."
+            )
+    root = folder.resolve()
+    for path in _all_paths(folder):
+        if not path.is_symlink():
+            continue
+        if not path.exists() and _is_data_file(path):
+            raise BadData(f"{path}: a link to a file that is not there. Restore the file, or remove the link.")
+        is_elsewhere = path.is_dir() and not path.resolve().is_relative_to(root)
+        if is_elsewhere and any(map(_is_data_file, path.rglob("*"))):
+            raise BadData(
+                f"{path}: a link to a folder, which is not followed. Pass that folder too, or remove the link."
+            )
 
 
 def _left_out(folder: Path, left_out: Sequence[Path], split_of: Mapping[Path, str]) -> str:

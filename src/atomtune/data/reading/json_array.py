@@ -130,5 +130,11 @@ def read_array(stream: BinaryIO, name: str) -> Iterator[RawRecord]:
             window.next_character()
     end = window.line()
     window.at += 1
-    if window.next_character():
+    after = window.next_character()
+    if after == "[":
+        raise BadData(
+            f"{name}:{window.line()}: a second JSON array; expected one array of records, or one record per line, such "
+            'as {"messages": […]}.'
+        )
+    if after:
         raise BadData(f"{name}:{end}: text after the end of the JSON array; expected nothing after its ].")

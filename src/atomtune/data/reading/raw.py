@@ -82,7 +82,7 @@ def is_deeper(value: object, levels: int) -> bool:
         if not inner:
             return False
         layer = inner
-    return any(isinstance(item, dict | list) and item for item in layer)
+    return any(isinstance(item, dict | list) for item in layer)
 
 
 #: Messages of Python's JSON parser → ours; some exist only from Python 3.13 on.
@@ -110,7 +110,7 @@ def json_reason(error: json.JSONDecodeError) -> str:
         return 'a typographic quote; JSON allows only "'
     if character and character in _FULL_WIDTH_MARKS:
         return "a full-width mark; JSON allows only , : { } [ ]"
-    if character == "'" or error.doc.lstrip().startswith(("{'", "[{'", "['")):
+    if character == "'":
         return "it is written as Python prints it, in single quotes; write it with json.dumps"
     return _JSON_REASONS.get(error.msg, error.msg)
 

@@ -61,7 +61,8 @@ def read_files(
     name     the name of the source in origins; default: that of distinct_names
     Raises BadData if the source is missing, empty, damaged, or not of a kind that is read here.
     """
-    name = printable(distinct_names([source])[0] if name is None else name)
+    if name is None:
+        name = distinct_names([source])[0]
     if _is_on_hub(source):
         yield DataFile(name, hub.read_hub(source, name=name))
         return
