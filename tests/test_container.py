@@ -13,7 +13,7 @@ def system(tmp_path, monkeypatch):
     """system(groups, files) lays /proc/self/cgroup and files of /sys/fs/cgroup elsewhere; 8 cores are visible."""
 
     def lay(groups: str, files: dict[str, str]) -> None:
-        (tmp_path / "cgroup").write_text(groups)
+        (tmp_path / "cgroup").write_text(groups, encoding="utf-8")
         for name, text in files.items():
             path = tmp_path / "sys" / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,12 +43,12 @@ def test_a_container_that_sees_its_own_group_as_the_root_has_its_limits(system):
 def test_the_tightest_limit_of_all_groups_around_a_process_applies(system):
     # SLURM: a job within a user's share of the machine; here the outer group is the tighter one for memory
     files = {
-        **memory_of_version_2("user/job/", limit=str(16 * GB), used=GB),
+        **memory_of_version_2("user/任务/", limit=str(16 * GB), used=GB),
         **memory_of_version_2("user/", limit=str(10 * GB), used=9 * GB),
-        "user/job/cpu.max": "400000 100000\n",
+        "user/任务/cpu.max": "400000 100000\n",
         "user/cpu.max": "max 100000\n",
     }
-    system("0::/user/job\n", files)
+    system("0::/user/任务\n", files)
     assert (memory_limit(), memory_left(), cores()) == (10 * GB, GB, 4)
 
 

@@ -104,6 +104,6 @@ def _whole(text: str) -> int | None:
 def _text(path: Path) -> str:
     """A file's text; "" if it is missing or may not be read."""
     try:
-        return path.read_text(encoding="ascii")
+        return os.fsdecode(path.read_bytes())  # a group's name may hold any bytes
     except OSError:
         return ""
