@@ -136,7 +136,7 @@ def test_the_suggested_smaller_batch_keeps_the_global_batch_size(batch, accumula
 
 
 def test_in_a_container_its_own_limit_counts_where_it_is_tighter(monkeypatch):
-    # Regression: in a container of 3 GB on a machine of 24, a run of 12 GB was said to fit.
+    # Regression: in a container of 2.5 GB on a machine of 24, a run of 12 GB was said to fit.
     of_machine = psutil.virtual_memory().total
     monkeypatch.setattr(container, "memory_limit", lambda: 2_000)
     monkeypatch.setattr(container, "memory_left", lambda: 1_000)
