@@ -149,9 +149,8 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     others = sorted(split_of.keys() - set(here))
     if others:
         raise BadData(
-            f"{folder}: {printable(others[0].name)} is hidden or ends in none of {', '.join(READ)}, .gz or .zst, but "
-            f"`datasets` would read it: {len(others):,} such files. Move them elsewhere, or pass the data files "
-            "themselves."
+            f"{folder}: `datasets` would also read {printable(others[0].name)}, which is hidden or does not end like a "
+            f"data file ({len(others):,} such files). Move them elsewhere, or pass the data files themselves."
         )
     return {split: [folder / file for file in files] for split, files in splits.items()}
 
