@@ -22,7 +22,7 @@ from atomtune.data.reading.sources import (
     distinct_names,
     fingerprint_of,
     joint_fingerprint,
-    note_on_splits,
+    notes_on,
     size_of,
     stamp_of,
 )
@@ -72,8 +72,7 @@ def examples_of(
         entry = write_entry(place, name, ledger, _refusing_change(parts, source, stamp))
     else:
         advance(size_of(source))
-    if note := note_on_splits(source, name):
-        notes = (*notes, note)
+    notes = (*notes, *notes_on(source, name))
     ledger = Ledger.from_json(json.loads((entry / LEDGER).read_text(encoding="utf-8")))
     if ledger.records_used == 0:
         empty = datasets.Dataset.from_dict({column: [] for column in FEATURES}, features=FEATURES)

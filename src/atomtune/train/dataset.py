@@ -15,7 +15,7 @@ from atomtune.data.cache import EncodedData, concatenate, examples_of
 from atomtune.data.encoded_source import Rules, records_of
 from atomtune.data.encoding.chat_template import Template
 from atomtune.data.ledger import Ledger, refuse_broken, refuse_unusable
-from atomtune.data.reading.sources import fingerprint_of, joint_fingerprint, note_on_splits, size_of
+from atomtune.data.reading.sources import fingerprint_of, joint_fingerprint, notes_on, size_of
 from atomtune.data.records import Record
 from atomtune.errors import BadData
 from atomtune.train.arguments import shuffling_seed
@@ -182,7 +182,7 @@ def _stream(run: RunContext, template: Template) -> tuple[Stream, str]:
         f"of {settings.shuffle_buffer:,}."
     )
     for source in settings.dataset_paths:
-        if note := note_on_splits(source, source_names(run.settings)[source]):
+        for note in notes_on(source, source_names(run.settings)[source]):
             run.console.notice(note)
     try:
         next(iter(stream))  # reports problems of the first records before the model is loaded

@@ -9,7 +9,7 @@ from atomtune.data.cache import examples_of
 from atomtune.data.encoded_source import Rules, records_of
 from atomtune.data.encoding.choose_template import load_template
 from atomtune.data.reading.dataset_info import ListedFile, listed_files
-from atomtune.data.reading.sources import size_of
+from atomtune.data.reading.sources import notes_on, size_of
 from atomtune.data.records import Record
 from atomtune.errors import BadData
 from tests.tiny import CHATML, tokenizer_of
@@ -19,7 +19,7 @@ RULES = Rules(max_tokens=1000)
 
 def folder_of(tmp_path: Path, info: object, **files: object) -> Path:
     folder = tmp_path / "data"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     for name, values in files.items():
         (folder / f"{name}.json").write_text(json.dumps(values), encoding="utf-8")
@@ -127,6 +127,18 @@ def test_an_invalid_entry_is_refused_with_the_reason(tmp_path, entry, why):
 @pytest.mark.parametrize("info", [{}, [], 3, {"features": {"a": {"dtype": "string"}}, "citation": ""}, {"zh": {}}])
 def test_a_dataset_info_written_by_the_datasets_library_is_ignored(tmp_path, info):
     assert listed_files(folder_of(tmp_path, info, x=ALPACA)) is None
+
+
+def test_what_is_not_listed_and_entries_without_a_file_are_noted(tmp_path):
+    info = {"mine": {"file_name": "mine.json"}, "far": {"hf_hub_url": "owner/far"}, "odd": {"file_name": ["a.json"]}}
+    folder = folder_of(tmp_path, info, mine=ALPACA, forgotten=ALPACA)
+    (folder / "notes.txt").write_text("not records")
+    assert notes_on(folder, "data") == [
+        "data: data files that dataset_info.json does not list are not read: 1, first forgotten.json.",
+        "data: entries of dataset_info.json that name no file here, such as data sets on a hub, are not read: 2, first "
+        "far. Pass the hub's name of such a data set with --dataset_path.",
+    ]
+    assert notes_on(folder_of(tmp_path / "all", {"mine": {"file_name": "mine.json"}}, mine=ALPACA), "data") == []
 
 
 def test_a_dataset_info_that_is_not_json_is_reported(tmp_path):

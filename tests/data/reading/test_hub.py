@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from atomtune.data.reading import hub
 from atomtune.data.reading.hub import is_hub_name
 from atomtune.data.reading.raw import RawRecord
-from atomtune.data.reading.sources import fingerprint_of, note_on_splits, size_of
+from atomtune.data.reading.sources import fingerprint_of, notes_on, size_of
 from atomtune.errors import BadData
 from tests.reading import read_values
 
@@ -216,10 +216,10 @@ def test_splits_that_are_not_read_are_named(tmp_path: Path, monkeypatch):
         SAVED.to_parquet(files / f"{split}.parquet")
     datasets.DatasetDict(train=SAVED, test=HELD_OUT, validation=HELD_OUT).save_to_disk(saved)
     note = "mine: only its split train is read, not test, validation."
-    assert note_on_splits(files, "mine") == note_on_splits(saved, "mine") == note
+    assert notes_on(files, "mine") == notes_on(saved, "mine") == [note]
     monkeypatch.setattr(hub, "is_hub_name", lambda source: source == "owner/files")
     monkeypatch.chdir(tmp_path)
-    assert note_on_splits("owner/files", "mine") == note
+    assert notes_on("owner/files", "mine") == [note]
     assert list(read_values("owner/files")) == numbered("owner/files")
 
 
@@ -228,7 +228,20 @@ def test_a_data_set_without_other_splits_has_no_note(tmp_path: Path):
     datasets.DatasetDict(test=HELD_OUT).save_to_disk(tmp_path / "dict")
     SAVED.save_to_disk(tmp_path / "saved")
     for name in ("one", "one/test.parquet", "dict", "saved"):
-        assert note_on_splits(tmp_path / name, "mine") == ""
+        assert notes_on(tmp_path / name, "mine") == []
+
+
+def test_files_of_a_folder_that_hold_no_records_read_here_are_noted(tmp_path: Path):
+    SAVED.to_json(tmp_path / "train.jsonl")
+    for name in ("README.md", "LICENSE", "dataset_infos.json", ".gitattributes"):
+        (tmp_path / name).write_text("{}")
+    assert notes_on(tmp_path, "mine") == []
+    (tmp_path / "pictures").mkdir()
+    for name in ("more.feather", "pictures/a.png"):
+        (tmp_path / name).write_text("")
+    assert notes_on(tmp_path, "mine") == [
+        "mine: files that do not end like a data file are not read: 2, first more.feather."
+    ]
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path):

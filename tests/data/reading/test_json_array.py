@@ -72,6 +72,7 @@ def test_values_on_the_same_line_are_named_by_their_number():
         (b'[\n{"a": 1},\n"\xe4\xbd', 3, "not UTF-8 at byte 14"),
         (b'[\n"\xe4\xbd\xa0",\n"\xc4\xe3\xba\xc3",\n"\xe4\xbd\xa0"]', 3, "not UTF-8 at byte 11; it may be GBK"),
         (b'[\n{"a": NaN}]', 2, "NaN is not a JSON value"),
+        (b'[\n{"a": -1e999}]', 2, "-1e999 is beyond the numbers that can be read"),
         (b"[\n1]\n\n{}", 2, "text after the end"),
         (b"[1]\n\n[2]", 3, "a second JSON array; expected one array of records"),
     ],

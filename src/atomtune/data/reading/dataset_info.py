@@ -55,19 +55,27 @@ class ListedFile:
 def listed_files(folder: Path) -> list[ListedFile] | None:
     """The files that the folder's dataset_info.json lists, in its order; None if the folder has none.
 
-    Entries for data sets on a hub list no file and are skipped: nothing is downloaded unless the user asks for it.
+    Entries for data sets on a hub list no file and are skipped (`unread_entries`): nothing is downloaded unless the
+    user asks for it.
     Raises BadData if dataset_info.json cannot be read or a listed file is not there.
     """
     entries = _entries(folder / FILE_NAME)
     if entries is None:
         return None
-    files = []
-    for name, entry in entries.items():
-        if isinstance(entry.get("file_name"), str):
-            files.append(_listed(folder, name, entry))
+    files = [_listed(folder, name, entry) for name, entry in entries.items() if _names_file(entry)]
     if not files:
         raise BadData(f"{folder / FILE_NAME}: it names no file in this folder. Pass the data files themselves.")
     return files
+
+
+def unread_entries(folder: Path) -> list[str]:
+    """The entries of the folder's dataset_info.json that name no file in it, such as data sets on a hub."""
+    entries = _entries(folder / FILE_NAME) or {}
+    return [name for name, entry in entries.items() if not _names_file(entry)]
+
+
+def _names_file(entry: Mapping[str, Any]) -> bool:
+    return isinstance(entry.get("file_name"), str)
 
 
 def _entries(path: Path) -> dict[str, dict[str, Any]] | None:

@@ -32,6 +32,8 @@ READ = tuple(chain.from_iterable(_KINDS))
 _NAMES_READ = tuple(ending + packed for ending in READ for packed in ("", *ENDINGS))
 #: JSON files of `datasets` that describe a data set and hold no records.
 _NO_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+#: Beginnings of the names of files that describe a data set, in any case.
+_ABOUT_DATA = ("readme", "license", "licence")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -114,6 +116,15 @@ def unread_splits(folder: Path) -> list[str]:
     return _beside_train(splits)
 
 
+def other_files(folder: Path) -> list[Path]:
+    """What is in a folder of data files and is neither one of them nor describes the data set."""
+    return [
+        path
+        for path in all_files(folder)
+        if not is_data_file(path) and path.name not in _NO_DATA and not path.name.lower().startswith(_ABOUT_DATA)
+    ]
+
+
 def unread_splits_on_hub(name: str) -> list[str]:
     return _beside_train(_fetched(name).info.splits or {})
 
@@ -127,8 +138,9 @@ def _beside_train(splits: Iterable[str]) -> list[str]:
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
-    here = [path for path in all_files(folder) if _is_data_file(path)]
-    _refuse_unread_paths(folder, here)
+    paths = _all_paths(folder)
+    here = [path for path in paths if is_data_file(path) and path.is_file()]
+    _refuse_unread_paths(folder, paths, here)
     if not here:
         raise BadData(f"{folder}: a folder without data files ({', '.join(READ)}). Pass one with --dataset_path.")
     # Only the folder itself is resolved, as `datasets` does, not the links in it: a hub snapshot is a folder of links.
@@ -155,14 +167,16 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     return {split: [folder / file for file in files] for split, files in splits.items()}
 
 
-def _is_data_file(path: Path) -> bool:
+def is_data_file(path: Path) -> bool:
+    """Whether a file in a folder holds records, judged by its name."""
     return ending_of(path) in READ and path.name not in _NO_DATA
 
 
-def _refuse_unread_paths(folder: Path, here: Sequence[Path]) -> None:
+def _refuse_unread_paths(folder: Path, paths: Sequence[Path], here: Sequence[Path]) -> None:
     """Raise BadData for records in the folder that `datasets` would not see.
 
-    here  the folder's data files
+    paths  what is in the folder
+    here   its data files
     """
     for path in here:
         if not path.name.endswith(_NAMES_READ):
@@ -171,13 +185,13 @@ def _refuse_unread_paths(folder: Path, here: Sequence[Path]) -> None:
                 "pass the file itself."
             )
     root = folder.resolve()
-    for path in _all_paths(folder):
+    for path in paths:
         if not path.is_symlink():
             continue
-        if not path.exists() and _is_data_file(path):
+        if not path.exists() and is_data_file(path):
             raise BadData(f"{path}: a link to a file that is not there. Restore the file, or remove the link.")
         is_elsewhere = path.is_dir() and not path.resolve().is_relative_to(root)
-        if is_elsewhere and any(map(_is_data_file, path.rglob("*"))):
+        if is_elsewhere and any(map(is_data_file, path.rglob("*"))):
             raise BadData(
                 f"{path}: a link to a folder, which is not followed. Pass that folder too, or remove the link."
             )

@@ -4,6 +4,7 @@ Worker processes load this module, so it imports nothing heavy.
 """
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -47,6 +48,14 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON value")
 
 
+def _finite(text: str) -> float:
+    """Raise ValueError for a number that Python's floats do not reach; json makes it infinity, which JSON cannot hold."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:100]} is beyond the numbers that can be read")
+    return number
+
+
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object. Raises ValueError for a repeated key, of which json silently keeps the last value."""
     value = dict(pairs)
@@ -57,7 +66,9 @@ def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_object_without_repeats, parse_constant=_refuse_constant)
+DECODER = json.JSONDecoder(
+    object_pairs_hook=_object_without_repeats, parse_constant=_refuse_constant, parse_float=_finite
+)
 
 
 def refuse_deep(value: Any, brackets: int) -> None:

@@ -14,7 +14,7 @@ from typing import TypeGuard
 from atomtune.choices import FormatName
 from atomtune.data.reading import hub
 from atomtune.data.reading.compression import open_raw
-from atomtune.data.reading.dataset_info import FILE_NAME, ListedFile, listed_files
+from atomtune.data.reading.dataset_info import FILE_NAME, ListedFile, listed_files, unread_entries
 from atomtune.data.reading.file_kinds import read_file
 from atomtune.data.reading.raw import Chunk, printable
 from atomtune.errors import BadData
@@ -119,18 +119,49 @@ def _files_in(folder: Path) -> list[ListedFile]:
     return [ListedFile(file) for file in hub.files_of(folder)]
 
 
-def note_on_splits(source: Path | str, name: str) -> str:
-    """A note for the user if a data set has more splits than the one that is read, else "".
+def notes_on(source: Path | str, name: str) -> list[str]:
+    """Notes for the user on what a source holds and is not read: splits beside train, and files of a folder.
 
     name  of the source in origins
     Raises BadData like `read_files`.
     """
     if _is_on_hub(source):
-        unread = hub.unread_splits_on_hub(source)
-    else:
-        path = _existing(source)
-        unread = hub.unread_splits(path) if path.is_dir() and listed_files(path) is None else []
-    return f"{name}: only its split train is read, not {', '.join(unread)}." if unread else ""
+        return _notes_on_splits(hub.unread_splits_on_hub(source), name)
+    path = _existing(source)
+    if not path.is_dir():
+        return []
+    listed = listed_files(path)
+    if listed is not None:
+        return _notes_on_unlisted(path, listed, name)
+    notes = _notes_on_splits(hub.unread_splits(path), name)
+    others = [] if hub.is_saved(path) else hub.other_files(path)
+    if others:
+        first = printable(others[0].relative_to(path).as_posix())
+        notes.append(f"{name}: files that do not end like a data file are not read: {len(others):,}, first {first}.")
+    return notes
+
+
+def _notes_on_splits(unread: Sequence[str], name: str) -> list[str]:
+    return [f"{name}: only its split train is read, not {', '.join(unread)}."] if unread else []
+
+
+def _notes_on_unlisted(folder: Path, listed: Sequence[ListedFile], name: str) -> list[str]:
+    """Notes on data files that the folder's dataset_info.json does not list, and on its entries that name no file."""
+    notes = []
+    read = {file.path.resolve() for file in listed}
+    unlisted = [path for path in hub.all_files(folder) if hub.is_data_file(path) and path.resolve() not in read]
+    if unlisted:
+        first = printable(unlisted[0].relative_to(folder).as_posix())
+        notes.append(
+            f"{name}: data files that {FILE_NAME} does not list are not read: {len(unlisted):,}, first {first}."
+        )
+    if entries := unread_entries(folder):
+        first = printable(entries[0])
+        notes.append(
+            f"{name}: entries of {FILE_NAME} that name no file here, such as data sets on a hub, are not read: "
+            f"{len(entries):,}, first {first}. Pass the hub's name of such a data set with --dataset_path."
+        )
+    return notes
 
 
 def size_of(source: Path | str) -> int:
