@@ -49,7 +49,7 @@ def _refuse_constant(name: str) -> float:
 
 
 def _finite(text: str) -> float:
-    """Raise ValueError for a number that Python's floats do not reach; json makes it infinity, which JSON cannot hold."""
+    """Raise ValueError for a number beyond those of Python; json makes it infinity, which JSON cannot hold."""
     number = float(text)
     if math.isinf(number):
         raise ValueError(f"{text[:100]} is beyond the numbers that can be read")
