@@ -21,6 +21,7 @@ from atomtune.model.memory import (
     input_bytes,
     is_out_of_memory,
     machine_bytes,
+    mapped_bytes,
     peak_bytes,
     remedies,
 )
@@ -158,7 +159,7 @@ def test_unknown_system_memory_counts_as_no_free_memory(models, monkeypatch, err
     monkeypatch.setattr(psutil, "Process", refuse)
     monkeypatch.setattr(container, "memory_left", lambda: None)
     monkeypatch.setattr(container, "memory_limit", lambda: None)
-    assert machine_bytes() is free_bytes(CPU) is held_bytes() is None
+    assert machine_bytes() is free_bytes(CPU) is held_bytes() is None and mapped_bytes() == 0
     tiny = memory(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2), 1_000)
     assert not tiny.fits and "does not say how much memory is free" in str(tiny)
     assert tiny.layers_to_recompute == tiny.layers == 2

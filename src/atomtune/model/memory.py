@@ -123,6 +123,11 @@ def held_bytes() -> int | None:
     return _or_none(lambda: psutil.Process().memory_info().rss)
 
 
+def mapped_bytes() -> int:
+    """The part of them that is mapped files, such as libraries, which `free_bytes` counts as free; 0 if unknown."""
+    return _or_none(lambda: getattr(psutil.Process().memory_info(), "shared", 0)) or 0  # only Linux tells them apart
+
+
 def _tighter(of_machine: int | None, of_container: int | None) -> int | None:
     return min((size for size in (of_machine, of_container) if size is not None), default=None)
 

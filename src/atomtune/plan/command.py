@@ -29,6 +29,7 @@ from atomtune.model.memory import (
     held_bytes,
     input_bytes,
     layers_to_recompute,
+    mapped_bytes,
     ways_to_save,
 )
 from atomtune.plan.epoch import Epoch, encoded, epoch_of
@@ -305,7 +306,7 @@ class _Here:
         free, libraries = free_bytes(device), 0
         if device.type == "cpu":
             libraries = held_bytes() or 0
-            free = None if free is None else free + libraries
+            free = None if free is None else free + libraries - mapped_bytes()
         return cls(device=device, dtype=dtype, free=free, libraries=libraries)
 
     def memory(self, settings: TrainSettings, size: ModelSize, run: RunSize) -> StepMemory:
