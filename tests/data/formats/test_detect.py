@@ -265,6 +265,12 @@ def test_a_misspelt_key_gets_a_suggestion():
     assert "--keys mesages=messages" in told([{"mesages": []}])
 
 
+def test_a_system_prompt_under_another_name_is_part_of_the_suggestion():
+    said = told([{"id": "1", "system_prompt": "Be kind.", "question": "x", "response": "y"}])  # OpenOrca
+    assert "--keys question=instruction,response=output,system_prompt=system." in said
+    assert "--keys dialog=conversations,system_message=system." in told([{"system_message": "x", "dialog": TURNS}])
+
+
 def test_the_columns_of_a_customer_service_get_a_suggestion():
     said = told([{"编号": "1", "用户": "在吗？", "客服": "在的。"}])
     assert shell_words(said.rpartition("pass --keys ")[2].removesuffix(".")) == ["用户=instruction,客服=output"]

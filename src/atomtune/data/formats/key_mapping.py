@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from shlex import quote
 from typing import Any
 
@@ -29,7 +29,16 @@ _SYNONYMS = {
     "instruction": (*_QUESTIONS, *_QUESTIONS_TOO),
     "prompt": (*_QUESTIONS, *_QUESTIONS_TOO),
     "input": ("context",),
+    "system": ("system_prompt", "system_message"),
     "reasoning_content": ("complex_cot", "cot", "thoughts", "thought", "think", "思考"),
+}
+#: Keys beside those of SIGNS that are suggested too, because the format would leave their content out.
+_OPTIONAL: dict[FormatName, tuple[str, ...]] = {
+    "alpaca": ("input", "system", "reasoning_content"),
+    "prompt": ("system", "reasoning_content"),
+    "sharegpt": ("system",),
+    "messages": ("system",),
+    "text": (),
 }
 #: Keys of SIGNS whose value is a list.
 _LISTS = ("conversations", "messages")
@@ -107,13 +116,8 @@ def _keys_flag(nearest: FormatName, missing: Sequence[str], likely: Mapping[str,
     likely   our key → the file's key that probably means it
     """
     renamed = [(likely.get(sign, "YOURS"), sign) for sign in missing]
-    optional: tuple[str, ...] = ()  # their content would be lost if they are not mapped too
-    if nearest == "alpaca":
-        optional = ("input", "reasoning_content")
-    elif nearest == "prompt":
-        optional = ("reasoning_content",)
     taken = [theirs for theirs, _ in renamed]
-    renamed += [(likely[key], key) for key in optional if key in likely and likely[key] not in taken]
+    renamed += [(likely[key], key) for key in _OPTIONAL[nearest] if key in likely and likely[key] not in taken]
     return quote(",".join(f"{printable(theirs)}={ours}" for theirs, ours in renamed))
 
 
@@ -139,7 +143,7 @@ def _likely_keys(records: Sequence[Json], our_keys: Mapping[str, None]) -> dict[
     texts = _keys_of_values(records, str)
     lists = _keys_of_values(records, list)
     likely: dict[str, str] = {}
-    for sign in [*dict.fromkeys(sign for signs in SIGNS.values() for sign in signs), "input", "reasoning_content"]:
+    for sign in dict.fromkeys(chain(*SIGNS.values(), *_OPTIONAL.values())):
         their_keys = lists if sign in _LISTS else texts
         likely_key = None if sign in our_keys else _likely_key(sign, their_keys)
         if likely_key is not None:
