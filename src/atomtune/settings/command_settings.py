@@ -27,7 +27,13 @@ from atomtune.settings.declare import (
     seed_setting,
     setting,
 )
-from atomtune.settings.run_settings import LoraSettings, ModelSettings, RecordSettings, TokenizerSettings
+from atomtune.settings.run_settings import (
+    LoraSettings,
+    ModelSettings,
+    RecordSettings,
+    StoredBaseSettings,
+    TokenizerSettings,
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -215,7 +221,7 @@ class EvaluateSettings(TrainedModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class CertifySettings(ModelSettings):
+class CertifySettings(StoredBaseSettings):
     """Certify"""
 
     adapter_path: str = setting(..., "the trained adapter: a run's output folder or a checkpoint", value="FOLDER")
@@ -231,7 +237,7 @@ class CertifySettings(ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ServeSettings(ModelSettings):
+class ServeSettings(StoredBaseSettings):
     """Serve"""
 
     adapter_path: list[str] = setting(
