@@ -138,7 +138,7 @@ class DataSettings(RecordSettings):
     """Data"""
 
     eval_path: str | None = setting(
-        None, "records to evaluate on, in the same format as those to train on", value="FILE"
+        None, "records to evaluate on; --format, --keys and --roles hold for them too", value="FILE"
     )
     eval_size: float | None = setting(
         None,
