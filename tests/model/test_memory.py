@@ -135,6 +135,7 @@ def test_which_remedies_a_resume_takes_only_anyway_is_said():
     suggested = set(re.findall(r"--(\w+)", "".join(ways_to_save(shape()))))
     assert suggested - kept == {"gradient_checkpointing"}
     assert "all but --gradient_checkpointing also need --resume_anyway" in remedies(shape())
+    assert "--resume --resume_anyway" in remedies(shape(checkpointing=True))
 
 
 @pytest.mark.parametrize(
