@@ -263,6 +263,9 @@ class ServeSettings(StoredBaseSettings):
     )
     context: int = setting(0, "longest conversation, in tokens; 0: as the engine chooses", at_least=0, unit="tokens")
     no_certify: bool = setting(False, "do not check first that the engine serves the tuned model")
+    device_map: str | None = setting(
+        None, "auto: the check before serving spreads the base over all devices", value="auto", rare=True
+    )
     prompts: int = setting(10, "how many prompts are sent to check it", at_least=1, rare=True, unit="prompts")
     other_base: bool = other_base_setting(rare=True)
 
