@@ -84,6 +84,11 @@ def test_the_system_text_and_history_come_before_the_question():
     ]
 
 
+def test_a_text_under_the_key_of_a_variable_is_refused_with_what_to_do():
+    said = reason({"instruction": "Hi", "output": "Hello", "documents": "Two letters."})
+    assert "documents is not JSON" in said and "rename it" in said
+
+
 @pytest.mark.parametrize("history", ["text", [["only a question"]], [["a", 1]], {"a": "b"}])
 def test_a_history_that_is_not_pairs_of_texts_is_refused(history):
     assert "history" in reason({"instruction": "x", "output": "y", "history": history})
