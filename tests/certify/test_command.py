@@ -242,6 +242,13 @@ def test_certifying_an_nf4_run_on_unquantized_weights_is_reported(trained_in_nf4
     assert "trained on the base in nf4, but is certified on its weights as they are stored" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["certify", "serve"])
+def test_a_base_that_engines_load_as_stored_is_not_quantized(name, adapter, capsys):
+    # `certify --quantize nf4` compared a base in 4 bits with an engine's, and `serve` did nothing with it.
+    assert main([name, "--adapter_path", str(adapter), "--quantize", "nf4"]) == 2
+    assert "--quantize: unknown" in told(capsys)
+
+
 def test_certificates_of_other_engines_stay(adapter):
     file = adapter / "certificate.json"
     file.write_text(json.dumps([{"engine": "vllm", "holds": True}, {"engine": "in-process", "holds": False}]))

@@ -94,6 +94,7 @@ def test_records_that_are_not_evaluated_are_named_on_the_terminal_and_in_all_rep
     for page in (capsys.readouterr().out, *pages):
         text = " ".join(page.split())
         assert "39 records read (alpaca), 8 used, 31 refused, 0 shortened; 0 prompt tokens cut." in text
+        assert "of these 8 records, 3 are evaluated, chosen at random (--records)." in text
         assert "not evaluated: data.jsonl:9 " in text and "data.jsonl:10 not JSON" in text and "and 27 more." in text
 
 
@@ -107,6 +108,7 @@ def test_shortened_records_are_named_with_the_tokens_that_are_cut(by_heart, tmp_
     said = " ".join(capsys.readouterr().out.split())
     assert f"0 refused, 1 shortened; {found['prompt_tokens_cut']} prompt tokens cut." in said
     assert "shortened to fit --max_seq_length 64: data.jsonl:3." in said
+    assert "chosen at random" not in said, "all are evaluated"
 
 
 def test_an_adapter_of_another_tool_is_evaluated_up_to_the_positions_of_its_base(by_heart, tmp_path, capsys):

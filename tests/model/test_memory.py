@@ -1,5 +1,7 @@
 """Memory: when activations are recomputed, and the messages after memory ran out."""
 
+import re
+
 import psutil
 import pytest
 import torch
@@ -24,7 +26,9 @@ from atomtune.model.memory import (
     mapped_bytes,
     peak_bytes,
     remedies,
+    ways_to_save,
 )
+from atomtune.train.run_identity import OURS, TRAINER_SETTINGS
 
 CPU = torch.device("cpu")
 ATOM_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
@@ -123,6 +127,15 @@ def test_settings_already_in_use_are_not_suggested_as_remedies():
     assert "--gradient_checkpointing" not in said
     assert "--quantize" not in said
     assert "--per_device_train_batch_size" not in said
+
+
+def test_which_remedies_a_resume_takes_only_anyway_is_said():
+    # A resume compares the settings that change what a step computes (train/run_identity.py), and was refused.
+    kept = {*TRAINER_SETTINGS, *OURS["model"], *OURS["data"], *OURS["lora"]}
+    suggested = set(re.findall(r"--(\w+)", "".join(ways_to_save(shape()))))
+    assert suggested - kept == {"gradient_checkpointing"}
+    assert "all but --gradient_checkpointing also need --resume_anyway" in remedies(shape())
+    assert "--resume --resume_anyway" in remedies(shape(checkpointing=True))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ from atomtune.engines.server_process import free_port
 from atomtune.errors import BadSettings
 from atomtune.model.adapter_folder import short_names
 from atomtune.model.generate import prompt_ids
-from atomtune.serve.command import service_of
-from atomtune.settings.command_settings import ServeSettings
+from atomtune.serve.command import _certify_settings, service_of
+from atomtune.settings.command_settings import CertifySettings, ServeSettings
 from tests.adapters import base_apart
 from tests.engines.test_server_process import gone
 
@@ -35,6 +36,18 @@ openai = pytest.importorskip("openai", reason="needs the extra serve")
 def adapter(by_heart, tmp_path) -> Path:
     """A copy, because a certificate is written into the served folder."""
     return Path(shutil.copytree(by_heart, tmp_path / "adapter"))
+
+
+def test_serve_certifies_with_each_setting_that_certify_has_too():
+    # --device_map was not handed on.
+    values = {
+        **{"served": "m.gguf", "model_path": "base", "dtype": "float32", "device_map": "auto", "prompts": 3},
+        **{"other_base": True, "trust_remote_code": True},
+    }
+    shared = {field.name for field in fields(CertifySettings)} & {field.name for field in fields(ServeSettings)}
+    assert values.keys() == shared - {"adapter_path", "engine"}, "a new setting is in this test too"
+    certified = _certify_settings(Path("a"), ServeSettings(adapter_path=["a"], **values))
+    assert {name: getattr(certified, name) for name in values} == values
 
 
 class Served:

@@ -50,7 +50,7 @@ from atomtune.model.load import (
 )
 from atomtune.model.memory import free_memory
 from atomtune.settings.command_settings import CertifySettings, base_of_adapter
-from atomtune.settings.run_settings import ModelSettings
+from atomtune.settings.run_settings import StoredBaseSettings
 from atomtune.settings.spelled import base_words
 
 #: How many records are read at most to choose prompts from.
@@ -103,7 +103,7 @@ def certify(settings: CertifySettings) -> int:
 
 def _command_that_serves(settings: CertifySettings, engine: str) -> str:
     """`atomtune serve` for what was certified, with the same engine."""
-    words = ["serve", "--adapter_path", settings.adapter_path, *base_words(settings, ModelSettings)]
+    words = ["serve", "--adapter_path", settings.adapter_path, *base_words(settings, StoredBaseSettings)]
     if settings.served:
         words += ["--served", settings.served]
     if engine != "in-process":  # `serve` cannot start it
@@ -170,7 +170,7 @@ def trained_side(settings: CertifySettings, console: Console) -> TrainedSide:
     if all(prompt.origin == OUR_OWN for prompt in prompts):
         console.notice("none of the prompts is from the training's records; all are atomtune's own.")
     on_device = {**settings.base(), "path": base_path}
-    spec = base_spec([metadata], **on_device, dtype=settings.dtype, notice=console.notice)
+    spec = base_spec([metadata], **on_device, dtype=settings.dtype, quantize=None, notice=console.notice)
     dtype = spec.dtype
     console.say(f"{len(prompts)} prompts ({_kinds(prompts)}), answered by {adapter} in {dtype_name(dtype)} …")
     was_at_hand = is_at_hand(base_path)
@@ -206,7 +206,7 @@ def _base_as_served(spec: BaseSpec, settings: CertifySettings, metadata: Adapter
     """
     merged = _merged(settings, metadata)
     merged_in = merged.quantize if merged else None
-    if metadata.quantize and metadata.quantize not in (merged_in, settings.quantize):
+    if metadata.quantize and metadata.quantize != merged_in:
         console.notice(
             f"the adapter was trained on the base in {metadata.quantize}, but is certified on its weights as they are "
             "stored, which is what engines load: not quite the model that was trained. `atomtune merge` writes the "

@@ -17,10 +17,11 @@ _BY_A_TEMPLATE = (RefusalKind.TEMPLATE, RefusalKind.TOO_LONG)
 class Account:
     """The records that were to be evaluated = used + refused.
 
-    used      every model's template can write them; --records chooses among them
+    used      every model's template can write them
     cut       origin of a record with shortened prompts → how many of their tokens are left out
     notices   what a user may not expect, with the number of records that it applies to
     held_out  whether they are those that a run held out, not all of the files
+    chosen    how many of those used --records chose to evaluate; None: all
     """
 
     used: int
@@ -30,6 +31,7 @@ class Account:
     format: str
     max_tokens: int
     held_out: bool
+    chosen: int | None = None
 
     @property
     def prompt_tokens_cut(self) -> int:
@@ -47,7 +49,9 @@ class Account:
         return f"{read:,} records read ({self.format}), {counts}."
 
     def notes(self) -> Iterator[str]:
-        """What is not as in the files: refused records with their places and reasons, shortened ones, notices."""
+        """What is not as in the files: records left out by chance, refused or shortened, with places and reasons."""
+        if self.chosen is not None:
+            yield f"of these {self.used:,} records, {self.chosen:,} are evaluated, chosen at random (--records)."
         if self.refused:
             yield f"not evaluated:\n{listed_refusals(self.refused)}"
         if self.cut:

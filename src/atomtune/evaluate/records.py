@@ -90,6 +90,8 @@ def read_for_models(settings: EvaluateSettings, candidates: Candidates, to_read:
     )
     _refuse_none(account, to_read.sources)
     keys = _chosen(common, settings)
+    if len(keys) < len(common):
+        account = replace(account, chosen=len(keys))
     by_template = {template_key: [records[key] for key in keys] for template_key, records in read.records.items()}
     longest = 0
     for records in by_template.values():

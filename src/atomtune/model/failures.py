@@ -23,8 +23,8 @@ def of_the_model(error: BaseException) -> AtomtuneError | None:
     """The same for an error while a model computes."""
     if is_out_of_memory(error):
         return RunFailed(
-            "Out of memory. What helps, in order: --quantize nf4 (a quarter of the memory), --dtype bfloat16, "
-            "--device_map auto, shorter texts, a smaller model."
+            "Out of memory. What helps, in order, where the command has the flag: --quantize nf4 (a quarter of the "
+            "memory), --dtype bfloat16, --device_map auto; else shorter texts, a smaller model."
         )
     if package := package_that_raised(error):
         return BadModel(

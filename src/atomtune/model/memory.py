@@ -254,8 +254,14 @@ def remedies(shape: StepShape) -> str:
         f"Out of memory. The run's peak before that was {decimal(shape.peak)} at batch {shape.batch}, longest "
         f"example {shape.longest_tokens} tokens. What to change, the least costly first:",
         *ways_to_save(shape),
-        "Then continue with --resume.",
     ]
+    if shape.checkpointing:
+        lines.append("Then continue with --resume --resume_anyway; other layers or another base need a new run.")
+    else:
+        lines.append(
+            "Then continue with --resume; all but --gradient_checkpointing also need --resume_anyway, and other layers "
+            "or another base a new run."
+        )
     return "\n".join(lines)
 
 

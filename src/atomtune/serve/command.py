@@ -253,6 +253,7 @@ def _certify_settings(adapter: Path, settings: ServeSettings) -> CertifySettings
         served=settings.served,
         model_path=settings.model_path,
         dtype=settings.dtype,
+        device_map=settings.device_map,
         prompts=settings.prompts,
         other_base=settings.other_base,
         trust_remote_code=settings.trust_remote_code,

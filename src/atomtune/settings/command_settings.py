@@ -27,7 +27,13 @@ from atomtune.settings.declare import (
     seed_setting,
     setting,
 )
-from atomtune.settings.run_settings import LoraSettings, ModelSettings, RecordSettings, TokenizerSettings
+from atomtune.settings.run_settings import (
+    LoraSettings,
+    ModelSettings,
+    RecordSettings,
+    StoredBaseSettings,
+    TokenizerSettings,
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -215,7 +221,7 @@ class EvaluateSettings(TrainedModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class CertifySettings(ModelSettings):
+class CertifySettings(StoredBaseSettings):
     """Certify"""
 
     adapter_path: str = setting(..., "the trained adapter: a run's output folder or a checkpoint", value="FOLDER")
@@ -231,7 +237,7 @@ class CertifySettings(ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ServeSettings(ModelSettings):
+class ServeSettings(StoredBaseSettings):
     """Serve"""
 
     adapter_path: list[str] = setting(
@@ -257,6 +263,9 @@ class ServeSettings(ModelSettings):
     )
     context: int = setting(0, "longest conversation, in tokens; 0: as the engine chooses", at_least=0, unit="tokens")
     no_certify: bool = setting(False, "do not check first that the engine serves the tuned model")
+    device_map: str | None = setting(
+        None, "auto: the check before serving spreads the base over all devices", value="auto", rare=True
+    )
     prompts: int = setting(10, "how many prompts are sent to check it", at_least=1, rare=True, unit="prompts")
     other_base: bool = other_base_setting(rare=True)
 

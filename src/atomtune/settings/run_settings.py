@@ -138,7 +138,7 @@ class DataSettings(RecordSettings):
     """Data"""
 
     eval_path: str | None = setting(
-        None, "records to evaluate on, in the same format as those to train on", value="FILE"
+        None, "records to evaluate on; --format, --keys and --roles hold for them too", value="FILE"
     )
     eval_size: float | None = setting(
         None,
@@ -172,28 +172,39 @@ class TokenizerSettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ModelSettings(TokenizerSettings):
+class StoredBaseSettings(TokenizerSettings):
     """Model"""
+
+    # The base as it is stored, which is what engines load.
 
     dtype: Dtype = setting(
         "auto",
         "number format of the base model's weights; auto: bfloat16 if the device is fast with it, else float32",
-    )
-    quantize: Quantize | None = setting(
-        None, "keep the base model in 4 bits (nf4) or 8 bits (int8) to save memory; needs atomtune[qlora]"
     )
     device_map: str | None = setting(
         None, "auto spreads a model that is too large for one device over all devices", value="auto", rare=True
     )
 
     def base(self) -> dict[str, Any]:
-        """Arguments of model.load.BaseSpec, besides dtype and device."""
+        """Arguments of model.load.BaseSpec, besides dtype, device and quantize."""
         return {
             "path": str(self.model_path),
             "device_map": self.device_map,
-            "quantize": self.quantize,
             "trust_remote_code": self.trust_remote_code,
         }
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelSettings(StoredBaseSettings):
+    """Model"""
+
+    quantize: Quantize | None = setting(
+        None, "keep the base model in 4 bits (nf4) or 8 bits (int8) to save memory; needs atomtune[qlora]"
+    )
+
+    def base(self) -> dict[str, Any]:
+        """Arguments of model.load.BaseSpec, besides dtype and device."""
+        return {**StoredBaseSettings.base(self), "quantize": self.quantize}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -59,6 +59,17 @@ def test_documents_missing_from_every_prompt_are_noted():
     assert notes(CHATML, Turn("text", "A text."), variables=variables) == ()
 
 
+def test_a_list_of_tools_that_is_missing_from_the_prompt_is_noted_if_texts_name_the_tools_and_else_refused():
+    # A template without a place for tools lost them in silence where the question held their name, as "weather" here.
+    tools = ({"type": "function", "function": {"name": "weather", "parameters": {}}},)
+    named = Turn("user", "How is the weather?")
+    assert notes(CHATML, named, ANSWER, tools=tools) == (NOT_WRITTEN["tools"],)
+    lists = "{{ tools | tojson if tools }}" + CHATML
+    assert notes(lists, named, ANSWER, tools=tools) == notes(lists, QUESTION, ANSWER, tools=tools) == ()
+    with pytest.raises(CannotExpress, match="has no place for tools"):
+        notes(CHATML, QUESTION, ANSWER, tools=tools)
+
+
 @pytest.mark.parametrize(
     ("source", "turns", "why"),
     [

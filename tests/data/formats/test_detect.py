@@ -84,9 +84,31 @@ def test_the_system_text_and_history_come_before_the_question():
     ]
 
 
+def test_a_text_under_the_key_of_a_variable_is_refused_with_what_to_do():
+    said = reason({"instruction": "Hi", "output": "Hello", "documents": "Two letters."})
+    assert "documents is not JSON" in said and "rename it" in said
+
+
 @pytest.mark.parametrize("history", ["text", [["only a question"]], [["a", 1]], {"a": "b"}])
 def test_a_history_that_is_not_pairs_of_texts_is_refused(history):
     assert "history" in reason({"instruction": "x", "output": "y", "history": history})
+
+
+@pytest.mark.parametrize(
+    ("beside", "variables"),
+    [
+        ({"enable_thinking": False}, {"enable_thinking": False}),
+        ({"enable_thinking": "true"}, {"enable_thinking": True}),  # in the cell of a table
+        ({"chat_template_kwargs": {"style": "short"}}, {"style": "short"}),
+        ({"documents": [{"text": "Fog."}]}, {"documents": [{"text": "Fog."}]}),
+        ({"enable_thinking": None, "documents": ""}, {}),
+    ],
+)
+def test_a_record_sets_variables_of_its_template(beside, variables):
+    # They were once left out with a notice, and the record was learned in the mode of the whole run.
+    record, notes = read({"instruction": "Hi", "output": "Hello", **beside})
+    assert isinstance(record, Record) and record.variables == variables
+    assert not notes
 
 
 # --- refused --------------------------------------------------------------------------------------------------------

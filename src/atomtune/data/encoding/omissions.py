@@ -6,7 +6,8 @@ or one of its calls, or if the model would not see the question or the tool resu
 
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from atomtune.data.encoding.chat_template import CannotExpress
 from atomtune.data.encoding.templated_record import TemplatedRecord
@@ -19,6 +20,7 @@ NOT_WRITTEN = {
     "white space": "the template trims whitespace around an answer, so it is not learned",
     "system": "the template leaves out a system prompt, so the model does not read it",
     "documents": "the template leaves out a record's documents, so the model does not read them",
+    "tools": "the template leaves out the list of tools, so the model reads only what the record's texts say of them",
 }
 
 
@@ -54,8 +56,14 @@ class Omissions:
     def in_prompt(self, at: int, prompt: str) -> tuple[str, ...]:
         """Notes on the rendered prompt before the turn at `at`. Raises CannotExpress if it lacks an earlier turn."""
         self._refuse_lost_turns(at, prompt)
-        documents_are_lost = self._templated.variables.get("documents") and self._is_same_without_documents(at, prompt)
-        return (NOT_WRITTEN["documents"],) if documents_are_lost else ()
+        tools, variables = self._templated.tools, self._templated.variables
+        notes = []
+        if variables.get("documents") and self._rendered(at, tools, {**variables, "documents": None}) == prompt:
+            notes.append(NOT_WRITTEN["documents"])  # a server would silently leave them out
+        if tools and self._rendered(at, (), variables) == prompt:
+            # Their names are in a text, for example a system text that lists the tools; else the record was refused.
+            notes.append(NOT_WRITTEN["tools"])
+        return tuple(notes)
 
     def _refuse_lost_calls(self, at: int, answer: str) -> None:
         templated = self._templated
@@ -94,12 +102,9 @@ class Omissions:
                     title, number = self._templated.template.title, at + 1
                     raise CannotExpress(f"{title} leaves out what turn {number} ({turn.role}) says")
 
-    def _is_same_without_documents(self, at: int, prompt: str) -> bool:
-        """Whether the template ignores the record's documents, so that a server would silently leave them out."""
-        templated = self._templated
-        without = {**templated.variables, "documents": None}
-        messages = templated.messages_before(at)
-        return templated.template.render(messages, tools=templated.tools, variables=without) == prompt
+    def _rendered(self, at: int, tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+        """The prompt before the turn at `at`, with other tools or variables."""
+        return self._templated.template.render(self._templated.messages_before(at), tools=tools, variables=variables)
 
 
 def _is_there_as_json(text: str, prompt: str) -> bool:

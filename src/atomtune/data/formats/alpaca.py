@@ -1,11 +1,12 @@
 """Alpaca: the tutorial's instruction/input/output, with optional `system` and `history` ([[question, answer], …]).
 
-The answers in `history` are learned like the last one. The last one may have reasoning (`reasoning_content`).
+The answers in `history` are learned like the last one. The last one may have reasoning (`reasoning_content`), and the
+record variables of the template (`enable_thinking`, …).
 """
 
 from typing import Any
 
-from atomtune.data.formats.conversation import Conversation, with_reasoning, with_system
+from atomtune.data.formats.conversation import Conversation, read_variables, with_reasoning, with_system
 from atomtune.data.formats.fields import (
     Field,
     is_blank,
@@ -16,10 +17,12 @@ from atomtune.data.formats.fields import (
     read_text,
     read_tools,
 )
-from atomtune.data.formats.schema import REASONING, Schema
+from atomtune.data.formats.schema import KWARGS, REASONING, VARIABLES, Schema
 from atomtune.data.records import Turn
 
-_USED = frozenset({"instruction", "input", "output", "system", "history", "tools", "functions", *REASONING})
+_USED = frozenset(
+    {"instruction", "input", "output", "system", "history", "tools", "functions", KWARGS, *VARIABLES, *REASONING}
+)
 _NO_TEXT = Field("")
 
 
@@ -32,12 +35,14 @@ def read_alpaca(record: dict[str, Any], schema: Schema) -> Field[Conversation]:
     history = read_history(record.get("history"))
     earlier = with_system(record, history.value)
     last_answer = with_reasoning(Turn("assistant", answer.value), record)
-    problems = problems_of([instruction, answer, question, history, tools, earlier, last_answer])
+    variables = read_variables(record)
+    problems = problems_of([instruction, answer, question, history, tools, earlier, last_answer, variables])
     if not problems:  # a value that is not text was replaced by ""; do not report that as empty too
         problems = _problems_of_blank(record, instruction.value, question.value, answer.value)
     last_question = Turn("user", instruction.value, question.value)
     turns = (*earlier.value, last_question, last_answer.value)
-    return Field(Conversation(turns, tools.value), problems, notes_on_unused(record, _USED))
+    conversation = Conversation(turns, tools.value, variables.value)
+    return Field(conversation, problems, notes_on_unused(record, _USED))
 
 
 def _problems_of_blank(record: dict[str, Any], instruction: str, question: str, answer: str) -> tuple[str, ...]:

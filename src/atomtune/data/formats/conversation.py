@@ -78,7 +78,10 @@ def read_variables(record: Mapping[str, Any]) -> Field[dict[str, Any]]:
     for key in VARIABLES:
         if not _is_empty_cell(record.get(key)):
             single = _read_value(record[key], key)
-            problems += single.problems
+            problems += [
+                f"{problem}; the key is a variable of the template: rename it if it means another thing"
+                for problem in single.problems
+            ]
             if variables.get(key, single.value) != single.value:
                 problems.append(f"{key} has another value in {KWARGS}; keep one of them")
             variables[key] = single.value
