@@ -16,10 +16,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from atomtune import load
+from atomtune import inspect, load
 from atomtune.cli import main
 from atomtune.console import Console, program
+from atomtune.data.records import Turn
+from atomtune.model.generate import prompt_ids
 from atomtune.serve.chat import TerminalChat, side_by_side
+from atomtune.serve.conversation import Conversation
+from atomtune.serve.tuned_model import ROOM_FOR_ANSWER, Reply
 from atomtune.settings.command_settings import ChatSettings
 from tests.conftest import DIALOGUES, write_jsonl
 
@@ -80,7 +84,6 @@ def test_an_empty_system_text_replaces_the_templates_default():
 def test_control_strings_that_are_typed_stay_text(trained, capsys):
     """`</s>` typed by a user must not end the prompt."""
     from atomtune.model.adapter_folder import template_of
-    from atomtune.model.generate import prompt_ids
 
     template, _ = template_of(trained, trust_remote_code=False)
     plain = prompt_ids(template, [{"role": "user", "content": "x"}])
@@ -165,29 +168,38 @@ def test_piped_input_is_read_line_by_line_and_supports_chat_commands(trained, ca
 
 
 def test_a_saved_conversation_is_readable_as_training_data(trained, tmp_path):
-    from atomtune import inspect, load
-    from atomtune.serve.conversation import Conversation
-
     tuned = load(trained, dtype="float32")
     talk = Conversation(tuned, None)
     for question in ("晚安", "Who are you?"):
-        talk.remember(question, tuned.reply(talk.asking(question)).turn)
+        talk.remember(question, tuned.reply(talk.asking(question)))
     talk.save(tmp_path / "talk.jsonl")
     figures = inspect(tmp_path / "talk.jsonl", trained).figures
     assert figures["records_used"] == 1 and figures["records_refused"] == []
 
 
-def test_the_oldest_exchange_is_forgotten_where_the_positions_run_out(trained):
-    from atomtune import load
-    from atomtune.data.records import Turn
-    from atomtune.model.generate import prompt_ids
-    from atomtune.serve.conversation import Conversation
-    from atomtune.serve.tuned_model import ROOM_FOR_ANSWER
+def test_an_answer_that_was_cut_off_is_saved_and_not_learned(trained, tmp_path):
+    """Regression: a model trained on it would learn to stop in the middle of a sentence."""
+    tuned = load(trained, dtype="float32")
+    talk = Conversation(tuned, None)
+    question = talk.asking("晚安")
+    replies = [tuned.reply(question), tuned.reply(question, max_new_tokens=3)]
+    replies.append(tuned.reply(question, stop_early=lambda: True))
+    for reply in replies:
+        talk.remember("晚安", reply)
+    assert [reply.is_complete for reply in replies] == [True, False, False] and talk.cut_off == 2
+    talk.save(tmp_path / "talk.jsonl")
+    messages = json.loads((tmp_path / "talk.jsonl").read_text(encoding="utf-8"))["messages"]
+    assert [message.get("weight") for message in messages] == [None, None, None, 0, None, 0]
+    assert all("weight" not in message for message in talk.messages), "what is sent"
+    learned = inspect(tmp_path / "talk.jsonl", trained).figures
+    assert learned["records_used"] == 1 and learned["target_tokens"] == len(replies[0].ids)
 
+
+def test_the_oldest_exchange_is_forgotten_where_the_positions_run_out(trained):
     tuned = load(trained, dtype="float32")
     talk = Conversation(tuned, None)
     for number in range(8):
-        talk.remember(f"{number}" + "很长" * 40, Turn("assistant", "好"))
+        talk.remember(f"{number}" + "很长" * 40, Reply((), "好", Turn("assistant", "好"), is_complete=True))
     before = talk.messages
     forgotten = talk.make_room("晚安")
     assert 0 < forgotten < 8 and talk.messages == before[2 * forgotten :]

@@ -147,6 +147,8 @@ class TerminalChat:
             self.console.say(f"{file} cannot be written: {error.strerror}.")
             return
         self.console.say(translated(f"saved: {file}"))
+        if cut_off := self.conversation.cut_off:
+            self.console.say(f"({cut_off} of its answers did not end by themselves and are not learned: weight 0)")
 
     def answer(self, question: str, stop: threading.Event | None = None) -> None:
         """Answer a question and remember both.
@@ -166,7 +168,7 @@ class TerminalChat:
                 raise
             self.console.say(str(error))  # a chat continues after such a question
             return
-        self.conversation.remember(question, reply.turn)
+        self.conversation.remember(question, reply)
         self.answers += 1
         if stop is not None and stop.is_set():
             self.console.say(translated("(stopped)"))
@@ -193,7 +195,7 @@ class TerminalChat:
             stop.clear()  # Ctrl-C ended only the base's answer
         with self.console.status(translated("the tuned model answers …")):
             reply = self._reply(self.conversation.asking(question), stop)
-        with_base.remember(question, of_base.turn)
+        with_base.remember(question, of_base)
         if sys.stdout.isatty():
             Console().print(side_by_side(of_base.text.strip(), reply.text.strip()))
         else:

@@ -2,13 +2,26 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from atomtune.data.encoding.chat_template import Message
-from atomtune.data.records import Turn
 from atomtune.model.generate import prompt_ids
-from atomtune.serve.tuned_model import ROOM_FOR_ANSWER, TunedModel, Wording
+from atomtune.serve.tuned_model import ROOM_FOR_ANSWER, Reply, TunedModel, Wording
+
+
+class _Exchange(NamedTuple):
+    """A question and its answer, as they are sent; whether the answer ended by itself."""
+
+    messages: list[Message]
+    is_complete: bool
+
+    def record(self) -> list[Message]:
+        """The messages as part of a record. An answer that was cut off would teach the model to stop there."""
+        if self.is_complete:
+            return self.messages
+        return [*self.messages[:-1], {**self.messages[-1], "weight": 0}]
 
 
 class Conversation:
@@ -16,7 +29,7 @@ class Conversation:
 
     def __init__(self, tuned: TunedModel, system: str | None) -> None:
         self.tuned, self.system = tuned, system
-        self._exchanges: list[list[Message]] = []
+        self._exchanges: list[_Exchange] = []
 
     @property
     def wording(self) -> Wording:
@@ -25,14 +38,14 @@ class Conversation:
     @property
     def messages(self) -> list[Message]:
         """All messages of the conversation, as they are sent."""
-        return [*self.wording.opening, *itertools.chain(*self._exchanges)]
+        return [*self.wording.opening, *_messages(self._exchanges)]
 
     def asking(self, question: str) -> list[Message]:
         """The messages to send for a question."""
         return self._asking(question, self._exchanges)
 
-    def _asking(self, question: str, exchanges: Sequence[Sequence[Message]]) -> list[Message]:
-        return [*self.wording.opening, *itertools.chain(*exchanges), *self.wording.messages(question)]
+    def _asking(self, question: str, exchanges: Sequence[_Exchange]) -> list[Message]:
+        return [*self.wording.opening, *_messages(exchanges), *self.wording.messages(question)]
 
     def make_room(self, question: str) -> int:
         """Forget the oldest exchanges until question and answer fit; returns how many were forgotten.
@@ -48,12 +61,13 @@ class Conversation:
         self._exchanges = kept
         return forgotten
 
-    def _tokens(self, question: str, exchanges: Sequence[Sequence[Message]]) -> int:
+    def _tokens(self, question: str, exchanges: Sequence[_Exchange]) -> int:
         return len(prompt_ids(self.tuned.template, self._asking(question, exchanges)))
 
-    def remember(self, question: str, turn: Turn) -> None:
+    def remember(self, question: str, reply: Reply) -> None:
         """Remember a question and its answer, with thoughts and calls separated, as a client would send them back."""
-        self._exchanges.append([*self.wording.messages(question), *self.tuned.template.messages([turn])])
+        messages = [*self.wording.messages(question), *self.tuned.template.messages([reply.turn])]
+        self._exchanges.append(_Exchange(messages, reply.is_complete))
 
     @property
     def has_exchanges(self) -> bool:
@@ -63,7 +77,21 @@ class Conversation:
         """Forget all exchanges; the system text stays."""
         self._exchanges = []
 
+    @property
+    def cut_off(self) -> int:
+        """How many answers did not end by themselves."""
+        return sum(not exchange.is_complete for exchange in self._exchanges)
+
     def save(self, file: Path) -> None:
-        """Append the conversation to a file, as one record of `messages` for `train`."""
+        """Append the conversation to a file, as one record of `messages` for `train`.
+
+        Answers that were cut off get the weight 0: they are read, not learned.
+        """
+        exchanges = itertools.chain(*(exchange.record() for exchange in self._exchanges))
+        record = {"messages": [*self.wording.opening, *exchanges]}
         with file.open("a", encoding="utf-8") as records:
-            records.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+            records.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _messages(exchanges: Sequence[_Exchange]) -> Iterator[Message]:
+    return itertools.chain(*(exchange.messages for exchange in exchanges))

@@ -117,7 +117,7 @@ def conversation_of(
     for exchange in exchanges:
         answer = exchange.by(side)
         if answer is not None and answer.reply is not None:
-            conversation.remember(exchange.question, answer.reply.turn)
+            conversation.remember(exchange.question, answer.reply)
     return conversation
 
 

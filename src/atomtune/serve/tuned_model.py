@@ -27,7 +27,7 @@ from atomtune.model.base_as_trained import base_spec, quantize_as_trained
 from atomtune.model.base_shape import positions_of
 from atomtune.model.causal_lm import CausalLM
 from atomtune.model.fingerprint import refuse_other_base
-from atomtune.model.generate import Sampling, answer_ids, prompt_ids, ready_to_answer
+from atomtune.model.generate import Sampling, answer_ids, prompt_ids, ready_to_answer, stop_ids
 from atomtune.model.load import load_base, quiet_libraries
 from atomtune.model.token_rows import guard_embedding
 from atomtune.serve.answer_text import AnswerText
@@ -67,11 +67,15 @@ class Wording:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer: its tokens, its text as shown, and its turn for the next request."""
+    """An answer: its tokens, its text as shown, and its turn for the next request.
+
+    is_complete  whether it ended by itself, not at a limit or because the user stopped it
+    """
 
     ids: tuple[int, ...]
     text: str
     turn: Turn
+    is_complete: bool
 
 
 class TunedModel:
@@ -265,7 +269,7 @@ class TunedModel:
                 )
             with answering, torch.random.fork_rng(devices=gpus):
                 torch.manual_seed(seed)
-                answer_ids(
+                ids = answer_ids(
                     self.model,
                     self.template,
                     messages,
@@ -275,7 +279,8 @@ class TunedModel:
                     stop_early=stop_early,
                 )
             turn = read_reply(self.template, self.template.render(messages), writer.ids)
-        return Reply(tuple(writer.ids), "".join(texts), turn)
+        is_complete = bool(ids) and ids[-1] in stop_ids(self.model, self.template)
+        return Reply(tuple(writer.ids), "".join(texts), turn, is_complete)
 
 
 def load_tuned(settings: LoadSettings, console: Console) -> TunedModel:
