@@ -3,11 +3,12 @@
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from atomtune.model.loss import innermost
 from atomtune.model.mixers import find_mixers
 from tests.hybrids import hybrid
+from tests.tiny import CAPPED, SIZE
 
 
 def test_the_probe_leaves_the_model_as_it_was():
@@ -60,3 +61,12 @@ def test_a_layer_of_any_name_that_mixes_tokens_is_found_once(models):
     for layer in inner.model.layers:
         layer.mlp = ByName(mean)
     assert find_mixers(inner) == ([mean], {None})
+
+
+def test_the_windows_of_attention_are_observed():
+    config = AutoConfig.for_model("gemma2", **CAPPED)
+    assert find_mixers(AutoModelForCausalLM.from_config(config))[1] == {16, None}
+    inner = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZE, vocab_size=97))
+    assert find_mixers(inner)[1] == {None}
+    inner.model.layers[0].self_attn.sliding_window = 7  # some models have it, but do not pass it on
+    assert find_mixers(inner)[1] == {7, None}

@@ -215,6 +215,7 @@ def test_a_call_without_a_row_matches_the_original_model(family):
     model = copy.deepcopy(adapted(family))
     ids = torch.tensor([EXAMPLES[0].ids])
     expected = model(input_ids=ids, use_cache=False).logits
+    hooks = len(body_of(model)._forward_pre_hooks)
     in_rows(model, "tree", "fork")
     in_rows(model, "tree", "paths")  # replaces the other method
     with torch.no_grad():
@@ -223,4 +224,5 @@ def test_a_call_without_a_row_matches_the_original_model(family):
     mixers, _ = find_mixers(innermost(adapted(family)))
     uninstall(body_of(model), [m for m in model.modules() if type(m) in {type(mixer) for mixer in mixers}])
     assert method_in_use(body_of(model)) is None
+    assert len(body_of(model)._forward_pre_hooks) == hooks
     assert not any("forward" in vars(module) for module in model.modules())
