@@ -274,11 +274,12 @@ def test_the_error_for_an_unwritable_cache_names_hf_datasets_cache(data, tmp_pat
         asked(data, place)
 
 
-def test_a_full_disk_is_not_told_as_a_cache_that_cannot_be_written(data, tmp_path, monkeypatch):
-    def full(*, dir):
-        raise OSError(errno.ENOSPC, "No space left on device", str(dir))
+@pytest.mark.parametrize("place", [(cache_entry.tempfile, "TemporaryFile"), (Path, "rename")], ids=["first", "last"])
+def test_a_full_disk_is_not_told_as_a_cache_that_cannot_be_written(data, tmp_path, monkeypatch, place):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache_entry.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(*place, full)
     with pytest.raises(OSError, match="No space left") as raised:
         asked(data, tmp_path / "cache")
     assert disk_failed(raised.value)

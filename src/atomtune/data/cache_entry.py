@@ -79,8 +79,7 @@ def write_entry(entry: Path, name: str, ledger: Ledger, parts: Iterable[EncodedP
             )
         writer.finalize()
         writer.close()
-        if ledger.records_used:
-            ledger.records_copied = copies_in(datasets.Dataset.from_file(str(folder / EXAMPLES)))
+        ledger.records_copied = copies_in(datasets.Dataset.from_file(str(folder / EXAMPLES)))
         (folder / LEDGER).write_text(json.dumps(ledger.to_json(), ensure_ascii=False), encoding="utf-8")
         checksums = {file_name: _checksum(folder / file_name) for file_name in (EXAMPLES, LEDGER)}
         (folder / CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
