@@ -274,12 +274,20 @@ def test_the_error_for_an_unwritable_cache_names_hf_datasets_cache(data, tmp_pat
         asked(data, place)
 
 
-@pytest.mark.parametrize("place", [(cache_entry.tempfile, "TemporaryFile"), (Path, "rename")], ids=["first", "last"])
-def test_a_full_disk_is_not_told_as_a_cache_that_cannot_be_written(data, tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("step", ["the first file", "the last rename"])
+def test_a_full_disk_is_not_told_as_a_cache_that_cannot_be_written(data, tmp_path, monkeypatch, step):
+    rename = Path.rename
+
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(*place, full)
+    def full_at_the_entry(self, goal):
+        return rename(self, goal) if goal.name.startswith("not-whole") else full()
+
+    if step == "the first file":
+        monkeypatch.setattr(cache_entry.tempfile, "TemporaryFile", full)
+    else:
+        monkeypatch.setattr(Path, "rename", full_at_the_entry)
     with pytest.raises(OSError, match="No space left") as raised:
         asked(data, tmp_path / "cache")
     assert disk_failed(raised.value)
