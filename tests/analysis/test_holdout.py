@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from atomtune.analysis.holdout import alike, overlapping
 from atomtune.analysis.holdout import held_out as split
-from atomtune.analysis.shared_beginnings import beginnings_of, without_beginning
 from atomtune.data.records import Record, Turn
 from tests.analysis.reading import texts_of
 
@@ -36,6 +35,7 @@ def of_one_file(groups, count: int, *, seed: int, is_asked_for: bool = False) ->
 def test_split_keeps_groups_together_and_loses_no_row(groups, share, seed):
     learned, held = of_one_file(groups, max(1, int(share * len(groups))), seed=seed)
     assert sorted([*learned, *held]) == list(range(len(groups)))
+    assert (learned, held) == (sorted(learned), sorted(held))
     assert not set(groups[learned].tolist()) & set(groups[held].tolist())
     assert held
 
@@ -67,6 +67,18 @@ def test_records_that_differ_are_not_all_held_out_beside_a_large_group_of_alike_
     learned, held, wanted = split(groups, files, [count], is_asked_for=is_asked_for, seed=1)
     assert len(held) == wanted == held_out and min(held) >= 900
     assert set(range(900)) < set(learned)
+
+
+def test_if_no_group_fits_the_smallest_one_is_held_out():
+    groups = numpy.repeat(numpy.arange(30), [20] * 7 + [17] + [20] * 22)
+    files = numpy.zeros(len(groups), dtype=numpy.int64)
+    for seed in range(3):
+        _, held, wanted = split(groups, files, [16], is_asked_for=False, seed=seed)
+        assert set(groups[held].tolist()) == {7}
+        assert wanted == 16, "one group more than was wanted is no reason to hold out none"
+    # The smallest group has a row of the second file, of which none may be held out.
+    groups, files = numpy.array([0, 0, 0, 1, 1, 1, 1]), numpy.array([0, 0, 1, 0, 0, 0, 0])
+    assert split(groups, files, [1, 0], is_asked_for=False, seed=1).held_out == [3, 4, 5, 6]
 
 
 @same_every_time
@@ -109,20 +121,3 @@ def test_a_task_prompt_shared_by_all_records_does_not_group_them():
 def test_evaluation_records_similar_to_training_records_are_found():
     assert overlapping(numpy.array([0, 1, 1, 0, 4, 1]), learned=3) == [0, 2]
     assert overlapping(numpy.array([0, 1, 2, 3]), learned=2) == []
-
-
-# --- shared beginnings-----------------------------------------------------------------------------------------------
-
-
-def test_shared_beginnings_are_long_prefixes_common_to_many_texts():
-    task = "Translate the following sentence into Chinese, please: "
-    nested = f"{task}this time as formally as you possibly can, and then "
-    texts = [f"{task}{n} birds" for n in range(30)] + [f"{nested}{n * 7} boats" for n in range(30)]
-    few = [f"A long beginning that only three records of all these share {n}" for n in range(3)]
-    assert beginnings_of([*texts, *few, "short"] * 2) == (nested, task)
-
-
-@pytest.mark.parametrize("texts", [[], [""] * 50, ["same long text that everybody says again and again"] * 50])
-def test_removing_shared_beginnings_never_empties_a_text(texts):
-    beginnings = beginnings_of(texts)
-    assert [without_beginning(text, beginnings) for text in texts] == texts

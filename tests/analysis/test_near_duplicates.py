@@ -10,7 +10,7 @@ import numpy
 import pytest
 
 from atomtune.analysis import near_duplicates
-from atomtune.analysis.near_duplicates import equal_groups, folded, joined, near_groups
+from atomtune.analysis.near_duplicates import _proposed, equal_groups, folded, joined, near_groups
 from atomtune.disk import disk_failed
 
 ALPHABET = "的一是不了人我在有他这中大来上国个到说们为子和你地出道也时年得就那要下以生会自着去之过家学对可"
@@ -73,6 +73,14 @@ def test_a_large_bucket_is_grouped_without_comparing_all_pairs():
     assert groups[-1] == 50_000
 
 
+def test_a_text_is_compared_with_the_first_of_its_bucket_and_the_eight_before_it():
+    keys = numpy.array([3, 8, 3, 5, *[8] * 11])
+    pairs = {pair for left, right in _proposed(keys) for pair in zip(left.tolist(), right.tolist(), strict=True)}
+    large = [1, *range(4, 15)]
+    of_large = {(a, b) for at, b in enumerate(large) for a in {large[0], *large[max(0, at - 8) : at]} if a != b}
+    assert pairs == {(0, 2)} | of_large
+
+
 def test_shingles_common_to_half_of_the_texts_still_count():
     # Every shingle here occurs in half of the texts.
     assert near_groups(["甲乙丙丁戊己庚"] * 150 + ["子丑寅卯辰巳午"] * 150).tolist() == [0] * 150 + [150] * 150
@@ -100,8 +108,11 @@ def test_window_size_does_not_change_the_groups(monkeypatch):
     assert near_groups(texts).tolist() == whole
 
 
-def test_the_threshold_is_measured_exactly():
-    one, other = "甲乙丙丁戊己庚辛壬癸", "甲乙丙丁戊己庚辛壬子"
+# Equally many shingles, and a text that has all shingles of the other.
+@pytest.mark.parametrize(
+    ("one", "other"), [("甲乙丙丁戊己庚辛壬癸", "甲乙丙丁戊己庚辛壬子"), ("甲乙丙甲乙", "甲乙丙甲乙丁甲乙")]
+)
+def test_the_threshold_is_measured_exactly(one, other):
     index = jaccard(one, other)
     assert near_groups([one, other], threshold=index).tolist() == [0, 0]
     assert near_groups([one, other], threshold=index + 0.01).tolist() == [0, 1]
@@ -120,6 +131,10 @@ def test_equal_groups_are_numbered_by_their_first_index():
 
 def test_folding_keeps_symbols_that_mean_something():
     assert folded("Ａ + b,  c！") == "a+bc"
+
+
+def test_folding_removes_case():
+    assert folded("Straße") == folded("STRASSE") == "strasse"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

@@ -152,6 +152,38 @@ def test_read_texts_collects_prompts_answers_scripts_and_blank_answers():
     assert seen.blank.tolist() == [False, False, True, False]
 
 
+def test_a_learned_answer_is_blank_if_it_has_neither_text_nor_calls():
+    question, empty, answer = Turn("user", "q"), Turn("assistant", " "), Turn("assistant", "a")
+    call = Turn("assistant", "", calls=({"name": "f", "arguments": {}},))
+    records = {
+        "a call": ([question, call], False),
+        "the first of two answers": ([question, empty, question, answer], True),
+        "an answer that is not learned": ([question, Turn("assistant", "", learn=False), question, answer], False),
+    }
+    for name, (turns, is_blank) in records.items():
+        assert texts_of([Record(tuple(turns), "a:1")]).blank.tolist() == [is_blank], name
+
+
+def test_answers_with_other_thoughts_or_calls_differ():
+    answers = [
+        Turn("assistant", "a"),
+        Turn("assistant", "a", reasoning="b"),
+        Turn("assistant", "a", calls=({"name": "f", "arguments": {}},)),
+    ]
+    seen = texts_of([Record((Turn("user", "q"), answer), "a:1") for answer in [*answers, *answers]])
+    assert seen.answers[:3].tolist() == seen.answers[3:].tolist()
+    assert len(set(seen.answers.tolist())) == 3
+
+
+def test_how_many_records_are_buffered_changes_nothing(monkeypatch):
+    records = [dialogue(f"{n}", text * (n + 1)) for n, text in enumerate(["ab", "你", "", "Привет", "12", "ン", "é"])]
+    whole = vars(texts_of(records))
+    for at_once in (1, 2, 7):
+        monkeypatch.setattr("atomtune.analysis.texts._AT_ONCE", at_once)
+        for name, column in vars(texts_of(records)).items():
+            assert (column.dtype, column.tolist()) == (whole[name].dtype, whole[name].tolist()), name
+
+
 def test_the_boundary_of_instruction_and_input_distinguishes_prompts():
     one, other = (texts_of([dialogue(a, "x", input=b)]).prompts[0] for a, b in (("ab", "c"), ("a", "bc")))
     assert one != other
@@ -207,6 +239,17 @@ def test_questions_about_one_document_are_not_near_duplicates():
         assert found["near_duplicates"].count == 2
 
 
+def test_other_texts_are_compared_apart_only_beside_one_that_is_eight_times_as_long():
+    # Two records with this text in common then have a Jaccard index of 0.8, however different their other texts are.
+    assert texts_of([dialogue("q" * 10, "a" * 80)]).beside.any()
+    assert not texts_of([dialogue("q" * 11, "a" * 80)]).beside.any()
+
+
+def test_other_instructions_about_one_document_are_other_records():
+    beside = texts_of([dialogue(asked, "yes", input="words " * 50) for asked in ("Is it long?", "Is it dull?")]).beside
+    assert beside.all() and beside[0] != beside[1]
+
+
 def test_a_call_may_end_with_a_stop_token_of_its_own():
     # gpt-oss ends a call with <|call|>; once, every record of an agent was reported as not stopping.
     table = as_table([(Example((1, 3, STOP), (0, 1, 1), "a:1"),), (Example((1, 3, 5), (0, 1, 1), "a:2"),)])
@@ -219,6 +262,9 @@ def test_records_conflict_only_if_the_whole_prompt_is_the_same():
     called = [Turn("assistant", "", calls=({"name": name, "arguments": {}},)) for name in "fg"]
     kinds = {
         "texts": [Record((Turn("text", answer.text),), "a:1") for answer in answers],
+        "roles": [
+            Record((Turn(role, "r"), question, a), "a:1") for role, a in zip(("system", "user"), answers, strict=True)
+        ],
         "tools": [Record((question, a), "a:1", tools=({"name": a.text},)) for a in answers],
         "documents": [Record((question, a), "a:1", variables={"documents": [a.text]}) for a in answers],
         "calls": [

@@ -77,8 +77,18 @@ def test_a_segment_that_starts_from_a_state_has_two_tokens_or_more():
         assert all(batch.tokens.shape[1] >= 2 for batch in plan_segments(row).batches if batch.parents)
 
 
-def test_a_shared_beginning_is_computed_once():
-    row = graft([Example((*range(50), 60 + i, 70 + i), (0,) * 51 + (1,), "x") for i in range(5)])
+@pytest.mark.parametrize("shared", [50, 1])
+def test_a_shared_beginning_is_computed_once(shared):
+    ids = [(*range(shared), 60 + i, 70 + i) for i in range(5)]
+    row = graft([Example(i, (0,) * (len(i) - 1) + (1,), "x") for i in ids], least_saved=1)
     plan = plan_segments(row)
-    assert [tuple(batch.tokens.shape) for batch in plan.batches] == [(1, 50), (5, 2)]
-    assert torch.equal(plan.order.sort().values, torch.arange(60))
+    assert [tuple(batch.tokens.shape) for batch in plan.batches] == [(1, shared), (5, 2)]
+    assert torch.equal(plan.order.sort().values, torch.arange(len(row)))
+
+
+def test_only_leaves_of_similar_length_share_a_batch():
+    lengths = [226, 4, 200, 20, 150, 225, 21]
+    row = pack([Example(tuple(range(length)), (0,) + (1,) * (length - 1), "x") for length in lengths])
+    plan = plan_segments(row)
+    # 20 is 4 + 16, and 225 is 1.5 * 150.
+    assert [tuple(batch.tokens.shape) for batch in plan.batches] == [(2, 20), (1, 21), (3, 225), (1, 226)]

@@ -1,10 +1,12 @@
 """Laws of a cache entry: complete or not there, for all processes and users that share the cache."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import datasets
@@ -12,7 +14,9 @@ import pytest
 
 from atomtune.data import cache_entry
 from atomtune.data.cache import examples_of
+from atomtune.data.cache_entry import entry_problem
 from atomtune.data.encoded_source import Rules
+from atomtune.disk import disk_failed
 from atomtune.errors import BadSettings
 from tests.data.conftest import asked, entries, template_of
 
@@ -46,7 +50,9 @@ def test_folders_left_by_killed_processes_are_removed_after_a_day(data, tmp_path
     cache = tmp_path / "cache" / "atomtune"
     for name in (".new-old", ".new-young"):
         (cache / name / "entry").mkdir(parents=True)
-    os.utime(cache / ".new-old", (1, 1))
+    for name, hours in ((".new-old", 25), (".new-young", 23)):
+        left = time.time() - 3600 * hours
+        os.utime(cache / name, (left, left))
     asked(data, tmp_path / "cache")
     assert entries(tmp_path / "cache")[:-1] == [".new-young"]
 
@@ -60,17 +66,22 @@ def test_a_cache_entry_is_a_single_folder(data, tmp_path):
 
 def test_of_two_concurrent_runs_the_slower_uses_the_finished_entry(data, tmp_path):
     # Two processes start on the same file; here the other one finishes while ours is reading.
-    cache, others = tmp_path / "cache", []
+    cache, others, finished = tmp_path / "cache", [], []
+
+    def folders() -> list[int]:
+        return [folder.stat().st_ino for folder in (cache / "atomtune").glob("[!.]*")]
 
     def meanwhile(n_bytes: int) -> None:
         if not others:
             others.append(None)
             others[0] = asked(data, cache)
+            finished.extend(folders())
 
     examples, ledger, _ = asked(data, cache, advance=meanwhile)
     assert ledger == others[0][1]
     assert examples.to_list() == others[0][0].to_list()
     assert len(entries(cache)) == 1
+    assert folders() == finished, "it was not moved away: the other process is reading it"
 
 
 def flip(path: Path) -> None:
@@ -93,6 +104,7 @@ DAMAGES = {
     "half a file": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "another file": swap,
     "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),  # reading it would wait forever
     "deep JSON": lambda path: path.write_text("[" * 100_000),
 }
 
@@ -114,6 +126,15 @@ def test_a_damaged_cache_entry_is_rebuilt_with_a_notice(data, tmp_path, file, da
     assert len(entries(cache)) == 1, "nothing is left beside it"
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"ledger.json": ""}'])
+def test_checksums_that_leave_out_a_file_are_not_trusted(data, tmp_path, content):
+    asked(data, tmp_path / "cache")
+    (entry,) = (tmp_path / "cache" / "atomtune").iterdir()
+    assert entry_problem(entry) == ""
+    (entry / "checksums.json").write_text(content)
+    assert entry_problem(entry)
+
+
 def test_a_cache_entry_has_the_permissions_of_the_users_umask(data, tmp_path):
     # A temporary folder is readable only by its owner, so other users could not read a shared cache.
     asked(data, tmp_path / "cache")
@@ -127,6 +148,7 @@ import sys
 from pathlib import Path
 from atomtune.data.encoded_source import Rules
 from atomtune.data.cache import examples_of
+from atomtune.data.cache_entry import entry_problem
 from atomtune.data.encoding.choose_template import load_template
 from tests.tiny import CHATML, tokenizer_of
 
@@ -238,6 +260,8 @@ def test_two_users_share_a_cache_or_get_an_error_naming_hf_datasets_cache(data, 
         assert answer.startswith("BadSettings") and "HF_DATASETS_CACHE" in answer
         return
     assert answer == "True"
+    if mode == 0o1777 and entry_is != "whole":
+        assert f"{entry.name}-65534" in entries(cache), "a broken entry of another user is left where it is"
     assert as_another_user(other_rows) == "True", "a second time too, from what was stored"
     assert asked(source, cache)[0].to_list() == rows, "and the first user's as well"
 
@@ -248,3 +272,22 @@ def test_the_error_for_an_unwritable_cache_names_hf_datasets_cache(data, tmp_pat
     place.write_text("a file")
     with pytest.raises(BadSettings, match="HF_DATASETS_CACHE"):
         asked(data, place)
+
+
+@pytest.mark.parametrize("step", ["the first file", "the last rename"])
+def test_a_full_disk_is_not_told_as_a_cache_that_cannot_be_written(data, tmp_path, monkeypatch, step):
+    rename = Path.rename
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full_at_the_entry(self, goal):
+        return rename(self, goal) if goal.name.startswith("not-whole") else full()
+
+    if step == "the first file":
+        monkeypatch.setattr(cache_entry.tempfile, "TemporaryFile", full)
+    else:
+        monkeypatch.setattr(Path, "rename", full_at_the_entry)
+    with pytest.raises(OSError, match="No space left") as raised:
+        asked(data, tmp_path / "cache")
+    assert disk_failed(raised.value)

@@ -150,6 +150,17 @@ def test_other_code_of_reading_and_encoding_changes_the_cache_key(data, tmp_path
         asked(data, tmp_path / "cache")
 
 
+def test_the_code_that_counts_is_that_of_all_folders_with_its_templates(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_key, "__file__", str(tmp_path / "cache_key.py"))
+    hashes = []
+    for file in ("cache_key.py", "formats/detect.py", "templates/atom.jinja", "__pycache__/detect.pyc"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("code")
+        hashes.append(cache_key._code_hash.__wrapped__())
+    assert len(set(hashes)) == 3
+    assert hashes[2] == hashes[3]
+
+
 OWN_TOKENIZER = """
 from transformers import PreTrainedTokenizer
 from .rules import ordered
@@ -211,6 +222,11 @@ def test_the_text_of_a_library_tokenizer_has_no_code():
     for kind in ("bytes", "sentencepiece"):
         assert len(json.loads(tokenizer_text(tokenizer_of(kind)))) == 4
     assert len(json.loads(tokenizer_text(WordByWord()))) == 5
+
+
+def test_a_tokenizer_class_typed_into_a_notebook_has_the_code_of_its_base_class():
+    typed = type("Typed", (WordByWord,), {"__module__": "typed_into_a_notebook"})
+    assert json.loads(tokenizer_text(typed()))[4] == json.loads(tokenizer_text(WordByWord()))[4]
 
 
 def test_a_post_processor_that_adds_special_tokens_changes_no_example(data, tmp_path):

@@ -16,6 +16,10 @@ def test_rows_give_the_examples_back():
     assert as_table([]).num_rows == 0
 
 
+def test_the_length_of_a_row_is_that_of_all_its_examples():
+    assert as_table([IN_TWO_PARTS, WHOLE, (IN_TWO_PARTS[0],)])["length"].to_pylist() == [3 + 2, 5, 3]
+
+
 def test_only_rows_with_equal_ids_learn_marks_and_ends_are_copies():
     assert copies_in(datasets.Dataset(as_table([WHOLE, LEARNED_TWICE, IN_TWO_PARTS]))) == 0
     assert copies_in(datasets.Dataset(as_table([WHOLE, IN_TWO_PARTS, WHOLE, IN_TWO_PARTS, WHOLE]))) == 3

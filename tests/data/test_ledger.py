@@ -1,6 +1,7 @@
 """Laws of the ledger: it can be stored, and a notice and its number of records are one sentence, in both languages."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -9,6 +10,7 @@ from atomtune.data.formats.detect import to_record
 from atomtune.data.formats.schema import Schema
 from atomtune.data.ledger import (
     Ledger,
+    about_broken,
     first_few,
     listed_refusals,
     one_of_each_reason_first,
@@ -16,7 +18,7 @@ from atomtune.data.ledger import (
     refuse_unusable,
 )
 from atomtune.data.reading.raw import RawRecord
-from atomtune.data.records import Refusal, RefusalKind
+from atomtune.data.records import Example, Refusal, RefusalKind
 from atomtune.errors import SHOWN, BadData
 from atomtune.language import in_chinese, singular
 from tests.data.conftest import template_of
@@ -93,6 +95,49 @@ def test_ledgers_add_up():
     assert (total.longest_tokens, total.format) == (8, "alpaca, text")
     assert (total.cut_origins, total.prompt_tokens_cut) == (["a:1", "a:2", "a:3"], 3 * 7)
     assert total.notices == {"note": 6}
+
+
+def test_a_format_is_named_once_however_many_files_have_it():
+    # Two folders with files of two formats were "alpaca, messages, alpaca, messages".
+    total = Ledger(format="alpaca, messages")
+    for format_name in ("messages, alpaca", "", "text, alpaca"):
+        total.add(Ledger(format=format_name))
+    assert total.format == "alpaca, messages, text"
+
+
+def test_used_records_are_counted_with_their_examples():
+    ledger = Ledger()
+    for lengths in ((3, 7), (5,)):
+        examples = [Example((1,) * length, (0,) * (length - 1) + (1,), "a:1") for length in lengths]
+        ledger.use(examples, prompt_tokens=2, target_tokens=4)
+    assert (ledger.records_used, ledger.examples, ledger.longest_tokens) == (2, 3, 7)
+    assert (ledger.prompt_tokens, ledger.target_tokens) == (4, 8)
+
+
+def test_only_broken_records_stop_a_run():
+    too_long = Refusal("a:1", "it is too long", RefusalKind.TOO_LONG, broken=False)
+    ledger = Ledger(records_read=4, records_used=2, records_refused=[too_long])
+    refuse_broken(ledger, skip_bad=False)
+    ledger.records_refused += refusals("x")
+    assert about_broken(ledger).startswith("broken records, 1 of 4: ")
+    with pytest.raises(BadData) as raised:
+        refuse_broken(ledger, skip_bad=False)
+    assert str(raised.value).splitlines()[:2] == [
+        "a:1  x.",
+        "2 of 4 records refused. --skip_bad trains on the other 2.",
+    ]
+
+
+def test_a_message_names_the_file_that_lists_all_refusals():
+    ledger = Ledger(records_read=1, records_refused=refusals("x"))
+    for refuse in (
+        partial(refuse_unusable, ledger, ["a"]),
+        partial(refuse_broken, ledger, skip_bad=False),
+    ):
+        with pytest.raises(BadData) as raised:
+            refuse(all_in="run.json")
+        assert str(raised.value).splitlines()[:2] == ["a:1  x.", "run.json lists them all."]
+    assert listed_refusals(ledger.records_refused) == "a:1  x."
 
 
 def test_all_refusals_are_listed_while_a_message_can_hold_them():

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from atomtune.container import cores
 from atomtune.data import workers
 from atomtune.data.workers import in_order
 from atomtune.errors import BadData, RunFailed
@@ -111,6 +112,23 @@ def test_a_worker_may_take_only_so_much_memory(monkeypatch):
     monkeypatch.setattr(workers, "MORE_BYTES", 2**28)
     with pytest.raises(RunFailed, match="ran out of memory"):
         list(in_order(bytearray, [2**29], workers=1, examine=refuse_none))
+
+
+def threads_and_collector(_part: int) -> tuple[str | None, bool]:
+    return os.environ.get("TOKENIZERS_PARALLELISM"), gc.isenabled()
+
+
+def test_a_worker_runs_no_threads_of_the_tokenizer_and_no_garbage_collector(monkeypatch):
+    # The threads do not survive the fork, and the collector took a tenth of the time.
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    assert list(in_order(threads_and_collector, [0], workers=1, examine=refuse_none)) == [("false", False)]
+    assert threads_and_collector(0) == (None, True)
+
+
+def test_where_a_fork_is_not_safe_there_are_no_workers(monkeypatch):
+    assert workers.workers_here() == cores()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert workers.workers_here() == 0
 
 
 ENDLESS = """

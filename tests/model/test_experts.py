@@ -10,11 +10,12 @@ from peft import PeftModel
 from peft.tuners.lora import ParamWrapper
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from atomtune.errors import BadSettings
 from atomtune.export.merged_weights import compare_weights, merge_weights
 from atomtune.model.adapter import LoraSpec, has_expert_layers, new_adapter, start_from_weights
-from atomtune.model.experts import experts_of, numbers_of_experts
+from atomtune.model.experts import count_of, endings, experts_of, numbers_of_experts
 from atomtune.model.layout_support import why_padded
 from tests.model.test_lora_targets import SIZE
 from tests.steps import Counted
@@ -86,12 +87,14 @@ def test_experts_that_are_layers_in_a_list_are_found():
     class Layer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.experts = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
+            self.experts = nn.ModuleList([*(nn.Linear(4, 4, bias=False) for _ in range(2)), Conv1D(4, 4)])
             self.shared_experts = nn.Linear(4, 4, bias=False)
 
     base = tiny("llama")
     base.model.layers[0].mlp = Layer()
-    assert experts_of(base).layers == tuple(f"model.layers.0.mlp.experts.{i}" for i in range(3))
+    experts = experts_of(base)
+    assert experts.layers == tuple(f"model.layers.0.mlp.experts.{i}" for i in range(3))
+    assert experts.share == (3 * 4 * 4 + 4) / sum(weight.numel() for weight in base.parameters())
     beside, of_experts = (LoraSpec(rank=2, alpha=4, dropout=0.0, targets=[name]) for name in ("q_proj", "2"))
     assert has_expert_layers(new_adapter(base, of_experts))
     assert not has_expert_layers(new_adapter(tiny("llama"), beside))
@@ -110,6 +113,18 @@ def test_many_expert_layers_are_found_in_linear_time(monkeypatch):
     monkeypatch.setattr(Counted, "comparisons", 0)
     assert len(experts_of(base).layers) == 1_000
     assert 0 < Counted.comparisons < 100  # each of the 21 weights once; in a list, with each of 1,000 layers
+
+
+def test_a_short_name_of_tensors_stands_only_for_the_wanted_ones():
+    base = nn.ModuleDict({name: nn.ModuleDict({"experts": nn.Linear(2, 2)}) for name in "ab"})
+    both = ["a.experts.weight", "b.experts.weight"]
+    assert endings(base, both) == ["experts.weight"]
+    assert endings(base, both[:1]) == both[:1]
+
+
+def test_a_weight_in_four_bits_counts_with_its_unpacked_size():
+    assert count_of(SimpleNamespace(shape=(16, 1), quant_state=SimpleNamespace(shape=(8, 4)))) == 32
+    assert count_of(SimpleNamespace(shape=(8, 4), quant_state=None)) == 32, "not quantized yet"
 
 
 def test_lora_on_experts_is_refused_for_a_model_without_experts():

@@ -1,8 +1,10 @@
 """Mixer kernels: the notice names what the library really uses; a stand-in package shows it."""
 
+import functools
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -12,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from atomtune.cli import main
 from atomtune.errors import BadModel
 from atomtune.model.failures import of_the_model
-from atomtune.model.mixer_kernels import MixerKernels, kernels_of, package_that_raised
+from atomtune.model.mixer_kernels import MixerKernels, is_replaced, kernels_of, package_that_raised
 from atomtune.train.run_errors import told_to_user
 from tests.conftest import write_jsonl
 from tests.hybrids import HYBRIDS, hybrid
@@ -62,6 +64,11 @@ def test_an_error_raised_by_a_kernel_package_is_reported_in_its_own_words(tmp_pa
     with pytest.raises(ZeroDivisionError) as inside:  # raised in a function that the package calls
         module["backward"](lambda: 1 / 0)
     assert package_that_raised(inside.value) == "flash-linear-attention"
+    other = {"__name__": "causal_conv1d.interface"}
+    exec("def refuse():\n    raise RuntimeError", other)
+    with pytest.raises(RuntimeError) as of_another:  # the innermost package is the one that refuses
+        module["backward"](other["refuse"])
+    assert package_that_raised(of_another.value) == "causal-conv1d"
     with pytest.raises(ZeroDivisionError) as elsewhere:
         1 / 0  # noqa: B018
     assert told_to_user(elsewhere.value, TrainingArguments(str(tmp_path)), again="") is elsewhere.value
@@ -116,4 +123,46 @@ def test_the_gpu_notice_gives_the_pip_install_command():
         "For faster kernels: pip install flash-linear-attention"
     )
     none = MixerKernels(used=(), missing=("causal-conv1d", "mamba-ssm"))
-    assert none.described(CPU).endswith("On a GPU, causal-conv1d and mamba-ssm would be faster.")
+    assert none.described(CPU) == (
+        "linear attention, Mamba, convolutions: transformers' own torch code. "
+        "On a GPU, causal-conv1d and mamba-ssm would be faster."
+    )
+
+
+def test_if_nothing_is_missing_the_notice_names_only_what_is_used():
+    whole = MixerKernels(used=("causal-conv1d", "mamba-ssm"), missing=())
+    assert whole
+    assert whole.described(CUDA) == ("linear attention, Mamba, convolutions: kernels of causal-conv1d and mamba-ssm.")
+
+
+def as_transformers_writes_it(package: str, *, is_new_implementation: bool) -> Callable[[], object]:
+    """A function with the closure that transformers' decorator gives it, behind another decorator."""
+
+    def function() -> object:
+        return package, is_new_implementation
+
+    @functools.wraps(function)
+    def decorated() -> object:
+        return function()
+
+    return decorated
+
+
+chunk = as_transformers_writes_it("fla", is_new_implementation=True)
+recurrent = as_transformers_writes_it("fla", is_new_implementation=False)
+
+
+class Layer(torch.nn.Module):
+    def forward(self) -> object:
+        return chunk(), recurrent()
+
+
+def test_a_package_of_which_one_kernel_is_used_is_in_use():
+    # An older version may lack the others.
+    assert kernels_of(Layer()) == MixerKernels(used=("flash-linear-attention",), missing=())
+
+
+def test_a_replaced_function_is_recognized_behind_other_decorators():
+    assert is_replaced(chunk)
+    assert not is_replaced(recurrent)
+    assert not is_replaced(torch.relu), "a function without a closure"

@@ -6,20 +6,23 @@ The oracle is plain transformers + PEFT in float64, one record at a time.
 import copy
 from functools import cache
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from atomtune.batch.collate import Collator
+from atomtune.batch.segment_plan import plan_paths, plan_segments
 from atomtune.batch.tree import graft
 from atomtune.data.records import Example
 from atomtune.model import row_mixers
+from atomtune.model.carried_state import States
 from atomtune.model.fused_lora import Group, GroupedLora, compute_together
 from atomtune.model.loss import body_of, innermost
 from atomtune.model.mixers import find_mixers
 from atomtune.model.row_attention import ROWS, register
-from atomtune.model.row_mixers import install, method_in_use, uninstall
+from atomtune.model.row_mixers import announce, install, method_in_use, uninstall
 from atomtune.verify import Result, in_batches, one_at_a_time
 from benchmarks import workloads
 from tests.hybrids import HYBRIDS, WORDS, hybrid
@@ -134,6 +137,43 @@ def test_a_shared_beginning_may_be_shorter_than_what_a_convolution_reads(family,
     assert_equal(in_rows(copy.deepcopy(adapted(family)), "tree", "fork", examples), expected)
 
 
+class Noting(torch.nn.Module):
+    """Returns its input and notes what else it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[object, ...]] = []
+
+    def forward(self, hidden_states, position_ids=None, attention_mask=None, cache_params=None, scale=None):
+        self.noted.append((position_ids, attention_mask, cache_params, scale))
+        return hidden_states
+
+
+class Body(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = Noting()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mixer(x, "positions", attention_mask="mask", cache_params="cache", scale=3)
+
+
+@pytest.mark.parametrize("way", ["fork", "paths"])
+def test_mask_and_cache_of_a_row_do_not_reach_a_mixer(way):
+    row, body = graft(EXAMPLES, least_saved=1), Body()
+    install(body, [body.mixer], way)
+    announce(body, SimpleNamespace(mixers=plan_segments(row) if way == "fork" else plan_paths(row)))
+    x = torch.randn(1, len(row), 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(body(x), x)
+    for positions, mask, its_cache, scale in body.mixer.noted:
+        assert (mask, scale) == (None, 3)
+        if way == "fork":
+            assert isinstance(its_cache, States)
+        else:  # the positions are the row's, not a path's
+            assert (positions, its_cache) == (None, None)
+    assert body.mixer.noted
+
+
 def test_lora_layers_sharing_an_input_compute_once_in_paths_mode(monkeypatch):
     # Once, each layer got its own copy of the input, so the first computed the whole group and the others repeated it.
     model = copy.deepcopy(adapted("qwen3_5_text"))
@@ -215,6 +255,7 @@ def test_a_call_without_a_row_matches_the_original_model(family):
     model = copy.deepcopy(adapted(family))
     ids = torch.tensor([EXAMPLES[0].ids])
     expected = model(input_ids=ids, use_cache=False).logits
+    hooks = len(body_of(model)._forward_pre_hooks)
     in_rows(model, "tree", "fork")
     in_rows(model, "tree", "paths")  # replaces the other method
     with torch.no_grad():
@@ -223,4 +264,5 @@ def test_a_call_without_a_row_matches_the_original_model(family):
     mixers, _ = find_mixers(innermost(adapted(family)))
     uninstall(body_of(model), [m for m in model.modules() if type(m) in {type(mixer) for mixer in mixers}])
     assert method_in_use(body_of(model)) is None
+    assert len(body_of(model)._forward_pre_hooks) == hooks
     assert not any("forward" in vars(module) for module in model.modules())

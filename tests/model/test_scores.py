@@ -1,8 +1,10 @@
 """Scores: softmax weights beside sinks, compared with a softmax over keys and sink in float64."""
 
+import pytest
 import torch
+from transformers import AutoConfig
 
-from atomtune.model.scores import weights_beside_sinks
+from atomtune.model.scores import names_a_cap, weights_beside_sinks
 
 
 def test_in_sixteen_bits_only_the_weights_themselves_are_rounded():
@@ -15,3 +17,17 @@ def test_in_sixteen_bits_only_the_weights_themselves_are_rounded():
     weights = weights_beside_sinks(scores, sinks)
     assert weights.dtype == torch.bfloat16
     assert ((weights.double() - expected).abs() <= 2**-8 * expected).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "is_capped"),
+    [
+        ("gemma2", {}, True),
+        ("gemma2", {"attn_logit_softcapping": None}, False),
+        ("gemma3", {"text_config": {"attn_logit_softcapping": 50.0}}, True),  # the text model of a larger one
+        ("gemma3", {}, False),
+        ("llama", {}, False),
+    ],
+)
+def test_a_cap_is_read_from_the_text_models_config(family, values, is_capped):
+    assert names_a_cap(AutoConfig.for_model(family, **values)) == is_capped

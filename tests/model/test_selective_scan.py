@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.modules import linear
 from transformers.models.mamba import modeling_mamba
 
 from atomtune.model import selective_scan as selective_scan_module
@@ -35,8 +36,8 @@ def some_inputs(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def scanned(inputs: dict[str, torch.Tensor], **others: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    given = dict(inputs)
-    return selective_scan(given.pop("hidden_states"), **given, delta_softplus=True, return_last_state=True, **others)
+    rules = {"delta_softplus": True, "return_last_state": True, **others}
+    return selective_scan(**renamed(inputs), **rules)
 
 
 def gradients(results: tuple[torch.Tensor, torch.Tensor], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -55,9 +56,23 @@ def test_from_a_zero_state_the_scan_equals_transformers_own():
         assert (result - expected).norm() < 1e-5 * expected.norm(), name
 
 
+def test_steps_that_are_positive_already_are_taken_as_they_are():
+    inputs = {name: value.detach().abs() if name == "dt" else value.detach() for name, value in some_inputs().items()}
+    del inputs["delta_bias"]
+    ours = scanned(inputs, delta_softplus=False)
+    theirs = modeling_mamba.mamba_selective_scan(**inputs, return_last_state=True)
+    for result, expected in zip(ours, theirs, strict=True):
+        assert torch.allclose(result, expected, atol=1e-5)
+
+
+#: Sums in another order.
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-13}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("cut", [1, 4, TOKENS - 1])
-def test_scanning_in_two_parts_equals_scanning_the_whole_sequence(cut):
-    inputs = some_inputs()
+def test_scanning_in_two_parts_equals_scanning_the_whole_sequence(cut, dtype):
+    inputs = {name: value.detach().to(dtype).requires_grad_() for name, value in some_inputs().items()}
     along = {"hidden_states", "dt", "B", "C", "z"}
     first = {name: value[..., :cut] if name in along else value for name, value in inputs.items()}
     second = {name: value[..., cut:] if name in along else value for name, value in inputs.items()}
@@ -66,9 +81,11 @@ def test_scanning_in_two_parts_equals_scanning_the_whole_sequence(cut):
     whole = scanned(inputs)
     parts = (torch.cat([beginning, end], -1), last)
     for result, expected in zip(parts, whole, strict=True):
-        assert torch.allclose(result, expected, atol=1e-5)
+        assert result.dtype == dtype
+        assert (result - expected).norm() < TOLERANCES[dtype] * expected.norm()
     for name, result, expected in zip(inputs, gradients(parts, inputs), gradients(whole, inputs), strict=True):
-        assert (result - expected).norm() < 1e-5 * expected.norm(), f"{name}: the gradient goes through the state"
+        apart = (result - expected).norm() / expected.norm()
+        assert apart < TOLERANCES[dtype], f"{name}: the gradient goes through the state"
 
 
 def test_sixteen_bits_scan_in_float32():
@@ -86,6 +103,12 @@ def test_transformers_scan_function_is_restored_after_the_context():
         assert modeling_mamba.mamba_selective_scan is not own
         raise ZeroDivisionError
     assert modeling_mamba.mamba_selective_scan is own
+
+
+def test_a_mixer_without_scans_is_left_as_it_is():
+    before = dict(vars(linear))
+    with scans_from(linear.Linear(1, 1), None):
+        assert vars(linear) == before
 
 
 def test_a_packages_kernel_stays_in_use(monkeypatch):

@@ -1,6 +1,7 @@
 """Surprise in few passes, compared with torch's cross entropy in float64."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -51,6 +52,16 @@ def test_without_a_gradient_the_sum_is_the_same(dtype):
     with torch.no_grad():
         evaluated = surprise(logits, target, learn)
     assert evaluated.item() == surprise(logits.requires_grad_(), target, learn).item()
+
+
+def test_the_softmax_is_freed_in_the_backward_pass():
+    # The loss lives until the backward pass has ended, and so would a float32 tensor as large as the logits.
+    logits, target, learn = case(torch.bfloat16)
+    nats = surprise(logits.requires_grad_(), target, learn)
+    softmax = weakref.ref(nats.grad_fn.weights)
+    assert softmax() is not None
+    nats.backward()
+    assert softmax() is None
 
 
 @pytest.mark.parametrize("height", [0, 30, 1000])

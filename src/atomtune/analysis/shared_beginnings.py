@@ -10,13 +10,13 @@ from atomtune.shared_prefix import shared_characters
 
 #: A shorter prefix is just a common way to begin a sentence.
 LEAST_CHARACTERS = 32
-#: A prefix counts if at least this share, and this number, of the texts have it; fewer texts may be near-duplicates.
-LEAST_SHARE, LEAST_TEXTS = 0.02, 20
+#: A prefix counts if at least this many texts have it, of the 1,000 in which it is searched; fewer may be
+#: near-duplicates.
+LEAST_TEXTS = 20
 
 
 def beginnings_of(texts: Sequence[str]) -> tuple[str, ...]:
     """The prefixes that many of the texts share, longest first."""
-    enough = max(LEAST_TEXTS, LEAST_SHARE * len(texts))
     beginnings: list[str] = []
     # Sorting puts texts with an equal prefix next to each other, so each prefix is one stretch of them. Each stretch is
     # searched again after its prefix, as part of it may share a longer one.
@@ -24,7 +24,7 @@ def beginnings_of(texts: Sequence[str]) -> tuple[str, ...]:
     while waiting:
         group, known_characters = waiting.pop()
         for stretch in _stretches(group, known_characters + LEAST_CHARACTERS):
-            if len(stretch) < enough:
+            if len(stretch) < LEAST_TEXTS:
                 continue
             # In sorted texts, all texts between the first and the last share what these two share.
             beginning = stretch[0][: shared_characters(stretch[0], stretch[-1])]

@@ -16,7 +16,7 @@ from atomtune.data.cache_entry import EXAMPLES, LEDGER, entry_problem, own_entry
 from atomtune.data.cache_key import cache_key
 from atomtune.data.encoded_source import EncodedPart, Rules, changed_while_read, encoded
 from atomtune.data.encoding.chat_template import Template
-from atomtune.data.example_table import FEATURES, copies_in
+from atomtune.data.example_table import copies_in
 from atomtune.data.ledger import Ledger
 from atomtune.data.reading.sources import (
     distinct_names,
@@ -74,9 +74,6 @@ def examples_of(
         advance(size_of(source))
     notes = (*notes, *notes_on(source, name))
     ledger = Ledger.from_json(json.loads((entry / LEDGER).read_text(encoding="utf-8")))
-    if ledger.records_used == 0:
-        empty = datasets.Dataset.from_dict({column: [] for column in FEATURES}, features=FEATURES)
-        return EncodedData(empty, ledger, data_hash, notes)
     return EncodedData(datasets.Dataset.from_file(str(entry / EXAMPLES)), ledger, data_hash, notes)
 
 

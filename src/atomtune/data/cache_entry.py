@@ -16,7 +16,7 @@ from datasets.arrow_writer import ArrowWriter
 from atomtune.data.encoded_source import EncodedPart
 from atomtune.data.example_table import FEATURES, copies_in
 from atomtune.data.ledger import Ledger
-from atomtune.disk import sha256_of, sync, text_of
+from atomtune.disk import read_json_object, sha256_of, sync
 from atomtune.errors import BadData, BadSettings
 from atomtune.folders import scratch_folder
 
@@ -41,15 +41,15 @@ def entry_problem(entry: Path) -> str:
     Every file is read in full and its checksum compared: a flipped bit in a token id would go unnoticed otherwise.
     """
     try:
-        checksums = json.loads(text_of(entry / CHECKSUMS))
-        if not isinstance(checksums, dict) or checksums.keys() != {EXAMPLES, LEDGER}:
+        checksums = read_json_object(entry / CHECKSUMS)
+        if checksums.keys() != {EXAMPLES, LEDGER}:
             return f"{CHECKSUMS} was written by another version"
         for file_name, checksum in checksums.items():
             if _checksum(entry / file_name) != checksum:
                 return f"{file_name} has changed since it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         return f"it cannot be read ({type(error).__name__})"
     return ""
 
@@ -79,8 +79,7 @@ def write_entry(entry: Path, name: str, ledger: Ledger, parts: Iterable[EncodedP
             )
         writer.finalize()
         writer.close()
-        if ledger.records_used:
-            ledger.records_copied = copies_in(datasets.Dataset.from_file(str(folder / EXAMPLES)))
+        ledger.records_copied = copies_in(datasets.Dataset.from_file(str(folder / EXAMPLES)))
         (folder / LEDGER).write_text(json.dumps(ledger.to_json(), ensure_ascii=False), encoding="utf-8")
         checksums = {file_name: _checksum(folder / file_name) for file_name in (EXAMPLES, LEDGER)}
         (folder / CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")

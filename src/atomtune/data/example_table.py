@@ -30,8 +30,6 @@ FEATURES = datasets.Features(
 
 def copies_in(examples: datasets.Dataset) -> int:
     """The number of rows that are equal to an earlier row. Memory: 8 bytes per row."""
-    if not len(examples):
-        return 0
     digests = examples.with_format("numpy")["digest"][:]
     return len(digests) - len(numpy.unique(digests))
 

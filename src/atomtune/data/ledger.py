@@ -88,8 +88,8 @@ class Ledger:
                 self.longest_tokens = max(mine, theirs)
             elif isinstance(mine, int):
                 setattr(self, field_.name, mine + theirs)
-        if other.format not in self.format.split(", "):
-            self.format = ", ".join(filter(None, (self.format, other.format)))
+        formats = [*self.format.split(", "), *other.format.split(", ")]
+        self.format = ", ".join(dict.fromkeys(filter(None, formats)))
 
     def sentences(self) -> Iterator[str]:
         """The notices, each with its number of records."""

@@ -65,9 +65,6 @@ class States:
     def get_seq_length(self, *_args: Any, **_kwargs: Any) -> int:
         return 0
 
-    def __bool__(self) -> bool:
-        return True
-
     @property
     def layers(self) -> "_Layers":
         """transformers 5.17 reads the states through this attribute."""
