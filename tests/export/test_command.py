@@ -25,6 +25,10 @@ def export(adapter: Path, out: Path, *more: str) -> int:
     [
         (("--to", "peft"), "--to peft needs --for_class"),
         (("--for_class", "LlamaForCausalLM"), "used with --to peft only"),
+        (
+            ("--to", "peft", "--for_class", "A", "--quantize", "q8_0", "--no_certify"),
+            "so leave out --quantize q8_0 --no_certify.",
+        ),
         (("--quantize", "q4_k_m"), "Export bf16, then `ollama create NAME --quantize q4_K_M -f Modelfile` packs it."),
     ],
 )

@@ -26,7 +26,7 @@ from atomtune.model.base_as_trained import adapter_and_base
 from atomtune.model.fingerprint import say_unchecked
 from atomtune.model.load import quiet_libraries
 from atomtune.settings.command_settings import CertifySettings, ExportSettings, MergeSettings, base_of_adapter
-from atomtune.settings.spelled import base_words
+from atomtune.settings.spelled import base_words, words_of
 
 
 def export(settings: ExportSettings) -> int:
@@ -48,6 +48,8 @@ def _refuse_impossible(settings: ExportSettings) -> None:
         problems.append(f"--output_dir {out} is not an empty folder. Pass a new one.")
     if settings.to == "peft" and not settings.for_class:
         problems.append("--to peft needs --for_class, for example --for_class Gemma3ForConditionalGeneration.")
+    if settings.to == "peft" and (of_gguf := words_of(settings, also=("quantize", "no_certify", "prompts"))):
+        problems.append(f"--to peft writes no GGUF and asks no engine, so leave out {' '.join(of_gguf)}.")
     if settings.to != "peft" and settings.for_class:
         problems.append("--for_class is used with --to peft only.")
     if problems:
