@@ -66,6 +66,8 @@ def test_a_list_of_tools_that_is_missing_from_the_prompt_is_noted_if_texts_name_
     assert notes(CHATML, named, ANSWER, tools=tools) == (NOT_WRITTEN["tools"],)
     lists = "{{ tools | tojson if tools }}" + CHATML
     assert notes(lists, named, ANSWER, tools=tools) == notes(lists, QUESTION, ANSWER, tools=tools) == ()
+    refuses = "{{ raise_exception('no tools') if not tools and 'weather' in messages[0]['content'] }}" + lists
+    assert notes(refuses, named, ANSWER, tools=tools) == (), "it cannot do without the list"
     with pytest.raises(CannotExpress, match="has no place for tools"):
         notes(CHATML, QUESTION, ANSWER, tools=tools)
 

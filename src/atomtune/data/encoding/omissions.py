@@ -58,9 +58,9 @@ class Omissions:
         self._refuse_lost_turns(at, prompt)
         tools, variables = self._templated.tools, self._templated.variables
         notes = []
-        if variables.get("documents") and self._rendered(at, tools, {**variables, "documents": None}) == prompt:
+        if variables.get("documents") and self._writes(prompt, at, tools, {**variables, "documents": None}):
             notes.append(NOT_WRITTEN["documents"])  # a server would silently leave them out
-        if tools and self._rendered(at, (), variables) == prompt:
+        if tools and self._writes(prompt, at, (), variables):
             # Their names are in a text, for example a system text that lists the tools; else the record was refused.
             notes.append(NOT_WRITTEN["tools"])
         return tuple(notes)
@@ -102,9 +102,13 @@ class Omissions:
                     title, number = self._templated.template.title, at + 1
                     raise CannotExpress(f"{title} leaves out what turn {number} ({turn.role}) says")
 
-    def _rendered(self, at: int, tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
-        """The prompt before the turn at `at`, with other tools or variables."""
-        return self._templated.template.render(self._templated.messages_before(at), tools=tools, variables=variables)
+    def _writes(self, prompt: str, at: int, tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> bool:
+        """Whether this is the prompt before the turn at `at` with other tools or variables too."""
+        templated = self._templated
+        try:
+            return templated.template.render(templated.messages_before(at), tools=tools, variables=variables) == prompt
+        except CannotExpress:  # it cannot do without them
+            return False
 
 
 def _is_there_as_json(text: str, prompt: str) -> bool:
