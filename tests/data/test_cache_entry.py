@@ -148,7 +148,6 @@ import sys
 from pathlib import Path
 from atomtune.data.encoded_source import Rules
 from atomtune.data.cache import examples_of
-from atomtune.data.cache_entry import entry_problem
 from atomtune.data.encoding.choose_template import load_template
 from tests.tiny import CHATML, tokenizer_of
 
